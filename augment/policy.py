@@ -200,7 +200,9 @@ def _policy(entries: Any, where: str) -> Policy:
         return Policy(tuple(read_ops(entries, where)))
     for key in entries:
         if key not in ("exact", "ops"):
-            raise PolicyError(f"{where}: no key {key!r} next to ops{nearest(key, ('exact', 'ops'))}. Known: exact, ops")
+            raise PolicyError(
+                f"{where}: no key {key!r} next to ops{nearest(key, ('exact', 'ops'))} (known: exact, ops)"
+            )
     exact = entries.get("exact", False)
     if not isinstance(exact, bool):
         raise PolicyError(f"{where}: exact: {exact!r} is neither true nor false")

@@ -1,6 +1,6 @@
 """Measure how often the promotion gate accepts a challenger, by the holdout's size and the true difference in accuracy.
 
-python -m benchmarks.gate_power --json benchmarks/results/gate-power.json
+python -m benchmarks.gate_power --json benchmarks/results/gate_power.json
 
 Draws the samples that only one of the two classifiers predicts right, and applies the gate's two rules about accuracy: the observed gain is
 at least 0, and the lower end of its 95 % interval (normal approximation) is at least the bound. The former bound was -0.03 for every size;

@@ -142,12 +142,10 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         import difflib
 
-        matches = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f" Did you mean {matches[0]}?" if matches else ""
-        print(
-            f"refract: no command {arguments[0]!r}.{hint} Commands: {', '.join([*COMMANDS, *_plugin_commands])}",
-            file=sys.stderr,
-        )
+        matches = difflib.get_close_matches(arguments[0], [*COMMANDS, *_plugin_commands], n=1)
+        hint = f"; did you mean {matches[0]!r}?" if matches else ""
+        problem = "no command before the option" if arguments[0].startswith("-") else "no command"
+        print(f"refract: {problem} {arguments[0]!r}{hint} (`refract --help` lists the commands)", file=sys.stderr)
         return 2
     return _with_output_options(arguments[0], arguments[1:])
 

@@ -21,7 +21,7 @@ output:
   --quiet               show only the result, warnings and errors
   --verbose             show debug messages, with the time and the module of each, and the traceback of an error
   --json                print the result as JSON; everything else goes to the standard error
-  NO_COLOR=1            environment variable: print no colors"""
+  NO_COLOR=1            environment variable: print no colours"""
 
 TEXT_ONLY = ("completion",)
 """Commands without `--json`: their result is a script."""

@@ -95,7 +95,7 @@ def _request(path: str, images: Images, options: dict[str, Any]) -> dict[str, An
 def _content(outcome: Outcome) -> dict[str, Any]:
     """Return the content of a response. Raises ServerError for every other outcome."""
     if isinstance(outcome, httpx.TransportError):
-        message = f"the server does not respond ({type(outcome).__name__}: {outcome})"
+        message = f"the server at {outcome.request.url.copy_with(raw_path=b'/')} does not respond ({type(outcome).__name__}: {outcome})"
         raise ServerError(0, "unreachable", message) from outcome
     if outcome.status_code != 200:
         try:

@@ -139,7 +139,7 @@ def _build(transform: str, parameters: dict[str, Any]) -> Run:
     known = _signature(transform_class)
     for name in parameters:
         if known and name not in known:
-            raise ValueError(f"{transform} has no parameter {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
+            raise ValueError(f"{transform} has no parameter {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     library = transform.partition(".")[0]
     if "p" in known and library != "imgaug":
         parameters = {**parameters, "p": 1.0}

@@ -39,7 +39,7 @@ def _op(entry: Any, where: str) -> Op:
         name = FORMER_NAMES[name]
     adapter = adapter_of(name)
     if name not in OPS and adapter is None:
-        raise PolicyError(f"{where}: no op is called {name!r}{nearest(name, OPS)}. Known: {', '.join(OPS)}")
+        raise PolicyError(f"{where}: no op is called {name!r}{nearest(name, OPS)} (known: {', '.join(OPS)})")
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping):
         raise PolicyError(f"{where}, {name}: parameters are a mapping such as {{p: 0.5}}, not {parameters!r}")
@@ -49,7 +49,7 @@ def _op(entry: Any, where: str) -> Op:
     for parameter in parameters:
         if known and parameter not in known:
             raise PolicyError(
-                f"{where}, {name}: no parameter {parameter!r}{nearest(parameter, known)}. Known: {', '.join(known)}"
+                f"{where}, {name}: no parameter {parameter!r}{nearest(parameter, known)} (known: {', '.join(known)})"
             )
     try:
         return OPS[name](**parameters) if adapter is None else adapter(name, parameters)

@@ -72,13 +72,14 @@ class _Halved(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.pool = F.max_pool2d if kind == "max" else F.avg_pool2d
+        self.kind = kind
 
     def forward(self, values: Tensor) -> Tensor:
+        pool = F.max_pool2d if self.kind == "max" else F.avg_pool2d
         if values.ndim == 4:
-            return self.pool(values, 2)
+            return pool(values, 2)
         slices = values.transpose(1, 2)  # a stack (N, C, D, H, W)
-        return self.pool(slices.flatten(0, 1), 2).unflatten(0, slices.shape[:2]).transpose(1, 2)
+        return pool(slices.flatten(0, 1), 2).unflatten(0, slices.shape[:2]).transpose(1, 2)
 
 
 def make_pool(name: str) -> nn.Module:

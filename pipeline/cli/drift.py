@@ -21,9 +21,10 @@ def main(argv: list[str]) -> int:
         description="Compare new data with the held-out data that a bundle was evaluated on. Exit codes: 0 no drift, or warnings only; "
         f"{STOP} a check reaches its stop threshold; 2 the input cannot be used.",
     )
-    parser.add_argument("bundle", help="bundle folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
     parser.add_argument(
         "data",
+        metavar="DATA",
         help="images in a folder or in CLASS/… folders, a CSV or Parquet table (path or text, optionally label), `digits`, or a server's "
         "sampled inputs (refract serve --sample)",
     )

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="refract evaluate", description="Measure a bundle on labelled images.")
-    parser.add_argument("bundle", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
     parser.add_argument(
-        "data", help="data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
+        "data",
+        metavar="DATA",
+        help="data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`",
     )
     parser.add_argument(
         "--split",

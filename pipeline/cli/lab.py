@@ -30,7 +30,7 @@ def _lab(args: argparse.Namespace) -> int:
         if name not in available:
             from refract.augment.ops.base import nearest
 
-            raise ConfigError(f"no experiment {name!r}{nearest(name, available)}; experiments: {', '.join(available)}")
+            raise ConfigError(f"no experiment {name!r}{nearest(name, available)} (experiments: {', '.join(available)})")
     failed = []
     for name in args.name or available:
         started = time.perf_counter()

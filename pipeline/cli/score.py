@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
         description="Classify all images of a folder, or the rows of a manifest, into a Parquet file with one row per input. After an "
         "interruption, the same command resumes. An unreadable input gets a row with an error. Exit code 1 if no input has a prediction.",
     )
-    parser.add_argument("bundle", type=Path, help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle's folder")
     parser.add_argument(
         "source", type=Path, metavar="FOLDER_OR_MANIFEST",
         help="folder of images at any depth, or a CSV or Parquet file with the columns path and/or text; a column label is copied",

@@ -297,6 +297,7 @@ def _plain_words(message: str) -> str:
         (r"<class '(\w+)'>", r"\1"),
         (r"Expected a (?=[aeiou])", "Expected an "),
         (r"typing\.Literal\[([^]]*)\]", r"one of \1"),
+        (r"Expected an? one of", "Expected one of"),
     ):
         message = re.sub(pattern, words, message)
     return message

@@ -27,7 +27,11 @@ def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
         sum(values["record"]["seconds"].values())
         return [Finding.from_dict(finding) for finding in values["findings"]], values["record"]
     except FileNotFoundError as error:
-        why = f"has no {FILE}; a run gets one when it finishes" if run_dir.is_dir() else "no such folder"
+        why = (
+            f"has no {FILE}; a run gets one when it finishes"
+            if run_dir.is_dir()
+            else "no such folder; give a run's folder, such as runs/NAME"
+        )
         if run_dir.is_dir() and (run_dir.parent / FILE).is_file():
             why = f"is a folder inside a run; give the run's folder, {run_dir.parent}"
         raise ConfigError(f"{run_dir}: {why}") from error

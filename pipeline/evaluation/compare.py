@@ -44,6 +44,9 @@ def read_run(path: Path) -> RunPredictions:
         with np.load(path / PREDICTIONS, allow_pickle=False) as stored:
             paths, truth, probabilities = (stored[name] for name in ("paths", "truth", "probabilities"))
         history = json.loads((path / HISTORY).read_text("utf-8"))
+    except FileNotFoundError as error:
+        reason = f"it has no {Path(error.filename).name}" if path.is_dir() else "no such folder"
+        raise ConfigError(f"{path}: not the folder of a finished run: {reason}; name one, such as runs/NAME") from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: not the folder of a finished run: {error}") from error
     info = load_bundle(path / "bundle").info

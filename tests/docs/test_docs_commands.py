@@ -1,9 +1,12 @@
-"""Every `refract …` in README.md and docs/ names a command that exists, with options that it has."""
+"""Every `refract …` in README.md and docs/ names a command that exists, with options that it has; complete ones are accepted."""
 
 import re
+import shlex
 from pathlib import Path
 
-from refract.cli import COMMANDS
+import pytest
+
+from refract.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,3 +57,52 @@ def test_documented_commands_and_options_exist() -> None:
                 unknown.append(f"{page.relative_to(ROOT)}: refract {call}")
     assert found > 150
     assert unknown == []
+
+
+PLACEHOLDER = re.compile(r"…|[\[<|]|\bCOMMAND\b")
+"""Marks a command that a reader completes first."""
+
+
+def complete_commands(page: Path) -> list[list[str]]:
+    """The arguments of the complete commands of a page: those in its blocks, and in the table of recipes."""
+    text = page.read_text("utf-8")
+    if page.name == "recipes.md":
+        lines = [call for row in text.splitlines() for call in re.findall(r"\| `refract ([^`]+)` \|", row)]
+    else:
+        blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        joined = "\n".join(blocks).replace("\\\n", " ")
+        lines = re.findall(r"^(?:\$ )?refract ([a-z][a-z-]* .*)$", joined, re.MULTILINE)
+    calls = [shlex.split(line.rstrip("& "), comments=True) for line in lines if not PLACEHOLDER.search(line)]
+    return [call for call in calls if call[0] in COMMANDS and "--url" not in call]
+
+
+def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command reads its arguments as documented. The work behind them does not run."""
+    from refract.pipeline.cli import console
+    from refract.serve.cli import options as server_options
+
+    started: list[str] = []
+
+    def start(command: str, work: object, **_: object) -> int:
+        started.append(command)
+        return 0
+
+    monkeypatch.setattr(console, "run", start)
+    calls = [(page, call) for page in PAGES for call in complete_commands(page)]
+    assert len(calls) > 80
+    rejected = []
+    for page, call in calls:
+        try:
+            if call[0] == "serve":
+                server_options.parse(
+                    [argument for argument in call[1:] if argument not in ("--quiet", "--verbose")], {}
+                )
+                code: object = 0
+            else:
+                code = main(call)
+        except SystemExit as end:
+            code = end.code
+        if code:
+            rejected.append(f"{page.relative_to(ROOT)}: refract {' '.join(call)}: {capsys.readouterr().err[-200:]}")
+    assert rejected == []
+    assert {"train", "evaluate", "predict", "score", "retrain", "embed", "search", "soup"} <= set(started)

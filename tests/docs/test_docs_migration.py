@@ -1,5 +1,6 @@
 """The names in docs/migration.md exist: those of Refract, and those of the libraries that are installed."""
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -33,6 +34,22 @@ def test_ops_and_transforms_exist() -> None:
     assert len(ours) > 40
     assert [name for name in theirs_albumentations if not hasattr(albumentations, name)] == []
     assert [name for name in theirs_torchvision if not hasattr(v2, name)] == []
+    assert [name for name in ours if name not in OPS] == []
+
+
+def test_augmenters_of_imgaug_and_their_ops_exist() -> None:
+    if importlib.util.find_spec("imgaug") is None:
+        pytest.skip("imgaug is not installed")
+    from refract.augment.ops.external import _imgaug
+    from refract.augment.registry import OPS
+
+    _imgaug()  # replaces the names that NumPy 2 removed
+    import imgaug.augmenters as iaa
+
+    table = rows("imgaug")
+    theirs, ours = ([name for row in table for name in re.findall(r"`(\w+)", row[i])] for i in range(2))
+    assert len(ours) > 30
+    assert [name for name in theirs if not hasattr(iaa, name)] == []
     assert [name for name in ours if name not in OPS] == []
 
 

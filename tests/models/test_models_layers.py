@@ -1,6 +1,7 @@
 """Each layer against its formula, with values computed by hand or by NumPy."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -68,6 +69,13 @@ def test_unknown_names_and_arguments_are_reported() -> None:
     ):
         with pytest.raises(ValueError, match=f"{kind}='nothing'"):
             make("nothing")
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pooling_can_be_sent_to_another_process(name: str) -> None:
+    values = torch.rand(2, 3, 6, 6)
+    pool = make_pool(name).eval()
+    assert torch.equal(pickle.loads(pickle.dumps(pool))(values), pool(values))
 
 
 def normed(values: Tensor, dims: tuple[int, ...]) -> Tensor:
