@@ -1,5 +1,6 @@
 """How familiar an image is to a classifier, by the distance of its embedding from those of training images."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,14 @@ class Familiarity:
             return embedding.new_full((len(embedding),), torch.nan, dtype=torch.float32)
         ranks = torch.searchsorted(self._validation, self.distances(embedding), right=True)
         return 1 - ranks.float() / len(self._validation)
+
+    def usual_below(self, limit: float) -> float:
+        """Return the expected fraction of usual images with a familiarity below `limit`, 0…1.
+
+        A usual image takes each rank among N validation images with the probability 1/(N + 1).
+        """
+        count = len(self._validation)
+        return math.ceil(limit * count) / (count + 1)
 
     def nearest(self, embedding: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(N, D) embeddings → (indices of the `count` nearest training images, their cosines), (N, at most count) each, nearest first."""

@@ -95,7 +95,8 @@ def _embed(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     stored = sum(key is not None for key in done.keys)
     rate = f" in {seconds:.1f} s, {done.computed / seconds:,.0f} a second" if done.computed else ""
-    print(f"{store.folder}: {stored:,} samples of {args.data}; {done.computed:,} embeddings computed{rate}")
+    reused = f"; {done.reused:,} from the store" if done.reused else ""
+    print(f"{store.folder}: {stored:,} samples of {args.data}; embeddings computed: {done.computed:,}{rate}{reused}")
     for path, reason in list(done.failed.items())[:5]:
         print(f"  {path}: {reason}", file=sys.stderr)
     if len(done.failed) > 5:
@@ -103,6 +104,7 @@ def _embed(args: argparse.Namespace) -> int:
     output.result(
         {
             "store": store.folder, "model": model.key, "samples": len(samples), "stored": stored, "computed": done.computed,
+            "reused": done.reused,
             "failed": done.failed, "seconds": round(seconds, 3),
         }
     )  # fmt: skip

@@ -210,7 +210,8 @@ def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task:
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
         raise DataError(
-            f"{source}: data.task is binary, but the data has {len(labels)} classes: {', '.join(labels[:10])}"
+            f"{source}: data.task is binary, but the data has {len(labels)} classes: {', '.join(labels[:10])}; "
+            "set data.task: multiclass"
         )
     return Manifest(source, tuple(samples), labels, task, notes=tuple(_twin_notes(labels)))
 

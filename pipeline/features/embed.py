@@ -36,10 +36,13 @@ WORTH_A_PROCESS = 30.0
 
 @dataclass
 class Embedded:
-    """keys: of each sample's plain embedding, None where it failed; computed: embeddings that the store lacked; failed: path → reason."""
+    """keys: of each sample's plain embedding, None where it failed; computed: number of embeddings that the store lacked;
+    reused: number of those that it had; failed: path → reason.
+    """
 
     keys: list[Key | None] = field(default_factory=list)
     computed: int = 0
+    reused: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,9 +82,9 @@ def embed(
     store.refresh()
     wanted = _wanted(samples, stored, options)
     missing = [row for row in wanted.values() if row.key not in store]
+    result.reused = len(wanted) - len(missing)
     if missing:
-        count = len(wanted) - len(missing)
-        with Progress("embedding", len(wanted), unit="embeddings", count=count) as progress:
+        with Progress("embedding", len(wanted), unit="embeddings", count=result.reused) as progress:
             for done in _computed(missing, model, store, options, stop):
                 if done is not None:
                     progress.update(done.rows + len(done.failed))

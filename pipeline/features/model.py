@@ -86,6 +86,10 @@ def open_model(model: str, weights: str = "none", image_size: Size | None = None
         raise DataError(
             f"--model {model}: the folder holds neither a bundle nor a run; name one, or a network such as resnet18"
         )
+    if model.startswith(("models:", "runs:")):
+        raise DataError(
+            f"--model {model}: models of MLflow are not accepted here; name a folder, such as runs/NAME/bundle"
+        )
     return _network_model(model, weights, image_size)
 
 

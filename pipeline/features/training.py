@@ -50,8 +50,7 @@ def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], tracker: An
         raise DataError(
             f"{path}: {reason} ({len(embedded.failed)} such images); remove them, or set data.on_bad_file: skip"
         )
-    stored = sum(key is not None for key in embedded.keys) - embedded.computed
-    log.info("%s embeddings computed, %s from %s", f"{embedded.computed:,}", f"{max(0, stored):,}", store.folder)
+    log.info("%s embeddings computed, %s from %s", f"{embedded.computed:,}", f"{embedded.reused:,}", store.folder)
     count = len(manifest.of("train"))
     train, val = (_part(store, embedded, manifest, samples, rows) for rows in (slice(count), slice(count, None)))
     try:

@@ -1,7 +1,7 @@
 """Choose the values of a first config, each with its reason."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,18 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
             from_data=False,
         ),
     ]  # fmt: skip
+    if any(choice.value == "probe" for choice in choices if choice.key == "model.mode"):
+        choices = [_for_later(choice) for choice in choices]
     return Proposal(tuple(choices), (*survey.notes, *missing_weights_notes(survey, network)))
+
+
+def _for_later(choice: Choice) -> Choice:
+    """Say in the reason if `model.mode: probe` does not use the key. The values fit a later fine-tuning."""
+    if choice.key in ("augment.policy", "optim.lr", "trainer.max_epochs"):
+        return replace(choice, reason=f"not for probe; for fine-tune: {choice.reason}")
+    if choice.key == "data.batch_size":
+        return replace(choice, reason=choice.reason.partition(":")[0])
+    return choice
 
 
 def _data(survey: Survey, network: ProposedNetwork) -> list[Choice]:

@@ -94,11 +94,13 @@ def train(
                 history = fit(assembly, run.path, tracker, checkpoint, [doctor, cost])
                 assessment = evaluate(assembly, run.path, doctor, history)
                 metrics = assessment.evaluation.metrics | assessment.more
+                log.info("writing the report and the bundle")
                 _write_report(assembly, run.path, assessment, doctor, history)
                 if tracker is not None:
                     _track_metrics(assembly, tracker, assessment, epochs=len(history))
                 package(assembly, run.path, assessment)
             if tracker is not None:
+                log.info("sending the report and the bundle to MLflow")
                 _upload(assembly, run, tracker, cost)
                 if registers and config.tracking.model_name:
                     tracker.register(config.tracking.model_name, config.tracking.alias)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from pathlib import Path
 
 from refract import progress
@@ -140,10 +141,19 @@ class ServedModels:
         return worker
 
     def _check_familiarity(self, engine: Engine) -> None:
-        if self._settings.min_familiarity is not None and engine.familiarity is None:
+        limit = self._settings.min_familiarity
+        if limit is None:
+            return
+        if engine.familiarity is None:
             raise BundleError(
                 f"{engine.bundle.path}: has no training features, which --min-familiarity needs; train again, or omit the option"
             )
+        if (usual := engine.familiarity.usual_below(limit)) > 2 * limit:
+            logger.warning(
+                "--min-familiarity %g: about %.0f%% of usual images will abstain, because %s has only %d validation images; "
+                "train with %d or more",
+                limit, 100 * usual, engine.bundle.path, len(engine.familiarity.training.validation), math.ceil(1 / limit) - 1,
+            )  # fmt: skip
 
     def _new_worker(self, engine: Engine) -> ModelWorker:
         return ModelWorker(

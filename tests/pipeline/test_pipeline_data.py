@@ -358,3 +358,10 @@ def test_the_error_of_a_row_with_extra_fields_names_its_line(tmp_path: Path, row
     (tmp_path / "m.csv").write_text(f"path,label\n{rows}")
     with pytest.raises(DataError, match=f"line {line}: has more fields than the header"):
         load_manifest(tmp_path / "m.csv")
+
+
+def test_a_third_class_of_a_binary_config_names_the_value_to_set(tmp_path: Path) -> None:
+    for label in ("ant", "bee", "wasp"):
+        write_image(tmp_path / label / "0.jpg", make_image("red", 0))
+    with pytest.raises(DataError, match=r"3 classes: ant, bee, wasp; set data\.task: multiclass"):
+        load_manifest(tmp_path, "binary")

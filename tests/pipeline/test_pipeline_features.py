@@ -52,7 +52,7 @@ def run(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> Embe
 def test_a_second_command_embeds_nothing_again(run: Embed) -> None:
     assert run()["computed"] == 60
     again = run()
-    assert (again["computed"], again["stored"]) == (0, 60)
+    assert (again["computed"], again["reused"], again["stored"]) == (0, 60, 60)
 
 
 def test_a_changed_image_is_embedded_again_and_a_moved_or_relabelled_one_is_not(run: Embed, folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_changed_image_is_embedded_again_and_a_moved_or_relabelled_one_is_not(
     (folder / classes[0] / "01.jpg").rename(folder / classes[1] / "moved.jpg")
     (folder / classes[0] / "02.jpg").unlink()
     result = run()
-    assert (result["computed"], result["stored"]) == (1, 59)
+    assert (result["computed"], result["reused"], result["stored"]) == (1, 58, 59)
     key, record = next(stored_models(Path("features")))
     stored = {Path(sample.path).name: sample for sample in FeatureStore(Path("features"), key, record).samples()}
     assert len(FeatureStore(Path("features"), key, record).samples()) == 59
@@ -196,6 +196,7 @@ def test_worker_processes_write_the_same_embeddings(run: Embed, monkeypatch: pyt
         (["embed", "DATA", "--model", "resnet20"], "a network needs weights"),
         (["embed", "DATA", "--model", "lenet6"], "lenet6"),
         (["embed", "DATA", "--model", "."], "neither a bundle nor a run"),
+        (["embed", "DATA", "--model", "models:/photos@champion"], "not accepted here; name a folder, such as"),
         (["embed", "nothing", "--model", "resnet20", "--weights", "WEIGHTS"], "nothing"),
         (["search", "nothing", "x.jpg"], "is not a feature store"),
     ],

@@ -146,6 +146,8 @@ def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
     assert many.value("trainer.max_epochs") < few.value("trainer.max_epochs")
     text = config_text(few, survey)
     assert "\n  # lr has its default: " in text and "\n  lr:" not in text
+    assert "max_epochs: 40                # not for probe; for fine-tune: " in text
+    assert "not for probe" not in config_text(many, survey)
 
 
 def test_the_learning_rate_stays_null_so_that_it_follows_later_weights(tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_unfamiliar_images_abstain_with_their_own_code_and_are_counted(familiar:
             assert metrics.get_sample_value(name) == 1
 
 
+@pytest.mark.parametrize(("limit", "warns"), [(0.01, True), (0.1, False)])
+def test_a_limit_that_few_validation_images_cannot_resolve_is_reported(
+    familiar: Bundle, serving, caplog: pytest.LogCaptureFixture, limit: float, warns: bool
+) -> None:
+    with serving(create_app(familiar, min_familiarity=limit)):
+        assert ("about 5% of usual images will abstain" in caplog.text) == warns
+        assert ("only 20 validation images; train with 99 or more" in caplog.text) == warns
+
+
 def test_a_bundle_without_training_features_has_no_familiarity(bundle, serving, make_image) -> None:
     with serving(create_app(bundle, similar=True)) as client:
         assert client.get("/v1/model").json()["training_images"] == 0
