@@ -10,6 +10,7 @@ from typing import Any
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.classifier import Classifier
+from refract.models.credentials import masked
 from refract.models.head import called_head
 from refract.models.pretrained.weights import folder_arrays
 from refract.models.registry import build, weights_preprocess
@@ -18,6 +19,7 @@ from refract.pipeline.data.errors import DataError
 from refract.pipeline.inference.scoring import preprocess_of
 from refract.pipeline.training.build import make_preprocess
 from refract.pipeline.training.fit import network_record
+from refract.plugins import provider
 
 INFO = "bundle.json"
 
@@ -53,10 +55,12 @@ def model_key(
     classifier: Classifier, preprocess: Preprocess, network: Mapping[str, Any], text: Mapping[str, Any] | None
 ) -> str:
     """Return the SHA-256 of all that an embedding depends on besides the sample: the weights below the head, the networks' names and
-    arguments, the tokenizer's files and the preprocessing.
+    arguments, the tokenizer's files, the preprocessing, and the code of the plugin that adds the network.
     """
     args = {name: value for name, value in network["args"].items() if name != "head"}
-    facts = {"network": {**network, "args": args}, "text": text, "preprocess": preprocess.to_dict()}
+    facts: dict[str, Any] = {"network": {**network, "args": args}, "text": text, "preprocess": preprocess.to_dict()}
+    if (plugin := provider("network", str(network["name"]))) is not None:
+        facts["plugin"] = plugin.sha256
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     head = {id(value) for value in called_head(classifier.network).state_dict(keep_vars=True).values()}
     for name, value in sorted(classifier.state_dict(keep_vars=True).items()):
@@ -136,6 +140,8 @@ def _network_model(name: str, weights: str, image_size: Size | None) -> Embeddin
 
 
 def network_values(name: str, weights: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the record from which `reopen` builds a network again. A file of weights is stored by its absolute path."""
-    where = str(Path(weights).resolve()) if Path(weights).exists() else weights
+    """Return the record from which `reopen` builds a network again. A file of weights is stored by its absolute path, a URL without its
+    credentials: the masked URL names the cached download.
+    """
+    where = str(Path(weights).resolve()) if Path(weights).exists() else masked(weights)
     return {"network": name, "weights": where, "image_size": list(size)}
