@@ -37,23 +37,26 @@ def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], tracker: An
     config, manifest, module = assembly.config, assembly.manifest, assembly.module
     classifier = module.classifier.to(assembly.device).eval()
     started = time.perf_counter()
-    values = network_values(config.model.name, config.model.weights, config.data.sides())
+    values = network_values(config.model.name, assembly.weights, config.data.sides())
     model = embedding_model(classifier, assembly.data.preprocess, network, assembly.text, values)
     store = FeatureStore(Path(config.data.features), model.key, model.record)
     samples = [*manifest.of("train"), *manifest.of("val")]
+    needed = len(samples)
+    samples += manifest.of("test")  # which the list of the source in the store keeps
     names = [tuple(manifest.labels[i] for i in sample.labels) for sample in samples]
     with stop_requests("after this shard; finished embeddings are kept") as stop:
         options = Options(device="cuda" if assembly.device == "cuda" else "cpu")
-        embedded = embed(model, samples, names, store, source_name(manifest.source), options, stop)
+        embedded = embed(model, samples, names, store, source_name(manifest.source), options, stop, first=needed)
     if embedded.failed:
         path, reason = next(iter(embedded.failed.items()))
         raise DataError(
             f"{path}: {reason} ({len(embedded.failed)} such images); remove them, or set data.on_bad_file: skip"
         )
-    stored = sum(key is not None for key in embedded.keys) - embedded.computed
+    stored = sum(key is not None for key in embedded.keys[:needed]) - embedded.computed
     log.info("%s embeddings computed, %s from %s", f"{embedded.computed:,}", f"{max(0, stored):,}", store.folder)
     count = len(manifest.of("train"))
-    train, val = (_part(store, embedded, manifest, samples, rows) for rows in (slice(count), slice(count, None)))
+    parts = slice(count), slice(count, needed)
+    train, val = (_part(store, embedded, manifest, samples, rows) for rows in parts)
     try:
         fitted = fit_head(
             config.model.mode, train, val, multilabel=manifest.task == "multilabel",
@@ -80,11 +83,11 @@ def _part(store: FeatureStore, embedded: Embedded, manifest: Manifest, samples: 
 
 
 def _named(metrics: dict[str, float], monitor: str) -> dict[str, float]:
-    """Return the metrics under the names of the training loop. The monitored score of multi-label is another one than the accuracy."""
+    """Return the metrics under the names of the training loop. The monitored score of multi-label is the mean average precision."""
     if monitor == "val_accuracy":
         return metrics
     losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-    return losses | {monitor: metrics.get("val_accuracy", 0.0)}
+    return losses | {monitor: metrics["val_average_precision"]}
 
 
 def install_head(network: nn.Module, head: nn.Module, name: str) -> None:
