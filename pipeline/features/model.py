@@ -14,7 +14,7 @@ from refract.models.credentials import masked
 from refract.models.head import called_head
 from refract.models.pretrained.weights import folder_arrays
 from refract.models.registry import build, weights_preprocess
-from refract.pipeline.config.config import config_from_dict
+from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.inference.scoring import preprocess_of
 from refract.pipeline.training.build import make_preprocess
@@ -115,13 +115,12 @@ def reopen(key: str, record: Mapping[str, Any]) -> EmbeddingModel:
 
 def _network_model(name: str, weights: str, image_size: Size | None) -> EmbeddingModel:
     """Build a network with the preprocessing that a training's config gives it by default, so that both have the same key."""
-    config = config_from_dict({"model": {"name": name, "weights": weights}, "tracking": {"enabled": False}})
     try:
         recorded = weights_preprocess(name, weights) or {}
         if weights == "none":
             raise ValueError("a network needs weights; add --weights default or --weights FILE, or name a bundle")
         size = image_size or recorded.get("image_size", DEFAULT_SIZE)
-        config = config.changed({"data.image_size": size if isinstance(size, int) else tuple(size)})
+        config = _default_config(name, weights, size)
         preprocess = make_preprocess(config)
         network = build(name, 1, image_size=config.data.sides(), weights=weights)
         arrays: dict[str, Any] = {}
@@ -137,6 +136,24 @@ def _network_model(name: str, weights: str, image_size: Size | None) -> Embeddin
     return embedding_model(
         classifier.eval(), preprocess, network_facts, None, network_values(name, weights, config.data.sides())
     )
+
+
+def _default_config(name: str, weights: str, size: Size) -> Config:
+    config = config_from_dict({"model": {"name": name, "weights": weights}, "tracking": {"enabled": False}})
+    return config.changed({"data.image_size": size if isinstance(size, int) else tuple(size)})
+
+
+def values_of(config: Config, weights: str, preprocess: Preprocess, run_dir: Path) -> dict[str, Any]:
+    """Return the record from which `reopen` builds the network of a training again.
+
+    It is the network if name, weights and size determine it, else the bundle that the training writes. weights: `model.weights`, with a
+    folder on this machine in place of a model's name.
+    """
+    model, size = config.model, config.data.sides()
+    alone = weights != "none" and not model.args
+    if alone and preprocess == make_preprocess(_default_config(model.name, weights, size)):
+        return network_values(model.name, weights, size)
+    return {"bundle": str((run_dir / "bundle").resolve()), "name": run_dir.name}
 
 
 def network_values(name: str, weights: str, size: tuple[int, int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from refract.pipeline.config.config import ConfigError
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.features.embed import Embedded, Options, embed, source_name
 from refract.pipeline.features.heads import Part, fit_head
-from refract.pipeline.features.model import embedding_model, network_values
+from refract.pipeline.features.model import embedding_model, values_of
 from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.training.callbacks.stopping import stop_requests
 
@@ -28,16 +28,19 @@ CHECKED = 4
 """Images on which the network with its new head is compared with the head alone."""
 
 
-def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], tracker: Any) -> list[dict[str, float]]:
+def fit_on_embeddings(
+    assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any
+) -> list[dict[str, float]]:
     """Embed the training and validation samples, fit the head by `model.mode`, and return the metrics as those of one epoch.
 
-    network: the bundle's record of the network. Embeddings come from the store `data.features` where it has them. Raises DataError for an
-    image that cannot be embedded, ConfigError for a network whose head cannot be set, and Stopped after SIGTERM or Ctrl-C.
+    network: the bundle's record of the network; run_dir: where the training writes its bundle. Embeddings come from the store
+    `data.features` where it has them. Raises DataError for an image that cannot be embedded, ConfigError for a network whose head cannot
+    be set, and Stopped after SIGTERM or Ctrl-C.
     """
     config, manifest, module = assembly.config, assembly.manifest, assembly.module
     classifier = module.classifier.to(assembly.device).eval()
     started = time.perf_counter()
-    values = network_values(config.model.name, assembly.weights, config.data.sides())
+    values = values_of(config, assembly.weights, assembly.data.preprocess, run_dir)
     model = embedding_model(classifier, assembly.data.preprocess, network, assembly.text, values)
     store = FeatureStore(Path(config.data.features), model.key, model.record)
     samples = [*manifest.of("train"), *manifest.of("val")]

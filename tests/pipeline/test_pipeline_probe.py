@@ -223,3 +223,10 @@ def test_training_keeps_the_test_images_in_the_list_of_the_source(folder: Path, 
     trained(folder, **{"model.mode": "probe", "model.weights": tmp_path / "weights.safetensors", "data.image_size": 32})
     ((key, record),) = stored_models(Path("features"))
     assert len(FeatureStore(Path("features"), key, record).samples()) == 60
+
+
+def test_search_finds_the_model_of_a_training_in_its_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(folder, **{"model.mode": "probe", "data.crop_ratio": 0.5})
+    image = str(min(folder.rglob("*.jpg")))
+    assert cli.main(["search", "features", image, "--top", "1"]) == 0
+    assert "1.000" in capsys.readouterr().out
