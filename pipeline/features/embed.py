@@ -88,7 +88,7 @@ def embed(
         with Progress("embedding", len(wanted), unit="embeddings", count=count) as progress:
             for done in _computed(missing, model, store, options, stop):
                 if done is not None:
-                    progress.update(done.count)
+                    progress.update(done.total)
                     result.computed += done.rows
                     result.failed |= done.failed
         store.refresh()

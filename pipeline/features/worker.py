@@ -42,12 +42,12 @@ class Shard(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A shard whose file is written. rows: number of its embeddings; count: number of its rows; failed: path → why its sample has no
+    """A shard whose file is written. rows: number of its embeddings; total: number of its rows; failed: path → why its sample has no
     embedding, one entry for all views of the sample."""
 
     number: int
     rows: int
-    count: int
+    total: int
     failed: dict[str, str]
 
 
