@@ -51,7 +51,11 @@ class Familiarity:
 
     def distances(self, embedding: Tensor) -> Tensor:
         """(N, D) embeddings on the device → (N,) distances, float32 in 0…2."""
-        cosines = self._reduced(embedding) @ self._features.T
+        return self.distances_of(self._reduced(embedding))
+
+    def distances_of(self, reduced: Tensor) -> Tensor:
+        """(N, at most WIDEST) results of `Reduced` on the device → (N,) distances, float32 in 0…2."""
+        cosines = reduced @ self._features.T
         if NEIGHBOURS == 1:
             return 1 - cosines.amax(dim=1)
         return 1 - cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1, sorted=True).values[:, -1]

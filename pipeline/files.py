@@ -63,6 +63,11 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def printable(path: str) -> str:
+    """Return the path as valid UTF-8, with undecodable bytes as \\xNN."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def locked(path: Path, otherwise: Exception) -> Iterator[None]:
     """Hold an exclusive lock on the file, which is created, during the block. Raises `otherwise` if another process holds it.

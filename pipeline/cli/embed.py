@@ -75,6 +75,7 @@ def _embed(args: argparse.Namespace) -> int:
     from refract.pipeline.features.model import open_model
     from refract.pipeline.features.source import samples_of
     from refract.pipeline.features.store import FeatureStore
+    from refract.pipeline.files import printable
     from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped, stop_requests
 
     samples, labels = samples_of(args.data)
@@ -97,15 +98,15 @@ def _embed(args: argparse.Namespace) -> int:
     rate = f" in {seconds:.1f} s, {done.computed / seconds:,.0f} a second" if done.computed else ""
     reused = f"; {done.reused:,} from the store" if done.reused else ""
     print(f"{store.folder}: {stored:,} samples of {args.data}; embeddings computed: {done.computed:,}{rate}{reused}")
-    for path, reason in list(done.failed.items())[:5]:
+    failed = {printable(path): reason for path, reason in done.failed.items()}
+    for path, reason in list(failed.items())[:5]:
         print(f"  {path}: {reason}", file=sys.stderr)
-    if len(done.failed) > 5:
-        print(f"  and {len(done.failed) - 5:,} more without an embedding", file=sys.stderr)
+    if len(failed) > 5:
+        print(f"  and {len(failed) - 5:,} more without an embedding", file=sys.stderr)
     output.result(
         {
             "store": store.folder, "model": model.key, "samples": len(samples), "stored": stored, "computed": done.computed,
-            "reused": done.reused,
-            "failed": done.failed, "seconds": round(seconds, 3),
+            "reused": done.reused, "failed": failed, "seconds": round(seconds, 3),
         }
     )  # fmt: skip
     return 0 if stored else 1

@@ -49,18 +49,19 @@ def _search(args: argparse.Namespace) -> int:
     from refract.pipeline.features.embed import embed_images
     from refract.pipeline.features.search import nearest
     from refract.pipeline.features.store import FeatureStore
+    from refract.pipeline.files import printable
 
     model = _model(args)
     vectors = embed_images(model, args.images)
     found = nearest(FeatureStore(args.features, model.key, model.record), vectors, args.top)
     for image, neighbours in zip(args.images, found, strict=True):
-        print(f"{image}:")
+        print(f"{printable(str(image))}:")
         for neighbour in neighbours:
             labels = ";".join(neighbour.sample.labels)
             print(f"  {neighbour.similarity:6.3f}  {neighbour.sample.path}" + (f"  {labels}" if labels else ""))
     output.result(
         {
-            str(image): [
+            printable(str(image)): [
                 {
                     "similarity": n.similarity,
                     "path": n.sample.path,

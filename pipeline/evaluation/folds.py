@@ -16,7 +16,7 @@ from refract.pipeline.evaluation.custom_metrics import RESERVED
 from refract.pipeline.evaluation.evaluate import Evaluation, measured, probabilities_of
 from refract.pipeline.evaluation.intervals import LEVEL
 from refract.pipeline.evaluation.report import Report, make_report
-from refract.pipeline.files import written_atomically
+from refract.pipeline.files import printable, written_atomically
 from refract.pipeline.inference.scoring import preprocess_of
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _write_predictions(path: Path, rows: Sequence[tuple[Any, int, np.ndarray]], 
     import pyarrow.parquet as pq
 
     labels, samples = data.manifest.labels, [row[0] for row in rows]
-    columns: dict[str, Any] = {"path": pa.array([sample.path for sample in samples], pa.string())}
+    columns: dict[str, Any] = {"path": pa.array([printable(sample.path) for sample in samples], pa.string())}
     if any(sample.text for sample in samples):
         columns["text"] = pa.array([sample.text for sample in samples], pa.string())
     columns["label"] = pa.array([";".join(labels[i] for i in sample.labels) for sample in samples], pa.string())

@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from refract.augment import Augmenter, ImageError
-from refract.models.head import head_inputs
+from refract.augment import Augmenter
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.features import worker
@@ -22,7 +21,9 @@ from refract.pipeline.features.model import EmbeddingModel
 from refract.pipeline.features.store import PLAIN, FeatureStore, Key, StoredSample, View, content_of
 from refract.pipeline.files import read_file
 from refract.pipeline.inference.batch_scoring import choose_devices, cores
+from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.plugins import loaded
 from refract.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -67,27 +68,30 @@ def embed(
     source: str,
     options: Options,
     stop: Stop,
+    *,
+    first: int | None = None,
 ) -> Embedded:
     """Make sure that the store holds the embedding of each sample, and list the samples under `source`.
 
-    labels: class names of each sample. Each distinct content is computed once. Raises Stopped after a stop signal, DataError or
+    labels: class names of each sample. first: embed only so many samples; the others are listed if the store has their embeddings. Each
+    distinct content is computed once. Raises Stopped after a stop signal, DataError or
     ScoringError where a worker fails; finished shards stay in the store.
     """
     result = Embedded()
-    contents = _contents(samples, model.classifier.tokens is not None, result.failed)
+    contents = _contents(samples, model.classifier.reads, result.failed)
     stored = [
         StoredSample(content or "", sample.path, names, sample.split, sample.text)
         for content, sample, names in zip(contents, samples, labels, strict=True)
     ]
     store.refresh()
-    wanted = _wanted(samples, stored, options)
+    wanted = _wanted(samples[:first], stored[:first], options)
     missing = [row for row in wanted.values() if row.key not in store]
     result.reused = len(wanted) - len(missing)
     if missing:
         with Progress("embedding", len(wanted), unit="embeddings", count=result.reused) as progress:
             for done in _computed(missing, model, store, options, stop):
                 if done is not None:
-                    progress.update(done.rows + len(done.failed))
+                    progress.update(done.total)
                     result.computed += done.rows
                     result.failed |= done.failed
         store.refresh()
@@ -98,12 +102,15 @@ def embed(
     return result
 
 
-def _contents(samples: Sequence[Sample], texts: bool, failed: dict[str, str]) -> list[str | None]:
-    """Hash the content of each sample, None for a file that cannot be read."""
+def _contents(samples: Sequence[Sample], reads: frozenset[str], failed: dict[str, str]) -> list[str | None]:
+    """Hash the content of each sample, None for a file that cannot be read and for a sample without what the model reads."""
 
     def hashed(sample: Sample) -> str | OSError:
+        image, text = sample.has_image and "images" in reads, trimmed(sample.text) if "texts" in reads else ""
+        if not image and not text:
+            return OSError(f"has no {' and no '.join(name[:-1] for name in sorted(reads))}, which the model reads")
         try:
-            return content_of(sample.read() if sample.has_image else b"", trimmed(sample.text) if texts else "")
+            return content_of(sample.read() if image else b"", text)
         except OSError as error:
             return error
 
@@ -136,6 +143,7 @@ def _wanted(samples: Sequence[Sample], stored: Sequence[StoredSample], options: 
 def policy_digest(augmenter: Augmenter) -> str:
     """Return the SHA-256 of all that a view depends on besides the image, the epoch and the index, in hexadecimal."""
     facts = [augmenter.policy.to_spec(), augmenter.seed, augmenter.size, augmenter.color_profile]
+    facts += sorted(plugin.sha256 for plugin in loaded())  # which may have the code of the policy's ops
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -147,10 +155,8 @@ def _computed(
         for number, start in enumerate(range(0, len(missing), SHARD_SIZE))
     ]
     devices = choose_devices(options.device, options.jobs, len(shards))
-    job = worker.Job(
-        worker.pickled(model.classifier, model.preprocess, options.augmenter), store.folder.resolve(), options.batch_size,
-        devices[0], max(1, cores() // len(devices)),
-    )  # fmt: skip
+    threads = max(1, cores() // len(devices))
+    job = worker.Job(b"", store.folder.resolve(), options.batch_size, devices[0], threads)
     if options.jobs is None and len(devices) > 1:  # the first shard shows whether further processes pay
         embedder = worker.Embedder(model.classifier, model.preprocess, options.augmenter, replace(job, threads=cores()))
         while shards:
@@ -161,14 +167,14 @@ def _computed(
                 break
     if not shards:
         return
-    if len(devices) > 1:
+    pickled = worker.pickled(model.classifier, model.preprocess, options.augmenter) if len(devices) > 1 else b""
+    if pickled:
         from refract.pipeline.inference.batch.local_workers import score_in_processes
 
-        yield from score_in_processes(shards, job, devices, stop)
+        yield from score_in_processes(shards, replace(job, model=pickled), devices, stop)
         return
-    yield from _stoppable(
-        worker.Embedder(model.classifier, model.preprocess, options.augmenter, job)(iter(shards)), stop
-    )
+    embedder = worker.Embedder(model.classifier, model.preprocess, options.augmenter, replace(job, threads=cores()))
+    yield from _stoppable(embedder(iter(shards)), stop)
 
 
 def _stoppable(done: Iterator[worker.Done], stop: Stop) -> Iterator[worker.Done]:
@@ -184,15 +190,19 @@ def source_name(source: str) -> str:
 
 
 def embed_images(model: EmbeddingModel, files: Sequence[Path]) -> np.ndarray:
-    """Return the embeddings of image files, float32 (N, D), without a store. DataError names a file that cannot be read."""
+    """Return the embeddings of image files without texts, float32 (N, D), without a store.
+
+    DataError names a file that cannot be read or embedded, and for a model that reads no images.
+    """
+    if "images" not in model.classifier.reads:
+        raise DataError(f"{files[0]}: the model reads only texts; expected a model that reads images")
+    inputs = [SampleInput(partial(read_file, file)) for file in files]
     vectors = []
-    with head_inputs(model.classifier.network) as batches:
-        for file in files:
-            try:
-                image = model.preprocess(read_file(file))
-            except (OSError, ImageError) as error:
-                raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
-            with torch.inference_mode():
-                model.classifier(torch.from_numpy(image).permute(2, 0, 1)[None])
-            vectors.append(batches.pop().numpy()[0])
+    outcomes = score_outputs(model.classifier, model.preprocess, inputs, embed=True, task="multilabel", threads=1)
+    for file, outcome in zip(files, outcomes, strict=True):
+        if not isinstance(outcome, Scored):
+            raise DataError(f"{file}: {getattr(outcome, 'strerror', None) or outcome}") from outcome
+        if outcome.embedding is None or not np.isfinite(outcome.embedding).all():
+            raise DataError(f"{file}: the network's features are not finite")
+        vectors.append(outcome.embedding)
     return np.stack(vectors)

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Fitted:
     """head: in eval mode, maps (N, D) to logits (N, C); choice: the chosen setting, for the log; metrics: loss and accuracy on both sets,
-    for multi-label the fraction of right decisions.
+    for multi-label the fraction of right decisions and `val_average_precision`, the mean over the labels.
     """
 
     head: nn.Module
@@ -73,6 +73,8 @@ def fit_head(mode: str, train: Part, val: Part, *, multilabel: bool, balanced: b
         if len(part.features):
             row[f"{name}_loss"] = float(_losses(head, part, multilabel).mean())
             row[f"{name}_accuracy"] = float(_right(head, part, multilabel).mean())
+    if multilabel:
+        row["val_average_precision"] = _average_precision(head, val)
     return Fitted(head, candidates[chosen].choice, row)
 
 
@@ -106,6 +108,8 @@ def _outputs(head: nn.Module, features: np.ndarray) -> Tensor:
 
 def _losses(head: nn.Module, part: Part, multilabel: bool) -> np.ndarray:
     """Return the negative log-likelihood of each sample, the mean over the labels for multi-label."""
+    if not len(part.features):  # without samples the number of features is unknown
+        return np.zeros(0, np.float32)
     logits, targets = _outputs(head, part.features), torch.from_numpy(part.targets).float()
     if multilabel:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy()
@@ -117,6 +121,16 @@ def _right(head: nn.Module, part: Part, multilabel: bool) -> np.ndarray:
     if multilabel:
         return ((logits >= 0) == part.targets).mean(axis=1)
     return part.targets[np.arange(len(logits)), logits.argmax(axis=1)]
+
+
+def _average_precision(head: nn.Module, part: Part) -> float:
+    """Return the mean of the average precisions of the labels that occur, 0 if none does."""
+    from sklearn.metrics import average_precision_score
+
+    seen = part.targets.any(axis=0)
+    if not seen.any():
+        return 0.0
+    return float(average_precision_score(part.targets[:, seen], _outputs(head, part.features).numpy()[:, seen]))
 
 
 def _probes(train: Part, multilabel: bool, balanced: bool) -> Iterator[Candidate]:

@@ -10,14 +10,16 @@ from typing import Any
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.classifier import Classifier
+from refract.models.credentials import masked
 from refract.models.head import called_head
 from refract.models.pretrained.weights import folder_arrays
 from refract.models.registry import build, weights_preprocess
-from refract.pipeline.config.config import config_from_dict
+from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.inference.scoring import preprocess_of
 from refract.pipeline.training.build import make_preprocess
 from refract.pipeline.training.fit import network_record
+from refract.plugins import provider
 
 INFO = "bundle.json"
 
@@ -53,10 +55,12 @@ def model_key(
     classifier: Classifier, preprocess: Preprocess, network: Mapping[str, Any], text: Mapping[str, Any] | None
 ) -> str:
     """Return the SHA-256 of all that an embedding depends on besides the sample: the weights below the head, the networks' names and
-    arguments, the tokenizer's files and the preprocessing.
+    arguments, the tokenizer's files, the preprocessing, and the code of the plugin that adds the network.
     """
     args = {name: value for name, value in network["args"].items() if name != "head"}
-    facts = {"network": {**network, "args": args}, "text": text, "preprocess": preprocess.to_dict()}
+    facts: dict[str, Any] = {"network": {**network, "args": args}, "text": text, "preprocess": preprocess.to_dict()}
+    if (plugin := provider("network", str(network["name"]))) is not None:
+        facts["plugin"] = plugin.sha256
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     head = {id(value) for value in called_head(classifier.network).state_dict(keep_vars=True).values()}
     for name, value in sorted(classifier.state_dict(keep_vars=True).items()):
@@ -115,13 +119,12 @@ def reopen(key: str, record: Mapping[str, Any]) -> EmbeddingModel:
 
 def _network_model(name: str, weights: str, image_size: Size | None) -> EmbeddingModel:
     """Build a network with the preprocessing that a training's config gives it by default, so that both have the same key."""
-    config = config_from_dict({"model": {"name": name, "weights": weights}, "tracking": {"enabled": False}})
     try:
         recorded = weights_preprocess(name, weights) or {}
         if weights == "none":
             raise ValueError("a network needs weights; add --weights default or --weights FILE, or name a bundle")
         size = image_size or recorded.get("image_size", DEFAULT_SIZE)
-        config = config.changed({"data.image_size": size if isinstance(size, int) else tuple(size)})
+        config = _default_config(name, weights, size)
         preprocess = make_preprocess(config)
         network = build(name, 1, image_size=config.data.sides(), weights=weights)
         arrays: dict[str, Any] = {}
@@ -139,7 +142,27 @@ def _network_model(name: str, weights: str, image_size: Size | None) -> Embeddin
     )
 
 
+def _default_config(name: str, weights: str, size: Size) -> Config:
+    config = config_from_dict({"model": {"name": name, "weights": weights}, "tracking": {"enabled": False}})
+    return config.changed({"data.image_size": size if isinstance(size, int) else tuple(size)})
+
+
+def values_of(config: Config, weights: str, preprocess: Preprocess, run_dir: Path) -> dict[str, Any]:
+    """Return the record from which `reopen` builds the network of a training again.
+
+    It is the network if name, weights and size determine it, else the bundle that the training writes. weights: `model.weights`, with a
+    folder on this machine in place of a model's name.
+    """
+    model, size = config.model, config.data.sides()
+    alone = weights != "none" and not model.args
+    if alone and preprocess == make_preprocess(_default_config(model.name, weights, size)):
+        return network_values(model.name, weights, size)
+    return {"bundle": str((run_dir / "bundle").resolve()), "name": run_dir.name}
+
+
 def network_values(name: str, weights: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the record from which `reopen` builds a network again. A file of weights is stored by its absolute path."""
-    where = str(Path(weights).resolve()) if Path(weights).exists() else weights
+    """Return the record from which `reopen` builds a network again. A file of weights is stored by its absolute path, a URL without its
+    credentials: the masked URL names the cached download.
+    """
+    where = str(Path(weights).resolve()) if Path(weights).exists() else masked(weights)
     return {"network": name, "weights": where, "image_size": list(size)}

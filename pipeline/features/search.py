@@ -19,7 +19,7 @@ class Neighbour:
 def nearest(store: FeatureStore, vectors: np.ndarray, count: int) -> list[list[Neighbour]]:
     """Return for each of the vectors (N, D) the `count` most similar samples of all sources in the store, most similar first.
 
-    The result is exact. The shards are read one after the other, so that memory does not grow with the store.
+    The result is exact. Memory holds the list of samples and the embeddings of one shard.
     """
     store.refresh()
     samples = [sample for sample in store.samples() if Key(sample.content) in store]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from refract.pipeline.data.errors import DataError
-from refract.pipeline.files import read_file, write_atomically, written_atomically
+from refract.pipeline.files import printable, read_file, write_atomically, written_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,7 +70,7 @@ def content_of(data: bytes, text: str = "") -> str:
     """Return the SHA-256 of a sample's encoded image, and of its text if the model reads texts, in hexadecimal."""
     digest = hashlib.sha256(data)
     if text:
-        digest.update(b"\0" + text.encode())
+        digest.update(b"\0" + text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -137,7 +137,7 @@ class FeatureStore:
         table = pa.table(
             {
                 "sha256": pa.array([row.content for row in rows], pa.string()),
-                "path": pa.array([row.path for row in rows], pa.string()),
+                "path": pa.array([printable(row.path) for row in rows], pa.string()),
                 "labels": pa.array([list(row.labels) for row in rows], pa.list_(pa.string())),
                 "split": pa.array([row.split for row in rows], pa.string()),
                 "text": pa.array([row.text for row in rows], pa.string()),
@@ -172,7 +172,7 @@ def write_vectors(
     table = pa.table(
         {
             "sha256": pa.array([key.content for key in keys], pa.string()),
-            "path": pa.array([sample.path for sample in samples], pa.string()),
+            "path": pa.array([printable(sample.path) for sample in samples], pa.string()),
             "labels": pa.array([list(sample.labels) for sample in samples], pa.list_(pa.string())),
             "split": pa.array([sample.split for sample in samples], pa.string()),
             "policy": pa.array([key.view.policy for key in keys], pa.string()),

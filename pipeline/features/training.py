@@ -15,7 +15,7 @@ from refract.pipeline.config.config import ConfigError
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.features.embed import Embedded, Options, embed, source_name
 from refract.pipeline.features.heads import Part, fit_head
-from refract.pipeline.features.model import embedding_model, network_values
+from refract.pipeline.features.model import embedding_model, values_of
 from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.training.callbacks.stopping import stop_requests
 
@@ -28,23 +28,28 @@ CHECKED = 4
 """Images on which the network with its new head is compared with the head alone."""
 
 
-def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], tracker: Any) -> list[dict[str, float]]:
+def fit_on_embeddings(
+    assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any
+) -> list[dict[str, float]]:
     """Embed the training and validation samples, fit the head by `model.mode`, and return the metrics as those of one epoch.
 
-    network: the bundle's record of the network. Embeddings come from the store `data.features` where it has them. Raises DataError for an
-    image that cannot be embedded, ConfigError for a network whose head cannot be set, and Stopped after SIGTERM or Ctrl-C.
+    network: the bundle's record of the network; run_dir: where the training writes its bundle. Embeddings come from the store
+    `data.features` where it has them. Raises DataError for an image that cannot be embedded, ConfigError for a network whose head cannot
+    be set, and Stopped after SIGTERM or Ctrl-C.
     """
     config, manifest, module = assembly.config, assembly.manifest, assembly.module
     classifier = module.classifier.to(assembly.device).eval()
     started = time.perf_counter()
-    values = network_values(config.model.name, config.model.weights, config.data.sides())
+    values = values_of(config, assembly.weights, assembly.data.preprocess, run_dir)
     model = embedding_model(classifier, assembly.data.preprocess, network, assembly.text, values)
     store = FeatureStore(Path(config.data.features), model.key, model.record)
     samples = [*manifest.of("train"), *manifest.of("val")]
+    needed = len(samples)
+    samples += manifest.of("test")  # which the list of the source in the store keeps
     names = [tuple(manifest.labels[i] for i in sample.labels) for sample in samples]
     with stop_requests("after this shard; finished embeddings are kept") as stop:
         options = Options(device="cuda" if assembly.device == "cuda" else "cpu")
-        embedded = embed(model, samples, names, store, source_name(manifest.source), options, stop)
+        embedded = embed(model, samples, names, store, source_name(manifest.source), options, stop, first=needed)
     if embedded.failed:
         path, reason = next(iter(embedded.failed.items()))
         raise DataError(
@@ -52,7 +57,8 @@ def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], tracker: An
         )
     log.info("%s embeddings computed, %s from %s", f"{embedded.computed:,}", f"{embedded.reused:,}", store.folder)
     count = len(manifest.of("train"))
-    train, val = (_part(store, embedded, manifest, samples, rows) for rows in (slice(count), slice(count, None)))
+    parts = slice(count), slice(count, needed)
+    train, val = (_part(store, embedded, manifest, samples, rows) for rows in parts)
     try:
         fitted = fit_head(
             config.model.mode, train, val, multilabel=manifest.task == "multilabel",
@@ -79,11 +85,11 @@ def _part(store: FeatureStore, embedded: Embedded, manifest: Manifest, samples: 
 
 
 def _named(metrics: dict[str, float], monitor: str) -> dict[str, float]:
-    """Return the metrics under the names of the training loop. The monitored score of multi-label is another one than the accuracy."""
+    """Return the metrics under the names of the training loop. The monitored score of multi-label is the mean average precision."""
     if monitor == "val_accuracy":
         return metrics
     losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-    return losses | {monitor: metrics.get("val_accuracy", 0.0)}
+    return losses | {monitor: metrics["val_average_precision"]}
 
 
 def install_head(network: nn.Module, head: nn.Module, name: str) -> None:

@@ -1,5 +1,6 @@
 """Compute shards of embeddings, in this process or in a worker process."""
 
+import logging
 import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,13 @@ import torch
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
 from refract.models.head import head_inputs
+from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.features.store import PLAIN, Key, StoredSample, write_vectors
+from refract.pipeline.features.store import LARGEST, PLAIN, Key, StoredSample, content_of, write_vectors
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.plugins import LoadedPlugins
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -38,10 +42,12 @@ class Shard(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A shard whose file is written. failed: path → why its sample has no embedding."""
+    """A shard whose file is written. rows: number of its embeddings; total: number of its rows; failed: path → why its sample has no
+    embedding, one entry for all views of the sample."""
 
     number: int
     rows: int
+    total: int
     failed: dict[str, str]
 
 
@@ -49,7 +55,8 @@ class Done(NamedTuple):
 class Job:
     """The job of an embedder.
 
-    model: pickled by `pickled`; folder: of the model in the store; threads: for the network, and as many for decoding.
+    model: pickled by `pickled`, empty for an embedder in the same process; folder: of the model in the
+    store; threads: for the network, and as many for decoding.
     """
 
     model: bytes = field(repr=False)
@@ -73,8 +80,18 @@ class Job:
 
 
 def pickled(classifier: Classifier, preprocess: Preprocess, augmenter: Augmenter | None) -> bytes:
-    """Encode a model for `Job`. Plain bytes, because tensors in a message would need shared memory, of which a container has little."""
-    return pickle.dumps((classifier, preprocess, augmenter))
+    """Encode a model for `Job`, with tensors on the CPU. Returns b"" for the network of a plugin that cannot be pickled.
+
+    Plain bytes, because tensors in a message would need shared memory, of which a container has little.
+    """
+    device = next(classifier.parameters()).device
+    try:
+        return pickle.dumps((classifier.cpu(), preprocess, augmenter))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        log.warning("one process embeds, as the network cannot be sent to others: %s", error)
+        return b""
+    finally:
+        classifier.to(device)
 
 
 class Embedder:
@@ -101,6 +118,7 @@ class Embedder:
         vectors: list[np.ndarray] = []
         done: list[Row] = []
         failed: dict[str, str] = {}
+        count = 0  # several views of a sample fail under one path
         with head_inputs(self.classifier.network) as batches:
             batch: Iterator[np.ndarray] = iter(())
             outcomes = score(
@@ -111,29 +129,38 @@ class Embedder:
                 if batches:  # a new batch was computed for this outcome
                     batch = iter(batches.pop().numpy())
                 shard = started[0]
-                row = shard.rows[len(done) + len(failed)]
-                if isinstance(outcome, np.ndarray) and np.isfinite(vector := next(batch)).all():
+                row = shard.rows[count]
+                count += 1
+                if isinstance(outcome, np.ndarray) and (np.abs(vector := next(batch)) <= LARGEST).all():
                     done.append(row)
                     vectors.append(vector)
                 else:
                     failed[row.path] = _reason(outcome)
-                if len(done) + len(failed) == len(shard.rows):
+                if count == len(shard.rows):
                     if done:
                         write_vectors(
                             self.job.folder, [r.key for r in done], [r.stored for r in done], np.stack(vectors)
                         )
-                    yield Done(started.popleft().number, len(done), failed)
-                    vectors, done, failed = [], [], {}
+                    yield Done(started.popleft().number, len(done), count, failed)
+                    vectors, done, failed, count = [], [], {}, 0
 
     def _input(self, row: Row) -> SampleInput:
         sample, view = row.sample, row.key.view
         prepare = None
         if view != PLAIN and self.augmenter is not None:
             prepare = partial(self.augmenter, epoch=view.epoch, index=view.sample)
-        return SampleInput(sample.read, sample.text, sample.has_image, prepare)
+        return SampleInput(partial(self._read, row), sample.text, sample.has_image, prepare)
+
+    def _read(self, row: Row) -> bytes:
+        """Read the image. OSError if its bytes are no longer those of the key, so that no embedding of other bytes is stored."""
+        data = row.sample.read()
+        text = trimmed(row.sample.text) if self.classifier.tokens is not None else ""
+        if content_of(data, text) != row.key.content:
+            raise OSError("the file changed while it was embedded; run the command again")
+        return data
 
 
 def _reason(outcome: object) -> str:
     if isinstance(outcome, np.ndarray):
-        return "the network's features are not finite"
+        return f"the network's features are not finite, or exceed the range of float16, ±{LARGEST:.0f}"
     return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)

@@ -65,4 +65,5 @@ def _present(name: str) -> bool:
         return any((torch_home / "hub" / "checkpoints").glob(f"{name}-*.pth"))
     hub_home = Path(os.environ.get("HF_HOME") or caches / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or hub_home / "hub")
-    return any(hub.glob(f"models--{name.replace('/', '--')}/snapshots/*/model.safetensors"))
+    tagged = name if "." in name else f"{name}.in1k"  # timm downloads this tag of EfficientNet-Lite
+    return any(hub.glob(f"models--{tagged.replace('/', '--')}/snapshots/*/model.safetensors"))

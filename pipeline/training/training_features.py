@@ -15,6 +15,7 @@ from refract.models.classifier import Classifier
 from refract.models.familiarity import Familiarity, Reduced
 from refract.models.training_features import TrainingFeatures
 from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.files import printable
 from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
 from refract.progress import tracked
 
@@ -38,12 +39,11 @@ def training_features_of(
     embedded = _embed(classifier, preprocess, _drawn(manifest.of("train"), MOST_TRAINING), task)
     if not embedded.samples:
         return None
-    width = embedded.features.shape[1]
-    features = Reduced.on(torch.device("cpu"), width)(torch.from_numpy(embedded.features)).numpy().astype(np.float16)
+    features = embedded.features.astype(np.float16)
     sizes = features[0].nbytes + np.array([len(data) for data in embedded.thumbnails])
     kept = max(1, int((sizes.cumsum() <= MOST_BYTES).sum()))
     training = TrainingFeatures(
-        width,
+        embedded.width,
         features[:kept],
         tuple(sample.labels for sample in embedded.samples[:kept]),
         np.array([list(embedded.digests[sample.key]) for sample in embedded.samples[:kept]], np.uint8),
@@ -54,16 +54,21 @@ def training_features_of(
     held = manifest.of("val") or manifest.of("test")
     validation = _embed(classifier, preprocess, _drawn(held, MOST_VALIDATION), task).features
     if len(validation):
-        distances = Familiarity(training, torch.device("cpu")).distances(torch.from_numpy(validation)).numpy()
+        distances = Familiarity(training, torch.device("cpu")).distances_of(torch.from_numpy(validation)).numpy()
         training = replace(training, validation=np.sort(distances))
     return training
 
 
 class _Embedded:
-    """The readable samples, their embeddings (N, D), thumbnails, and SHA-256 by key."""
+    """The readable samples, the width D of an embedding, the embeddings (N, min(D, WIDEST)), folded and of length 1, thumbnails, and
+    SHA-256 by key.
+
+    A network such as a perceptron on pixels has embeddings of 100,000 numbers, so each is folded at once.
+    """
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
+        self.width = 0
         self.features = np.zeros((0, 0), np.float32)
         self.thumbnails: list[bytes] = []
         self.digests: dict[str, bytes] = {}
@@ -71,6 +76,7 @@ class _Embedded:
 
 def _embed(classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], task: str) -> _Embedded:
     embedded, rows = _Embedded(), []
+    reduced: Reduced | None = None
 
     def read(sample: Sample) -> bytes:
         data = sample.read()
@@ -90,7 +96,10 @@ def _embed(classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sam
         ):
             if isinstance(outcome, Scored) and outcome.embedding is not None:
                 embedded.samples.append(sample)
-                rows.append(outcome.embedding)
+                if reduced is None:
+                    embedded.width = len(outcome.embedding)
+                    reduced = Reduced.on(torch.device("cpu"), embedded.width)
+                rows.append(reduced(torch.from_numpy(outcome.embedding)[None])[0].numpy())
     finally:
         hook.remove()
     if rows:
@@ -127,4 +136,4 @@ def _relative(sample: Sample, source: str) -> str:
         shown = path.resolve().relative_to(base.resolve()) if path.is_absolute() else path.relative_to(base)
     except ValueError:
         shown = Path(*path.parts[-2:])
-    return shown.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(shown.as_posix())

@@ -1,10 +1,12 @@
 """The feature store: no image is embedded twice, and nothing in it is stale."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ from safetensors.torch import save_file
 from small_data import make_image, write_image
 
 from refract import cli
-from refract.augment import Augmenter
+from refract.augment import Augmenter, Preprocess
+from refract.models.classifier import Classifier
 from refract.models.head import head_of
 from refract.models.registry import build
 from refract.pipeline.features import embed as embedding
+from refract.pipeline.features import model as embedding_models
 from refract.pipeline.features.embed import Options, embed
-from refract.pipeline.features.model import EmbeddingModel, open_model
+from refract.pipeline.features.model import EmbeddingModel, model_key, network_values, open_model
 from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore, Key, View, stored_models
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
@@ -153,6 +157,80 @@ def test_an_unreadable_image_is_reported_and_the_others_are_embedded(
     result = run()
     assert result["computed"] == 59
     assert list(result["failed"]) == [str(first)]  # type: ignore[call-overload]
+
+
+def test_views_of_an_unreadable_image_shift_no_other_embedding(run: Embed, folder: Path, weights: Path) -> None:
+    first = min(folder.rglob("*.jpg"))
+    first.write_bytes(b"not an image")
+    result = run("--policy", "cifar", "--epochs", 2)
+    assert (result["computed"], result["stored"]) == (3 * 59, 59)
+    assert list(result["failed"]) == [str(first)]  # type: ignore[call-overload]
+    model = open_model("resnet20", str(weights), 32)
+    store = FeatureStore(Path("features"), model.key, model.record)
+    store.refresh()
+    for sample in (store.samples()[0], store.samples()[-1]):
+        expected = _embedding_of(model, model.preprocess(Path(sample.path).read_bytes()))
+        np.testing.assert_allclose(store.vectors([Key(sample.content)])[0], expected, rtol=5e-3, atol=1e-3)
+
+
+def test_an_embedding_beyond_float16_is_reported(run: Embed, tmp_path: Path) -> None:
+    state = build("resnet20", 3, image_size=(32, 32)).state_dict()
+    state["stages.8.bn2.bias"] += 1e6
+    save_file(state, tmp_path / "large.safetensors")
+    result = run("--weights", tmp_path / "large.safetensors", code=1)
+    assert result["stored"] == 0
+    assert "exceed the range of float16" in next(iter(result["failed"].values()))  # type: ignore[attr-defined]
+
+
+def test_a_file_that_changes_between_its_hash_and_its_embedding_is_not_stored(
+    folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model("resnet20", str(weights), 32)
+    samples, labels = samples_of(str(folder))
+    changed = Path(samples[3].path)
+    hashed = embedding._contents
+
+    def contents(*arguments: Any) -> Any:
+        result = hashed(*arguments)
+        write_image(changed, make_image("red", 4711))
+        return result
+
+    monkeypatch.setattr(embedding, "_contents", contents)
+    store = FeatureStore(Path("features"), model.key, model.record)
+    result = embed(model, samples, labels, store, "data", Options(jobs=1), Stop("now"))
+    assert list(result.failed) == [str(changed)]
+    assert "changed while it was embedded" in result.failed[str(changed)]
+    assert (result.computed, result.keys[3]) == (59, None)
+
+
+def test_a_sample_without_an_image_is_reported(run: Embed, folder: Path, tmp_path: Path) -> None:
+    paths = sorted(folder.rglob("*.jpg"))[:40:10]
+    rows = [f"{path},a text,{path.parent.name}" for path in paths] + [f",only a text,{paths[0].parent.name}"]
+    (tmp_path / "texts.csv").write_text("\n".join(["path,text,label", *rows]))
+    result = run(data=tmp_path / "texts.csv")
+    assert (result["stored"], [*result["failed"].values()]) == (4, ["has no image, which the model reads"])  # type: ignore[attr-defined]
+
+
+def test_a_file_name_that_is_not_utf8_is_shown_with_its_bytes(run: Embed, folder: Path) -> None:
+    source = min(folder.rglob("*.jpg"))
+    (source.parent / os.fsdecode(b"caf" + bytes([0xE9]) + b".jpg")).write_bytes(source.read_bytes())
+    assert run()["stored"] == 61
+    key, record = next(stored_models(Path("features")))
+    assert any("caf\\xe9" in sample.path for sample in FeatureStore(Path("features"), key, record).samples())
+
+
+def test_another_code_of_the_plugin_of_a_network_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier(build("resnet20", 3, image_size=(32, 32)), mean=(0, 0, 0), std=(1, 1, 1))
+    keys = []
+    for digest in ("a", "b"):
+        monkeypatch.setattr(embedding_models, "provider", lambda kind, name, d=digest: SimpleNamespace(sha256=d))
+        keys.append(model_key(classifier, Preprocess(32, 32), {"name": "net", "args": {}}, None))
+    assert keys[0] != keys[1]
+
+
+def test_the_store_has_no_credentials_of_a_url_of_weights() -> None:
+    values = network_values("resnet20", "https://user:secret@host/net.safetensors?token=hidden", (32, 32))
+    assert "secret" not in str(values) and "hidden" not in str(values)
 
 
 def test_a_folder_without_labels_is_embedded(run: Embed, tmp_path: Path) -> None:

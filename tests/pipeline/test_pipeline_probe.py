@@ -9,15 +9,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from refract import cli
 from refract.models.bundle.bundle import load_bundle
 from refract.models.head import HEADS
+from refract.models.registry import build
 from refract.pipeline.config.config import ConfigError, load_config
+from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.evaluation.evaluate import evaluate
 from refract.pipeline.features import heads
 from refract.pipeline.features.heads import Part, fit_head
+from refract.pipeline.features.store import FeatureStore, stored_models
 from refract.pipeline.features.training import install_head
+from refract.pipeline.inference.scoring import preprocess_of
 from refract.pipeline.training.run import Result, train
 
 MODES = ("probe", "knn", "prototype")
@@ -192,3 +199,34 @@ def test_prototypes_of_multi_label_data_are_refused(tmp_path: Path, folder: Path
     (tmp_path / "labels.csv").write_text(table)
     with pytest.raises(ConfigError, match="needs one label per image"):
         trained(tmp_path / "labels.csv", **{"model.mode": "prototype"})
+
+
+def test_the_monitored_score_of_multi_label_is_the_mean_average_precision(tmp_path: Path, folder: Path) -> None:
+    paths = sorted(folder.rglob("*.jpg"))
+    rows = [f"{path},{path.parent.name}{';all' if row % 5 else ''}" for row, path in enumerate(paths)]
+    (tmp_path / "labels.csv").write_text("path,label\n" + "\n".join(rows))
+    result = trained(tmp_path / "labels.csv", **{"model.mode": "probe"})
+    history = json.loads((result.run_dir / "history.json").read_text())
+    bundle = load_bundle(result.bundle)
+    samples = [s for s in load_manifest(result.run_dir / "splits.csv", "multilabel").samples if s.split == "val"]
+    measured = evaluate(
+        bundle.classifier(), preprocess_of(bundle.info), samples, task="multilabel", labels=bundle.info.labels
+    )
+    assert history[0]["val_map"] == pytest.approx(measured.metrics["mean_average_precision"], abs=0.02)
+
+
+def test_training_keeps_the_test_images_in_the_list_of_the_source(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(build("resnet20", 3, image_size=(32, 32)).state_dict(), tmp_path / "weights.safetensors")
+    given = ["--model", "resnet20", "--weights", str(tmp_path / "weights.safetensors"), "--image-size", "32"]
+    assert cli.main(["embed", str(folder), *given]) == 0
+    trained(folder, **{"model.mode": "probe", "model.weights": tmp_path / "weights.safetensors", "data.image_size": 32})
+    ((key, record),) = stored_models(Path("features"))
+    assert len(FeatureStore(Path("features"), key, record).samples()) == 60
+
+
+def test_search_finds_the_model_of_a_training_in_its_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(folder, **{"model.mode": "probe", "data.crop_ratio": 0.5})
+    image = str(min(folder.rglob("*.jpg")))
+    assert cli.main(["search", "features", image, "--top", "1"]) == 0
+    assert "1.000" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refract.models.prediction import confidences, predicted_labels
+from refract.pipeline.files import printable
 from refract.pipeline.inference.batch.listing import Shard
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def table_of(shard: Shard, answers: Sequence[Scored | str], info: BundleInfo, sc
     index = np.maximum(scored.cumsum() - 1, 0)  # of each row in `probabilities`
     columns: dict[str, Any] = {
         "row": np.arange(shard.start, shard.start + len(shard.rows)),
-        "path": [None if row.path is None else _printable(row.path) for row in shard.rows],
+        "path": [None if row.path is None else printable(row.path) for row in shard.rows],
         "text": [row.text for row in shard.rows],
         "label": [info.labels[best[i]] if ok else None for i, ok in zip(index, scored, strict=True)],
         "confidence": pa.array(confidence[index], mask=~scored),
@@ -99,8 +100,3 @@ def _lists(values: np.ndarray, scored: np.ndarray) -> pa.Array:
 def _placeholder(info: BundleInfo) -> np.ndarray:
     """Return a row of zeros, so that a shard without any prediction has an array too."""
     return np.zeros(len(info.labels), np.float32)
-
-
-def _printable(path: str) -> str:
-    """Return the path as valid UTF-8, with undecodable bytes as \\xNN."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
