@@ -10,8 +10,8 @@ FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
 `python -m benchmarks.transfer --settings`."""
 
 UNFROZEN = 1e-4
-"""Peak learning rate of AdamW for loaded layers that are trained after the head alone. At FINE_TUNE, one seed of three diverged in both such
-modes (`benchmarks.transfer`, 128 pixels): accuracy 0.77 instead of 0.89."""
+"""Peak learning rate of AdamW for loaded layers that are trained after the head alone. At FINE_TUNE, one seed of three diverged in both
+such modes (`benchmarks.transfer`, 128 pixels): accuracy 0.77 instead of 0.89."""
 
 LORA = 1e-3
 """Peak learning rate of AdamW for adapters of LoRA, a few times that of full fine-tuning, as their best learning rate is higher (Biderman
