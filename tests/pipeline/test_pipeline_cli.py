@@ -84,7 +84,7 @@ def test_help_lists_every_command_below_its_heading(capsys: pytest.CaptureFixtur
 
 
 def test_unknown_command_names_the_nearest(refract: Run) -> None:
-    assert "Did you mean train?" in refract("trian", code=2).stderr
+    assert "did you mean 'train'?" in refract("trian", code=2).stderr
 
 
 def test_a_run_contains_all_files_for_a_review(trained: Path) -> None:
