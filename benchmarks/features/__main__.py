@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks.features import familiarity, few_images
+from benchmarks.features import familiarity, few_images, speed
 
-STAGES = {"familiarity": familiarity, "few-images": few_images}
+STAGES = {"familiarity": familiarity, "few-images": few_images, "speed": speed}
 
 
 def main() -> None:

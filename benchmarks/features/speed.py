@@ -1,0 +1,136 @@
+"""How long heads and a search take on stored embeddings, and how fast images are embedded.
+
+Heads and search get 10,000 random embeddings of 1,280 features in ten classes. Each head is fitted on four fifths of them and chosen on the
+rest; scikit-learn fits the same five strengths. The images of --data are embedded by tf_efficientnet_lite0 with ImageNet weights; the bare
+rate is that of the network alone, on the same images in memory, in this process.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.pretrained import NAME, lite0_weights
+from benchmarks.report import environment, summary, write
+from refract.pipeline.features.embed import Options, embed
+from refract.pipeline.features.heads import MODES, STRENGTHS, Part, fit_head
+from refract.pipeline.features.model import open_model
+from refract.pipeline.features.search import nearest
+from refract.pipeline.features.source import samples_of
+from refract.pipeline.features.store import FeatureStore, Key, StoredSample, write_vectors
+from refract.pipeline.training.callbacks.stopping import Stop
+
+OUT = Path(__file__).parents[1] / "results" / "features_speed.json"
+COUNT, WIDTH, CLASSES, QUERIES, BATCH = 10_000, 1280, 10, 20, 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="a folder of images")
+    parser.add_argument("--images", type=int, default=1000, help="most images to embed")
+    parser.add_argument("--size", type=int, default=224, help="of the network's input, pixels")
+    parser.add_argument("--jobs", type=int, help="processes that embed")
+    parser.add_argument("--out", type=Path, default=OUT)
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])  # imports what a training has imported
+    report: dict[str, Any] = {"heads": _heads(), "search": _search(), "embedding": _embedding(args)}
+    write(args.out, report | {"environment": environment("refract", "torch", "timm", "scikit-learn")})
+
+
+def _clusters() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, CLASSES, COUNT)
+    centres = 0.1 * draw.normal(size=(CLASSES, WIDTH))
+    return np.maximum(0, centres[labels] + draw.normal(size=(COUNT, WIDTH))).astype(np.float32), labels
+
+
+def _timed(work: Callable[[], object]) -> dict[str, float]:
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return {
+        "seconds": round(time.perf_counter() - wall, 2),
+        "processor_seconds": round(time.process_time() - processor, 2),
+    }
+
+
+def _heads() -> dict[str, dict[str, float]]:
+    features, labels = _clusters()
+    targets = np.eye(CLASSES, dtype=bool)[labels]
+    first = COUNT * 4 // 5
+    train, val = Part(features[:first], targets[:first]), Part(features[first:], targets[first:])
+    found = {
+        f"refract {mode}": _timed(lambda mode=mode: fit_head(mode, train, val, multilabel=False)) for mode in MODES
+    }  # type: ignore[misc]
+
+    def peer() -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        models = [
+            LogisticRegression(C=strength, max_iter=200, tol=1e-3).fit(train.features, labels[:first])
+            for strength in STRENGTHS
+        ]
+        max(models, key=lambda model: model.score(val.features, labels[first:]))
+
+    found["scikit-learn"] = _timed(peer)
+    for name, seconds in found.items():
+        print(f"{name:20} {seconds}", flush=True)
+    return found
+
+
+def _search() -> dict[str, float]:
+    features, _ = _clusters()
+    with tempfile.TemporaryDirectory() as name:
+        store = FeatureStore(Path(name), "0" * 64, {})
+        samples = [StoredSample(f"{row:064x}", f"{row}.jpg") for row in range(COUNT)]
+        for start in range(0, COUNT, 512):
+            rows = slice(start, start + 512)
+            write_vectors(
+                store.folder, [Key(sample.content) for sample in samples[rows]], samples[rows], features[rows]
+            )
+        store.add_samples("source", samples)
+        queries = features[:QUERIES] + 0.1
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            nearest(store, queries, 5)
+            times.append(1000 * (time.perf_counter() - started) / QUERIES)
+    found = {
+        "stored": COUNT,
+        "queries_at_once": QUERIES,
+        **{f"milliseconds_{name}": value for name, value in summary(times).items()},
+    }
+    print(f"search               {found}", flush=True)
+    return found
+
+
+def _embedding(args: argparse.Namespace) -> dict[str, Any]:
+    samples, names = samples_of(str(args.data))
+    samples, names = samples[: args.images], names[: args.images]
+    with tempfile.TemporaryDirectory() as folder:
+        model = open_model(NAME, str(lite0_weights(Path(folder) / "lite0.safetensors")), args.size)
+        store = FeatureStore(Path(folder) / "features", model.key, model.record)
+        started = time.perf_counter()
+        done = embed(model, samples, names, store, str(args.data), Options(jobs=args.jobs), Stop("now"))
+        seconds = time.perf_counter() - started
+    images = torch.from_numpy(np.stack([model.preprocess(sample.read()) for sample in samples[:BATCH]])).permute(
+        0, 3, 1, 2
+    )
+    classifier = model.classifier.to(memory_format=torch.channels_last)
+    rates = []
+    with torch.inference_mode():
+        for _ in range(max(2, len(samples) // BATCH)):
+            started = time.perf_counter()
+            classifier(images)
+            rates.append(len(images) / (time.perf_counter() - started))
+    found = {
+        "images": len(samples), "computed": done.computed, "images_per_second": round(done.computed / seconds, 1),
+        "bare_images_per_second": round(float(np.median(rates)), 1), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(f"embedding            {found}", flush=True)
+    return found
