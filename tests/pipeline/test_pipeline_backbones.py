@@ -54,7 +54,7 @@ def test_init_proposes_the_package_and_says_why(refract: Run, photos: Path, tmp_
     output = refract("init", photos, "-o", "mine.yaml").stdout
     config = load_config(tmp_path / "mine.yaml")
     assert (config.model.name, config.model.weights) == ("timm/tf_efficientnet_lite0", "default")
-    assert config.data.image_size == 224 and config.model.mode == "linear-then-fine-tune"
+    assert config.data.image_size == 224 and config.model.mode == "probe"
     assert config.augment.policy == "fine-tune"
     assert "fast on a CPU" in output and "pretrained weights are on this machine: no download" in output
     assert "pip install" not in output

@@ -107,7 +107,6 @@ def test_few_images_a_class_and_no_validation_set_give_finite_logits(
     train, none = blobs(images * classes, classes), blobs(0, classes)
     fitted = fit_head(mode, train, none, multilabel=multilabel)
     assert torch.isfinite(fitted.head(torch.from_numpy(train.features))).all()
-    assert (predicted(fitted.head, train) == train.targets.argmax(axis=1)).mean() > 1 / classes or multilabel
 
 
 def test_a_neighbour_head_takes_its_samples_from_the_state_dict() -> None:

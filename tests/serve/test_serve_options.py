@@ -47,8 +47,8 @@ def test_every_option_can_be_set_in_each_place(write) -> None:
     texts = {name: examples.get(name, str(DEFAULTS[name])) for name in OPTIONS if name != "shadow"}
     from_environment = parse([], {f"REFRACT_SERVE_{name.upper()}": text for name, text in texts.items()})
     flags = {name: f"--{name.replace('_', '-')}" for name in texts}
-    lines = [f"{flags[name]}={text}" for name, text in texts.items() if name not in ("source", "access_log")]
-    from_command_line = parse(["folder", *lines, "--no-access-log"], {})
+    lines = [f"{flags[name]}={text}" for name, text in texts.items() if name not in ("source", "access_log", "similar")]
+    from_command_line = parse(["folder", *lines, "--no-access-log", "--no-similar"], {})
     from_file = parse(write("\n".join(f"{name}: {text}" for name, text in texts.items() if name != "source")), {})
     assert from_environment == from_command_line
     for name in OPTIONS:
