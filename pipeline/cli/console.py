@@ -29,6 +29,29 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_embedding_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Add the options that name the model of embeddings. default: the model without --model, for the help; None requires --model."""
+    unless = "" if default is None else f" (default: {default})"
+    parser.add_argument(
+        "--model",
+        required=default is None,
+        metavar="MODEL",
+        help=f"a bundle, a run, or the name of a network such as timm/tf_efficientnet_lite0{unless}",
+    )
+    parser.add_argument(
+        "--weights",
+        default="none",
+        metavar="WEIGHTS",
+        help="weights of a named network, as model.weights of a config: default or a file",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of a named network's input (default: that of its weights)",
+    )
+
+
 def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -> int:
     """Load the plugins, run `work` and return its exit code; print an error as one line.
 

@@ -20,24 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "data", metavar="DATA", help="a folder, a CSV or Parquet table, or digits, with or without labels"
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="a bundle, a run, or the name of a network such as timm/tf_efficientnet_lite0",
-    )
-    parser.add_argument(
-        "--weights",
-        default="none",
-        metavar="WEIGHTS",
-        help="weights of a named network, as model.weights of a config: default or a file",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of a named network's input (default: that of its weights)",
-    )
+    console.add_embedding_model_options(parser)
     parser.add_argument(
         "-o",
         "--output",

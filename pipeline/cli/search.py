@@ -21,23 +21,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="the images to compare with")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="number of similar images (default 5)")
-    parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="the bundle, run or network that embeds the images (default: the one that wrote the store)",
-    )
-    parser.add_argument(
-        "--weights",
-        default="none",
-        metavar="WEIGHTS",
-        help="weights of a named network, as model.weights of a config: default or a file",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of a named network's input (default: that of its weights)",
-    )
+    console.add_embedding_model_options(parser, default="the one that wrote the store")
     console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     if args.top < 1:

@@ -12,7 +12,7 @@ from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin
 from refract.pipeline.training.ranks import current_ranks
-from refract.pipeline.training.run import new_record, status_reported, train
+from refract.pipeline.training.run import new_record, open_tracker, status_reported, train
 from refract.pipeline.training.run_directory import (
     RECORD,
     Run,
@@ -91,20 +91,13 @@ def _refuse_ranks(config: Config, device: str) -> None:
 
 
 def _open_tracker(config: Config, run: Run, data: "FoldedData") -> "Tracker | None":
-    """Open the run in MLflow that is the parent of the folds' runs. An error removes a new folder, so that its name becomes free again."""
-    from refract.pipeline.tracking import Tracker, TrackingError
-
+    """Open the run in MLflow that is the parent of the folds' runs, if tracking is enabled."""
     if not config.tracking.enabled:
         return None
     counts = {"source": data.manifest.source, "fingerprint": data.fingerprint}
     tags = flat_tags(data=counts, code=run.record["code"], machine=run.record["machine"])
     tags |= {"folds": str(config.trainer.folds)} | origin(f"refract train {run.record['name']}")
-    try:
-        return Tracker(config.tracking, run.path, config.to_dict(), tags)
-    except (TrackingError, ConfigError):
-        if not run.resumed:
-            shutil.rmtree(run.path)
-        raise
+    return open_tracker(config, run, tags)
 
 
 def _tags(run: Run, tracker: "Tracker | None") -> dict[str, str]:

@@ -167,9 +167,7 @@ def _announce(assembly: Assembly, run: "Run", checkpoint: Path | None) -> None:
 
 
 def _open_tracker(assembly: Assembly, run: "Run", more_tags: Mapping[str, str]) -> "Tracker | None":
-    """Open the run in MLflow, if tracking is enabled. An error removes a new run's folder, so that its name becomes free again."""
-    from refract.pipeline.tracking import Tracker, TrackingError
-
+    """Open the run in MLflow, if tracking is enabled."""
     config = assembly.config
     if not config.tracking.enabled:
         return None
@@ -180,8 +178,15 @@ def _open_tracker(assembly: Assembly, run: "Run", more_tags: Mapping[str, str]) 
     tags |= origin(f"refract train {run.record['name']}") | dict(more_tags)
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # shown on MLflow's pages
+    return open_tracker(config, run, tags)
+
+
+def open_tracker(config: Config, run: "Run", tags: Mapping[str, str]) -> "Tracker":
+    """Open the run in MLflow. An error removes a new run's folder, so that its name becomes free again."""
+    from refract.pipeline.tracking import Tracker, TrackingError
+
     try:
-        return Tracker(config.tracking, run.path, config.to_dict(), tags)
+        return Tracker(config.tracking, run.path, config.to_dict(), dict(tags))
     except (TrackingError, ConfigError):
         if not run.resumed:
             shutil.rmtree(run.path)

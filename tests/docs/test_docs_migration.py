@@ -39,7 +39,7 @@ def test_ops_and_transforms_exist() -> None:
 
 def test_augmenters_of_imgaug_and_their_ops_exist() -> None:
     if importlib.util.find_spec("imgaug") is None:
-        pytest.skip("imgaug is not installed")
+        pytest.skip("imgaug is optional: the extra `external` installs it, and this compares the page with its names")
     from refract.augment.ops.external import _imgaug
     from refract.augment.registry import OPS
 

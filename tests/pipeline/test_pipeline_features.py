@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_data import make_image, write_image
+from warm_process import WarmProcess
 
 from refract import cli
 from refract.augment import Augmenter, Preprocess
@@ -27,7 +29,7 @@ from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore, Key, View, stored_models
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 
-Embed = Callable[..., dict[str, object]]
+Embed = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> Embed:
     """Run `refract embed` on the folder, and return its JSON."""
 
-    def start(*options: object, data: Path = folder, model: object = "resnet20", code: int = 0) -> dict[str, object]:
+    def start(*options: object, data: object = folder, model: object = "resnet20", code: int = 0) -> dict[str, Any]:
         named = [] if Path(str(model)).exists() else ["--weights", weights, "--image-size", 32]
         given = ["embed", data, "--model", model, *named, "-o", "features", "--json", *options]
         assert cli.main([*map(str, given)]) == code
         printed = capsys.readouterr().out
-        result: dict[str, object] = json.loads(printed) if printed else {}
+        result: dict[str, Any] = json.loads(printed) if printed else {}
         return result
 
     return start
@@ -101,13 +103,33 @@ def test_a_stopped_command_keeps_its_finished_shards(
     model = open_model("resnet20", str(weights), 32)
     samples, labels = samples_of(str(folder))
 
-    def work(stop: object) -> int:
+    def work(received: int | None) -> int:
+        stop = Stop("now")
+        stop.signal = received
         store = FeatureStore(Path("features"), model.key, model.record)
-        return embed(model, samples, labels, store, "data", Options(jobs=1), stop).computed  # type: ignore[arg-type]
+        return embed(model, samples, labels, store, "data", Options(jobs=1), stop).computed
 
     with pytest.raises(Stopped):
-        work(SimpleNamespace(signal=signal.SIGTERM))
-    assert work(Stop("now")) == 60 - 16
+        work(signal.SIGTERM)
+    assert work(None) == 60 - 16
+
+
+@pytest.mark.slow
+def test_a_killed_command_repeats_at_most_one_shard(
+    run: Embed, weights: Path, tmp_path: Path, warm: WarmProcess
+) -> None:
+    options = ["--model", "resnet20", "--weights", str(weights), "--image-size", "32", "--jobs", "1", "-o", "features"]
+    process = warm.start(["embed", "digits", *options], cwd=tmp_path, env=dict(os.environ))
+    with process.output:
+        until = time.monotonic() + 120
+        while not list((tmp_path / "features").glob("*/vectors-*.parquet")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    process.wait(30)
+    written = 512 * len(list((tmp_path / "features").glob("*/vectors-*.parquet")))
+    result = run("--jobs", 1, data="digits")
+    assert (result["stored"], result["reused"]) == (1797, min(written, 1797))
 
 
 def test_the_stored_embeddings_are_the_inputs_of_the_head(run: Embed, folder: Path, weights: Path) -> None:
@@ -156,7 +178,7 @@ def test_an_unreadable_image_is_reported_and_the_others_are_embedded(
     first.write_bytes(b"not an image")
     result = run()
     assert result["computed"] == 59
-    assert list(result["failed"]) == [str(first)]  # type: ignore[call-overload]
+    assert list(result["failed"]) == [str(first)]
 
 
 def test_views_of_an_unreadable_image_shift_no_other_embedding(run: Embed, folder: Path, weights: Path) -> None:
@@ -164,7 +186,7 @@ def test_views_of_an_unreadable_image_shift_no_other_embedding(run: Embed, folde
     first.write_bytes(b"not an image")
     result = run("--policy", "cifar", "--epochs", 2)
     assert (result["computed"], result["stored"]) == (3 * 59, 59)
-    assert list(result["failed"]) == [str(first)]  # type: ignore[call-overload]
+    assert list(result["failed"]) == [str(first)]
     model = open_model("resnet20", str(weights), 32)
     store = FeatureStore(Path("features"), model.key, model.record)
     store.refresh()
@@ -179,7 +201,7 @@ def test_an_embedding_beyond_float16_is_reported(run: Embed, tmp_path: Path) -> 
     save_file(state, tmp_path / "large.safetensors")
     result = run("--weights", tmp_path / "large.safetensors", code=1)
     assert result["stored"] == 0
-    assert "exceed the range of float16" in next(iter(result["failed"].values()))  # type: ignore[attr-defined]
+    assert "exceed the range of float16" in next(iter(result["failed"].values()))
 
 
 def test_a_file_that_changes_between_its_hash_and_its_embedding_is_not_stored(
@@ -208,7 +230,7 @@ def test_a_sample_without_an_image_is_reported(run: Embed, folder: Path, tmp_pat
     rows = [f"{path},a text,{path.parent.name}" for path in paths] + [f",only a text,{paths[0].parent.name}"]
     (tmp_path / "texts.csv").write_text("\n".join(["path,text,label", *rows]))
     result = run(data=tmp_path / "texts.csv")
-    assert (result["stored"], [*result["failed"].values()]) == (4, ["has no image, which the model reads"])  # type: ignore[attr-defined]
+    assert (result["stored"], [*result["failed"].values()]) == (4, ["has no image, which the model reads"])
 
 
 def test_a_file_name_that_is_not_utf8_is_shown_with_its_bytes(run: Embed, folder: Path) -> None:
@@ -239,12 +261,14 @@ def test_a_folder_without_labels_is_embedded(run: Embed, tmp_path: Path) -> None
     assert run(data=tmp_path / "flat")["computed"] == 3
 
 
-def test_a_damaged_shard_is_named_with_the_remedy(run: Embed, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_shard_is_named_with_the_remedy(run: Embed, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run()
     shard = next(Path("features").rglob("vectors-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:100])
-    cli.main(["search", "features", "x.jpg"])
-    capsys.readouterr()
+    image = str(next(folder.rglob("*.jpg")))
+    assert cli.main(["search", "features", image]) == 2
+    message = capsys.readouterr().err
+    assert str(shard) in message and "delete it: its embeddings are then computed again" in message
     run(code=2)
     shard.unlink()
     assert run()["computed"] == 60
