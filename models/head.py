@@ -49,18 +49,24 @@ class NeighbourHead(nn.Module):
         self.register_buffer("votes", torch.zeros(1, outputs))
         self.register_buffer("neighbours", torch.tensor(1))
         self.register_buffer("multilabel", torch.tensor(False))
+        self._read_settings()
+
+    def _read_settings(self) -> None:
+        """Read the settings from their buffers once: an exporter or a compiler cannot trace a number that it finds in a tensor."""
+        self._count, self._log_odds = int(self.neighbours), bool(self.multilabel)
 
     def remember(self, features: Tensor, targets: Tensor, neighbours: int, *, multilabel: bool) -> None:
         """features: (M, inputs); targets: (M, outputs), 1 for the labels of a sample; neighbours: at most M."""
         self.directions, self.votes = F.normalize(features, dim=1), targets.float()
         self.neighbours, self.multilabel = torch.tensor(neighbours), torch.tensor(multilabel)
+        self._read_settings()
 
     def forward(self, values: Tensor) -> Tensor:
         similarities = F.normalize(values, dim=-1) @ self.directions.T
-        nearest, rows = similarities.topk(int(self.neighbours), dim=-1)
+        nearest, rows = similarities.topk(self._count, dim=-1)
         weights = (nearest / self.TEMPERATURE).softmax(dim=-1)
         votes = (weights[..., None] * self.votes[rows]).sum(dim=-2).clamp(self.LEAST_VOTE, 1 - self.LEAST_VOTE)
-        return votes.logit() if bool(self.multilabel) else votes.log()
+        return votes.logit() if self._log_odds else votes.log()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """Take the number of training samples from the state dict."""
@@ -69,6 +75,7 @@ class NeighbourHead(nn.Module):
             if isinstance(stored, Tensor) and stored.shape[1:] == own.shape[1:]:
                 setattr(self, name, own.new_zeros(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *more)
+        self._read_settings()
 
 
 HEADS = {"mlp": MLPHead, "cosine": CosineHead, "knn": NeighbourHead}

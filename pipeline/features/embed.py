@@ -73,9 +73,9 @@ def embed(
 ) -> Embedded:
     """Make sure that the store holds the embedding of each sample, and list the samples under `source`.
 
-    labels: class names of each sample. first: embed only so many samples; the others are listed if the store has their embeddings. Each
-    distinct content is computed once. Raises Stopped after a stop signal, DataError or
-    ScoringError where a worker fails; finished shards stay in the store.
+    labels: class names of each sample. first: embed only so many samples; the others are listed if the store has their embeddings.
+    Each distinct content is computed once. Raises Stopped after a stop signal, DataError or ScoringError where a worker fails; finished
+    shards stay in the store.
     """
     result = Embedded()
     contents = _contents(samples, model.classifier.reads, result.failed)

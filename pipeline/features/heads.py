@@ -24,7 +24,6 @@ NEIGHBOURS = (1, 3, 5, 10, 20, 50)
 SCALES = (5.0, 10.0, 20.0, 50.0)
 """Scales of the cosine similarities to the class means."""
 
-
 MEASURED = 2000
 """Training samples on which the chosen head is measured."""
 

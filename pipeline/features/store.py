@@ -2,12 +2,12 @@
 
 `FOLDER/KEY/` holds the embeddings of one model. KEY is the first part of the model's key, the SHA-256 of its weights below the head, its
 network and its preprocessing, see `refract.pipeline.features.model`. The files:
-- `model.json`: the key, the number of features, and what `refract search` needs to build the model again
+- `model.json`: the key, and the values from which `refract search` builds the model again
 - `vectors-*.parquet`: embeddings, float16, with the content's SHA-256; a row with `policy` belongs to an augmented view
-- `samples-*.parquet`: for each source that was embedded, its present samples: content, path, labels, split and text
+- `samples-*.parquet`: for each embedded source, its samples at the last run: content, path, labels, split and text
 
-Files are written atomically and never changed, so that a killed process loses at most the shard that it computes. Embeddings are found by
-content: a moved or relabelled image needs no new embedding, and a changed image gets one.
+Files are written atomically, and vectors never change, so that a killed process loses at most the shard that it computes. Embeddings are
+found by content: a moved or relabelled image needs no new embedding, and a changed image gets one.
 """
 
 from __future__ import annotations
@@ -158,16 +158,13 @@ class FeatureStore:
         return list(found.values())
 
 
-def write_vectors(
-    folder: Path, keys: Sequence[Key], samples: Sequence[StoredSample], vectors: np.ndarray
-) -> None:  # fmt: skip
+def write_vectors(folder: Path, keys: Sequence[Key], samples: Sequence[StoredSample], vectors: np.ndarray) -> None:
     """Write one shard. folder: of the model; vectors: float (N, D). ValueError for values that float16 cannot hold."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not (np.abs(vectors) <= LARGEST).all():
         raise ValueError(f"an embedding has a value beyond ±{LARGEST:.0f}, the range of float16, or NaN")
-    count, width = vectors.shape
     flat = pa.array(np.ascontiguousarray(vectors, np.float16).reshape(-1), pa.float16())
     table = pa.table(
         {
@@ -178,10 +175,9 @@ def write_vectors(
             "policy": pa.array([key.view.policy for key in keys], pa.string()),
             "epoch": pa.array([key.view.epoch for key in keys], pa.int32()),
             "index": pa.array([key.view.sample for key in keys], pa.int64()),
-            "vector": pa.FixedSizeListArray.from_arrays(flat, width),
+            "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
         }
     )
-    assert len(table) == count
     name = hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:NAME_DIGITS]
     with written_atomically(folder / f"vectors-{name}.parquet") as file:
         pq.write_table(table, file, use_dictionary=["labels.list.element", "split", "policy"], compression="none")

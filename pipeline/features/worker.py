@@ -14,11 +14,10 @@ import torch
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
-from refract.models.head import head_inputs
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.features.store import LARGEST, PLAIN, Key, StoredSample, content_of, write_vectors
-from refract.pipeline.inference.scoring import SampleInput, score
+from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
 from refract.plugins import LoadedPlugins
 
 log = logging.getLogger(__name__)
@@ -55,8 +54,8 @@ class Done(NamedTuple):
 class Job:
     """The job of an embedder.
 
-    model: pickled by `pickled`, empty for an embedder in the same process; folder: of the model in the
-    store; threads: for the network, and as many for decoding.
+    model: pickled by `pickled`, empty for an embedder in the same process; folder: of the model in the store; threads: for the network, and
+    as many for decoding.
     """
 
     model: bytes = field(repr=False)
@@ -97,9 +96,7 @@ def pickled(classifier: Classifier, preprocess: Preprocess, augmenter: Augmenter
 class Embedder:
     """Computes embeddings and writes shards."""
 
-    def __init__(
-        self, classifier: Classifier, preprocess: Preprocess, augmenter: Augmenter | None, job: Job
-    ) -> None:  # fmt: skip
+    def __init__(self, classifier: Classifier, preprocess: Preprocess, augmenter: Augmenter | None, job: Job) -> None:
         self.preprocess, self.augmenter, self.job = preprocess, augmenter, job
         channels_last = (
             torch.channels_last if all(p.ndim < 5 for p in classifier.parameters()) else torch.preserve_format
@@ -119,30 +116,25 @@ class Embedder:
         done: list[Row] = []
         failed: dict[str, str] = {}
         count = 0  # several views of a sample fail under one path
-        with head_inputs(self.classifier.network) as batches:
-            batch: Iterator[np.ndarray] = iter(())
-            outcomes = score(
-                self.classifier, self.preprocess, inputs(), task="multilabel", batch_size=self.job.batch_size,
-                threads=self.job.threads,
-            )  # fmt: skip
-            for outcome in outcomes:
-                if batches:  # a new batch was computed for this outcome
-                    batch = iter(batches.pop().numpy())
-                shard = started[0]
-                row = shard.rows[count]
-                count += 1
-                if isinstance(outcome, np.ndarray) and (np.abs(vector := next(batch)) <= LARGEST).all():
-                    done.append(row)
-                    vectors.append(vector)
-                else:
-                    failed[row.path] = _reason(outcome)
-                if count == len(shard.rows):
-                    if done:
-                        write_vectors(
-                            self.job.folder, [r.key for r in done], [r.stored for r in done], np.stack(vectors)
-                        )
-                    yield Done(started.popleft().number, len(done), count, failed)
-                    vectors, done, failed, count = [], [], {}, 0
+        outcomes = score_outputs(
+            self.classifier, self.preprocess, inputs(), embed=True, task="multilabel", batch_size=self.job.batch_size,
+            threads=self.job.threads,
+        )  # fmt: skip
+        for outcome in outcomes:
+            shard = started[0]
+            row = shard.rows[count]
+            count += 1
+            vector = outcome.embedding if isinstance(outcome, Scored) else None
+            if vector is not None and (np.abs(vector) <= LARGEST).all():
+                done.append(row)
+                vectors.append(vector)
+            else:
+                failed[row.path] = _reason(outcome)
+            if count == len(shard.rows):
+                if done:
+                    write_vectors(self.job.folder, [r.key for r in done], [r.stored for r in done], np.stack(vectors))
+                yield Done(started.popleft().number, len(done), count, failed)
+                vectors, done, failed, count = [], [], {}, 0
 
     def _input(self, row: Row) -> SampleInput:
         sample, view = row.sample, row.key.view
@@ -161,6 +153,6 @@ class Embedder:
 
 
 def _reason(outcome: object) -> str:
-    if isinstance(outcome, np.ndarray):
+    if isinstance(outcome, Scored):
         return f"the network's features are not finite, or exceed the range of float16, ±{LARGEST:.0f}"
     return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)

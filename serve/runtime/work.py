@@ -64,9 +64,12 @@ class Predictions(NamedTuple):
 
     @property
     def embeddings(self) -> np.ndarray:
-        """The embeddings, float32 N×D. RequestError 422 if the backend computes none."""
+        """The embeddings, float32 N×D. RequestError 422 if the backend computes none, or one that is not finite."""
         if not self.outputs["embedding"].shape[1]:
             message = "the backend of this server computes no embeddings; start it with another --backend"
+            raise RequestError(422, "no_embedding", message)
+        if not np.isfinite(self.outputs["embedding"]).all():
+            message = "an embedding exceeds the range of this server's backend; start it with --backend eager"
             raise RequestError(422, "no_embedding", message)
         return self.outputs["embedding"]
 

@@ -25,6 +25,7 @@ def classifier_of(name: str, size: int = 32, **args: str) -> Classifier:
         ("resnet20", 32, {}),
         ("resnet20", 32, {"head": "mlp"}),
         ("resnet20", 32, {"head": "cosine"}),
+        ("resnet20", 32, {"head": "knn"}),
         ("squeezenet1_1", 64, {}),
         ("timm/deit_tiny_distilled_patch16_224", 224, {}),
     ],
@@ -41,6 +42,17 @@ def test_the_embedding_is_the_pooled_input_of_the_head(name: str, size: int, arg
             logits, embedding = one(images)
         assert torch.equal(logits, expected)
         torch.testing.assert_close(embedding, kept[0])
+
+
+def test_a_neighbour_head_is_exported_with_the_settings_of_its_state_dict() -> None:
+    fitted = classifier_of("resnet20", head="knn")
+    fitted.network.head.remember(torch.rand(30, 64), torch.eye(5)[torch.arange(30) % 5], 7, multilabel=True)
+    loaded = classifier_of("resnet20", head="knn")
+    loaded.load_state_dict(fitted.state_dict())
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    exported = torch.export.export(FeatureClassifier(loaded), (images,)).module()
+    with torch.inference_mode():
+        torch.testing.assert_close(exported(images)[0], fitted(images))
 
 
 def test_the_embedding_of_a_multimodal_network_is_the_fused_one() -> None:
