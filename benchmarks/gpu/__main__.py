@@ -8,6 +8,7 @@ after each stage. Exit code 1 where a stage failed or a test failed; a missed go
 """
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_here(args: argparse.Namespace, seconds: float) -> int:
-    """Run one stage in this process."""
+    """Run one stage in this process. A stage that hangs prints where each of its threads is before it is stopped."""
+    faulthandler.dump_traceback_later(seconds + MARGIN_S / 2)
     clock, record = Clock(seconds), Record(args.json, args.stage)
     with tempfile.TemporaryDirectory(prefix="refract-gpu-") as work:
         options = Options(args.device, args.cifar and args.cifar.resolve(), args.quick, Path(work))

@@ -3,6 +3,7 @@
 It relies on PyTorch's private iterator. `tests/pipeline/test_pipeline_loader.py` kills workers, and so detects a release that changes it.
 """
 
+import atexit
 import errno
 import logging
 import os
@@ -122,6 +123,7 @@ class _Watched(_MultiProcessingDataLoaderIter):
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if first_iter:
             self._watch = _Watch(self)
+            _iterators.add(self)
         with self._explained():
             super()._reset(loader, first_iter)
 
@@ -155,6 +157,16 @@ class _Watched(_MultiProcessingDataLoaderIter):
         for worker in getattr(self, "_workers", ()):
             if worker.is_alive():
                 worker.kill()  # workers ignore SIGTERM
+
+
+_iterators: "weakref.WeakSet[_Watched]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of iterators that still exist at exit: Python would send them SIGTERM, which they ignore, and wait forever."""
+    for iterator in tuple(_iterators):
+        iterator._shutdown_workers()
 
 
 def exit_message(code: int | None, workers: int) -> str:

@@ -76,6 +76,30 @@ def test_a_worker_that_dies_between_epochs_or_within_a_message_does_not_block() 
         list(loader)
 
 
+UNFINISHED = """
+import numpy as np
+from tests.pipeline.test_pipeline_loader import Numbered, loader_of
+
+if __name__ == "__main__":
+    batches = iter(loader_of(Numbered()))
+    print(*(int(next(batches)["indices"][0]) for worker in range(2)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_process_that_exits_within_an_epoch_ends_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "unfinished.py"
+    script.write_text(UNFINISHED)
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests"), str(root / "tests" / "pipeline"))),
+    }
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=220)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 4\n", "")
+
+
 @pytest.mark.slow
 def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, _ = prepare_data(config_of(folder))
