@@ -66,7 +66,7 @@ def trained_blocks(mode: str, epoch: int, unfreeze_epochs: int, count: int) -> i
     - fine-tune: all
     - feature-extract: the head
     - gradual: the head in epoch 0, then evenly more, all from epoch unfreeze_epochs (Howard & Ruder 2018, arXiv:1801.06146, section 3.3)
-    - linear-then-fine-tune: the head for unfreeze_epochs epochs, then all (Kumar et al. 2022, arXiv:2202.10054)
+    - linear-then-fine-tune: the head for unfreeze_epochs epochs, which may be 0, then all (Kumar et al. 2022, arXiv:2202.10054)
     - lora: all, as far as `refract.models.training.lora` has not frozen them
 
     ValueError for an unknown mode.

@@ -19,21 +19,39 @@ et al. 2024, arXiv:2405.09673)."""
 
 
 def filled(config: Config) -> Config:
-    """Return a copy with values in place of None in optim.lr, optim.head_lr and model.frozen_norms, so that a run stores what it used.
+    """Return a copy with values in place of None in `optim` and `model`, so that a run stores what it used.
 
     Loaded batch norms keep their statistics. With those of small, augmented batches, fine-tuning EfficientNet-Lite0 on 245 photos at 128
     pixels ended 4 points lower (one seed, 4 epochs, 153 validation images); at 224 pixels linear-then-fine-tune differed by 1.
     The weights of a bundle or a run are the exception: the head is not new, and the statistics may come from a short training.
     """
     model, (lr, head_lr) = config.model, learning_rates(config)
+    unfreeze_epochs = int(why_no_probe(config) is not None) if model.mode == "linear-then-fine-tune" else 1
     frozen_norms = model.weights != "none" and not names_model(model.weights)
     return config.changed(
         {
             "optim.lr": lr,
             "optim.head_lr": head_lr,
+            "model.unfreeze_epochs": unfreeze_epochs if model.unfreeze_epochs is None else model.unfreeze_epochs,
             "model.frozen_norms": frozen_norms if model.frozen_norms is None else model.frozen_norms,
         }
     )
+
+
+def why_no_probe(config: Config) -> str | None:
+    """Return why `linear-then-fine-tune` cannot fit its head on embeddings, as a key and what it would need, None if it can.
+
+    The head of a bundle or a run is fitted already. With several ranks, one would embed the images while the others wait.
+    """
+    if names_model(config.model.weights):
+        return f"model.weights: {config.model.weights} has a head already"
+    if config.model.head != "linear":
+        return f"model.head: {config.model.head} is not linear"
+    if config.text.name != "none":
+        return f"text.name: {config.text.name} reads texts, and embeddings are those of images alone"
+    if config.trainer.devices > 1:
+        return f"trainer.devices: {config.trainer.devices} is not 1"
+    return None
 
 
 def learning_rates(config: Config) -> tuple[float, float]:

@@ -104,7 +104,8 @@ class ModelConfig(Checked):
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down),
             linear-then-fine-tune (the head first, then all), lora (the head and low-rank adapters of a transformer's attention); or a
             head fitted on stored embeddings: probe (logistic regression), knn or prototype (class means; for one to five images per class).
-        unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers.
+        unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers. 0 with linear-then-fine-tune fits the head as
+            probe does, then trains all; null is 0 where that is possible, else 1.
         lora_rank: rank of the adapters of mode: lora.
         lora_alpha: scale of these adapters; their output is multiplied by lora_alpha / lora_rank.
         frozen_norms: freeze the running statistics of batch normalisation; null freezes them for loaded weights, except a bundle's.
@@ -119,7 +120,7 @@ class ModelConfig(Checked):
     mode: Literal[
         "fine-tune", "feature-extract", "gradual", "linear-then-fine-tune", "lora", "probe", "knn", "prototype"
     ] = "fine-tune"
-    unfreeze_epochs: int = number(1, ge=1)
+    unfreeze_epochs: int | None = number(None, ge=0)
     lora_rank: int = number(8, ge=1, le=256)
     lora_alpha: int = number(16, ge=1, le=1024)
     frozen_norms: bool | None = None
@@ -131,6 +132,11 @@ class ModelConfig(Checked):
     def on_embeddings(self) -> bool:
         """Whether the head is fitted on embeddings, without epochs."""
         return self.mode in EMBEDDING_HEADS
+
+    @property
+    def starts_from_probe(self) -> bool:
+        """Whether a head that is fitted on embeddings replaces the epochs of the head alone."""
+        return self.mode == "linear-then-fine-tune" and self.unfreeze_epochs == 0
 
     @property
     def head_name(self) -> str:

@@ -31,11 +31,19 @@ CHECKED = 4
 def fit_on_embeddings(
     assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any
 ) -> list[dict[str, float]]:
-    """Embed the training and validation samples, fit the head by `model.mode`, and return the metrics as those of one epoch.
+    """Fit the head by `model.mode`, and return the metrics as those of one epoch. Arguments and errors: see `fitted_head`."""
+    metrics = fitted_head(assembly, assembly.config.model.mode, network, run_dir)
+    if tracker is not None:
+        tracker.log_metrics(metrics, step=1)
+    return [metrics]
 
-    network: the bundle's record of the network; run_dir: where the training writes its bundle. Embeddings come from the store
-    `data.features` where it has them. Raises DataError for an image that cannot be embedded, ConfigError for a network whose head cannot
-    be set, and Stopped after SIGTERM or Ctrl-C.
+
+def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_dir: Path) -> dict[str, float]:
+    """Embed the training and validation samples, fit the head and install it, and return its metrics under the names of an epoch's.
+
+    mode: `probe`, `knn` or `prototype`; network: the bundle's record of the network; run_dir: where the training writes its bundle.
+    Embeddings come from the store `data.features` where it has them. The classifier is in eval mode afterwards. Raises DataError for an
+    image that cannot be embedded, ConfigError for a network whose head cannot be set, and Stopped after SIGTERM or Ctrl-C.
     """
     config, manifest, module = assembly.config, assembly.manifest, assembly.module
     classifier = module.classifier.to(assembly.device).eval()
@@ -61,7 +69,7 @@ def fit_on_embeddings(
     train, val = (_part(store, embedded, manifest, samples, rows) for rows in parts)
     try:
         fitted = fit_head(
-            config.model.mode, train, val, multilabel=manifest.task == "multilabel",
+            mode, train, val, multilabel=manifest.task == "multilabel",
             balanced=config.loss.class_weights == "balanced",
         )  # fmt: skip
     except ValueError as error:
@@ -70,10 +78,8 @@ def fit_on_embeddings(
     _check(classifier, fitted.head, assembly, samples[:CHECKED])
     metrics = _named(fitted.metrics, module.monitor) | {"epoch_seconds": time.perf_counter() - started}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch_seconds")
-    log.info("%s, %s: %s  %.1f s", config.model.mode, fitted.choice, shown, metrics["epoch_seconds"])
-    if tracker is not None:
-        tracker.log_metrics(metrics, step=1)
-    return [metrics]
+    log.info("%s, %s: %s  %.1f s", mode, fitted.choice, shown, metrics["epoch_seconds"])
+    return metrics
 
 
 def _part(store: FeatureStore, embedded: Embedded, manifest: Manifest, samples: Sequence[Sample], rows: slice) -> Part:

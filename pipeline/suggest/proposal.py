@@ -65,7 +65,7 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
         Choice("data.workers", None, "data loading processes; null chooses for this machine", from_data=False),
         Choice("data.on_bad_file", "error", "skip excludes unreadable files", from_data=False),
         *_augment(survey, network),
-        *_model(survey, network, epochs),
+        *_model(survey, network),
         *_text(survey),
         *_optim(network),
         Choice("loss.label_smoothing", 0.0, "0.1 if some labels are wrong", from_data=False),
@@ -131,7 +131,7 @@ def _augment(survey: Survey, network: ProposedNetwork) -> list[Choice]:
     return [Choice("augment.policy", chosen.policy, chosen.reason)]
 
 
-def _model(survey: Survey, network: ProposedNetwork, epochs: int) -> list[Choice]:
+def _model(survey: Survey, network: ProposedNetwork) -> list[Choice]:
     choices = [Choice("model.name", network.name, network.reason)]
     if not survey.images:
         return choices
@@ -140,10 +140,10 @@ def _model(survey: Survey, network: ProposedNetwork, epochs: int) -> list[Choice
         choices.append(Choice("model.args", network.args, "of the bundle's network"))
     if network.head != "linear":
         choices.append(Choice("model.head", network.head, "of the bundle's network"))
-    return [*choices, *_mode(survey, network, epochs)]
+    return [*choices, *_mode(survey, network)]
 
 
-def _mode(survey: Survey, network: ProposedNetwork, epochs: int) -> list[Choice]:
+def _mode(survey: Survey, network: ProposedNetwork) -> list[Choice]:
     """Choose the trained layers.
 
     With 196 photos of two classes, EfficientNet-Lite0 at 224 pixels and four epochs, fine-tuning reached 0.935 on 153 validation images,
@@ -158,10 +158,7 @@ def _mode(survey: Survey, network: ProposedNetwork, epochs: int) -> list[Choice]
         reason = f"{survey.per_class} training images per class: a head fitted on embeddings, in seconds; fine-tune with more images"
         return [Choice("model.mode", "probe", reason)]
     reason = f"{survey.per_class} training images per class: the new head first"
-    return [
-        Choice("model.mode", "linear-then-fine-tune", reason),
-        Choice("model.unfreeze_epochs", max(1, epochs // 5), "epochs in which only the head is trained"),
-    ]
+    return [Choice("model.mode", "linear-then-fine-tune", reason)]
 
 
 def _text(survey: Survey) -> list[Choice]:

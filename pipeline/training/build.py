@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from refract.models.training.losses import LOSSES, losses_of
 from refract.models.training.specs import LossSpec
 from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.defaults import why_no_probe
 from refract.pipeline.config.sections import ModelConfig
 from refract.pipeline.training.initial_weights import head_rows, loads_weights, start_weights
 
@@ -70,11 +71,20 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
 def _check_mode(config: Config) -> None:
     """Raise ConfigError for settings that `model.mode` excludes. Warn about a mode without effect."""
     model, epochs = config.model, config.trainer.max_epochs
-    if model.mode in ("gradual", "linear-then-fine-tune") and model.unfreeze_epochs >= epochs > 1:
+    unfreeze_epochs = model.unfreeze_epochs or 0
+    if model.mode in ("gradual", "linear-then-fine-tune") and unfreeze_epochs >= epochs > 1:
         log.warning(
             "only the head is trained: model.unfreeze_epochs (%d) is not below trainer.max_epochs (%d)",
-            model.unfreeze_epochs,
+            unfreeze_epochs,
             epochs,
+        )
+    if model.mode == "gradual" and not unfreeze_epochs:
+        raise ConfigError(
+            "model.unfreeze_epochs: 0 with gradual trains all layers at once; set model.mode: fine-tune, or 1"
+        )
+    if model.starts_from_probe and (reason := why_no_probe(config)) is not None:
+        raise ConfigError(
+            f"model.unfreeze_epochs: 0 fits the head on embeddings, but {reason}; set model.unfreeze_epochs: 1"
         )
     if model.on_embeddings:
         _check_on_embeddings(config)
@@ -272,7 +282,7 @@ def make_module(
         class_weights=balanced_weights(counts) if config.loss.class_weights == "balanced" else None,
         class_counts=torch.tensor(counts, dtype=torch.float32),
         mode="feature-extract" if model.on_embeddings else model.mode,
-        unfreeze_epochs=model.unfreeze_epochs,
+        unfreeze_epochs=model.unfreeze_epochs or 0,
         teacher=teacher,
         start_size=config.trainer.start_size,
     )

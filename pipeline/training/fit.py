@@ -122,8 +122,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train, load the weights of the epoch that `BestCheckpoint` keeps into the module, and return the metrics of each epoch.
 
-    checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C. A head that is fitted on embeddings has
-    no epochs, checkpoints or watched steps.
+    checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C. A mode that only fits a head on
+    embeddings has no epochs, checkpoints or watched steps.
     """
     if assembly.config.model.on_embeddings:
         from refract.pipeline.features.training import fit_on_embeddings
@@ -140,6 +140,11 @@ def fit(
 
     quiet_lightning()
     module, device, ranks, config = assembly.module, assembly.device, assembly.ranks, assembly.config
+    if config.model.starts_from_probe and checkpoint is None:
+        from refract.pipeline.features.training import fitted_head
+
+        fitted_head(assembly, "probe", network_record(config)["network"], run_dir)
+        module.train()
     swa = config.trainer.swa_start
     folder = run_dir.resolve() / CHECKPOINTS
     # SWA has no average before this epoch.

@@ -18,6 +18,7 @@ from refract.models.bundle.bundle import load_bundle
 from refract.models.head import HEADS
 from refract.models.registry import build
 from refract.pipeline.config.config import ConfigError, load_config
+from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.evaluation.evaluate import evaluate
 from refract.pipeline.features import heads
@@ -171,6 +172,48 @@ def test_a_second_training_takes_the_embeddings_from_the_store(folder: Path, cap
         trained(folder, **{"model.mode": "knn", "trainer.run_name": "second"})
     assert "48 embeddings computed, 0 from" in first
     assert "0 embeddings computed, 48 from" in caplog.text
+
+
+def weights_of(result: Result) -> dict[str, torch.Tensor]:
+    return load_bundle(result.bundle).classifier().network.state_dict()
+
+
+def test_linear_then_fine_tune_starts_from_the_probe_and_trains_all_layers(folder: Path) -> None:
+    probe = weights_of(trained(folder, **{"model.mode": "probe"}))
+    values = {"model.mode": "linear-then-fine-tune", "trainer.max_epochs": 1, "augment.policy": "none"}
+    still = trained(folder, **values, **{"trainer.run_name": "still", "optim.lr": 1e-9, "optim.weight_decay": 0})
+    assert load_bundle(still.bundle).info.config["model"]["unfreeze_epochs"] == 0
+    assert json.loads((still.run_dir / "history.json").read_text())[0]["val_accuracy"] > 0.9
+    for key in ("head.weight", "stem.0.weight"):
+        torch.testing.assert_close(weights_of(still)[key], probe[key], rtol=1e-4, atol=1e-5)
+    moved = weights_of(trained(folder, **values, **{"trainer.run_name": "moved"}))
+    assert all((moved[key] - probe[key]).abs().max() > 1e-4 for key in ("head.weight", "stem.0.weight"))
+
+
+@pytest.mark.parametrize(
+    "key", ["model.head=mlp", "text.name=hashing", "trainer.devices=2", "model.weights=models:/a/1"]
+)
+def test_linear_then_fine_tune_trains_its_head_by_epochs_where_embeddings_do_not_fit(key: str) -> None:
+    config = load_config(None, ["--model.mode=linear-then-fine-tune", f"--{key}"])
+    assert filled(config).model.unfreeze_epochs == 1
+    assert filled(config.changed({"model.unfreeze_epochs": 3})).model.unfreeze_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"model.mode": "linear-then-fine-tune", "model.head": "mlp"},
+            "model.head: mlp is not linear; set model.unfreeze_epochs: 1",
+        ),
+        ({"model.mode": "gradual"}, "0 with gradual trains all layers at once; set model.mode: fine-tune"),
+    ],
+)
+def test_no_epochs_of_the_head_alone_are_refused_where_nothing_fits_it(
+    folder: Path, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trained(folder, **{"model.unfreeze_epochs": 0, **values})
 
 
 @pytest.mark.parametrize(
