@@ -17,6 +17,7 @@ def main() -> None:
             "data.source": task.manifest,
             "data.image_size": task.size,
             "data.batch_size": task.batch_size,
+            "data.features": f"{runs}/features",
             "augment.policy": "fine-tune",
             "model.name": f"timm/{task.network}",
             "model.weights": task.weights,
