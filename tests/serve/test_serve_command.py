@@ -169,6 +169,7 @@ def test_a_server_killed_during_its_first_start_starts_again(bundle, tmp_path):
         code = (
             "import itertools, os, signal, sys, refract.serve.cli.command\n"
             "calls, fsync = itertools.count(), os.fsync\n"
+            "signal.alarm(300)  # a start that syncs nothing must not serve forever\n"
             f"os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == {complete} else fsync(file)\n"
             "sys.exit(refract.serve.cli.command.main(sys.argv[1:]))"
         )
