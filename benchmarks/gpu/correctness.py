@@ -14,11 +14,16 @@ ROOT = Path(__file__).parents[2]
 PROCESSES = 4
 """That share the GPU: most of a test's time is the processor's."""
 
+QUICK = "not test_gpu_training or on_the_device or no_step"
+"""The tests of the quick form: without whole training runs, which tests/pipeline repeats on the processor."""
+
 
 def run(options: Options, record: Record, clock: Clock) -> None:
     """Measure the stage `correctness`."""
     log = options.work / "pytest.log"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-v", "--color=no", "-p", "no:cacheprovider"]
+    if options.quick:
+        command += ["-k", QUICK]
     if options.device == "cuda" and find_spec("xdist"):
         command += ["-n", str(PROCESSES), "--dist", "load"]
     env = {**os.environ, "REFRACT_TEST_DEVICE": options.device, "PYTHONPATH": _path()}

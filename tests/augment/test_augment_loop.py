@@ -4,10 +4,9 @@ import copy
 import hashlib
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from warm_process import shared
 
 from refract.augment import AugmentedDataset, Augmenter, EpochSampler, ImageError, SampleKey, ShuffleSampler
 from refract.augment.samplers import epoch_order
@@ -232,8 +232,9 @@ def test_a_second_epoch_of_plain_indices_warns_once(workers: int, persistent: bo
         f"loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers={workers}, persistent_workers={persistent})\n"
         "for _ in range(3): list(loader)\n"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert process.stderr.count("a second epoch uses plain indices") == 1, process.stderr
+    process = shared().popen([], cwd=Path(__file__).parents[2], code=code)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err.count("a second epoch uses plain indices") == 1, err
 
 
 def test_correct_use_emits_no_warning() -> None:

@@ -1,12 +1,11 @@
 """The Python blocks of docs/augment-in-your-loop.md run in order."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from warm_process import shared
 
 TEXT = (Path(__file__).parents[2] / "docs" / "augment-in-your-loop.md").read_text("utf-8")
 
@@ -22,10 +21,7 @@ def test_the_blocks_run_in_order(tmp_path: Path) -> None:
     code = (
         "\n".join(blocks) + "\nassert moved_mask.shape == moved_image.shape[:2] == (48, 48)\nassert len(images) == 4\n"
     )
-    script = tmp_path / "page.py"
-    script.write_text(code, "utf-8")
-    process = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    assert "plain indices" not in process.stderr
+    process = shared().popen([], cwd=tmp_path, code=code)
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert "plain indices" not in err

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from refract.augment.ops.geometric import product
@@ -36,6 +36,7 @@ def test_a_perspective_is_reduced_by_the_slope_at_its_centre(numbers: tuple[floa
 
 @pytest.mark.parametrize("quarter_turns", range(4))
 @pytest.mark.parametrize("flip", [False, True])
+@settings(max_examples=25)
 @given(top=st.integers(-5, 20), left=st.integers(-5, 20), height=st.integers(1, 30), width=st.integers(1, 30))
 def test_a_turned_or_flipped_crop_shows_its_box(
     quarter_turns: int, flip: bool, top: int, left: int, height: int, width: int

@@ -1,12 +1,16 @@
 """`python -m benchmarks.gpu` runs from end to end without a GPU, and survives stages that fail or hang."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from warm_process import shared
 
 from benchmarks.gpu.plan import STAGES, Measure
 from benchmarks.gpu.processes import run_limited
@@ -18,32 +22,46 @@ ONLY_ON_A_GPU = ("compil", "model FLOPs", "batch JPEG decoding", "fp16", "cuda-g
 LEFT_OUT = ("vit_b_16", "batch decoding", "kornia")
 """Options of the quick form."""
 
+QUICK = ["--device", "cpu", "--quick"]
+OF_THE_PROGRAM = ["correctness", "augment"]
+"""Stages that the program starts as it does on a GPU. The others import more, and run in processes that have imported it."""
+
+
+def assert_measured(stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Assert that each stage measured all that a CPU and the quick form allow."""
+    missing = [
+        f"{name}: {measure.name} {why}"
+        for name, measure, value, why in rows(stages, judged=False)
+        if name in stages and value is None
+    ]
+    assert [line for line in missing if not any(part in line for part in (*ONLY_ON_A_GPU, *LEFT_OUT))] == []
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # its stages are processes that import PyTorch while other tests run
-def test_the_quick_form_measures_every_stage_on_the_cpu(tmp_path: Path) -> None:
+def test_the_quick_form_runs_stages_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--device",
-        "cpu",
-        "--quick",
-        "--seconds",
-        "800",
-        "--json",
-        str(out),
-    ]
+    options = [*QUICK, "--seconds", "800", "--stages", *OF_THE_PROGRAM, "--json", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = json.loads(out.read_text())["stages"]
-    assert {name: stage["code"] for name, stage in stages.items()} == dict.fromkeys(STAGES, 0)
-    missing = [
-        f"{name}: {measure.name} {why}" for name, measure, value, why in rows(stages, judged=False) if value is None
-    ]
-    assert [line for line in missing if not any(part in line for part in (*ONLY_ON_A_GPU, *LEFT_OUT))] == []
+    assert {name: stage["code"] for name, stage in stages.items()} == dict.fromkeys(OF_THE_PROGRAM, 0)
+    assert_measured(stages)
     assert stages["correctness"]["values"]["tests passed"] > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in OF_THE_PROGRAM])
+def test_a_stage_measures_its_numbers_on_the_cpu(name: str, tmp_path: Path) -> None:
+    out, limit = tmp_path / f"{name}.json", 300  # a stage that hangs then prints where
+    code = f"import signal, sys; signal.alarm({limit + 60}); from benchmarks.gpu.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    options = [*QUICK, "--seconds", str(limit), "--stage", name, "--json", str(out)]
+    process = shared().popen(options, cwd=ROOT, env={**os.environ, "HOME": str(tmp_path)}, code=code)
+    output = process.communicate(timeout=limit + 120)
+    assert process.returncode == 0, output
+    assert_measured({name: read_record(out)})
 
 
 def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def a_step(network, images):
     ("name", "args"),
     [
         ("resnet20", {}),
-        ("vgg11", {"dropout": 0.0}),
+        ("squeezenet1_1", {"dropout": 0.0}),
         ("timm/vit_tiny_patch16_224", {"img_size": 32}),
         ("densenet121", {}),
         ("cnn", {}),

@@ -1,12 +1,12 @@
 """Freed memory is reused, in each kind of process that computes. Page faults are counted, which a busy machine does not change."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm_process import shared
 
 from refract.models.allocator import available_memory, configured_by_user
 
@@ -33,11 +33,14 @@ def attempt(work):
 """
 
 
-def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
     unset = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_WAIT_POLICY", "GOMP_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
+    return {key: value for key, value in os.environ.items() if not key.startswith(unset)}
+
+
+def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROBE + code]
-    return subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True, check=True)
+    return subprocess.run(command, cwd=ROOT, env=environment() | more, capture_output=True, text=True, check=True)
 
 
 def faults_after(code: str, block: int = 48, **more: str) -> int:
@@ -77,53 +80,54 @@ def test_a_bound_is_kept() -> None:
     assert int(run(f"{bounded}\n{freed}\nprint({resident})").stdout) < 256
 
 
-def test_commands_and_steps_of_the_flow_keep_it() -> None:
+def test_commands_keep_it() -> None:
     assert faults_after("import refract.cli\nrefract.cli.main(['ops'])") < FEW
-    flow = "runpy.run_path('pipeline/retraining/flow.py', run_name='__main__')"
-    step = f"import runpy\nsys.argv = ['flow.py', '--help']\nattempt(lambda: {flow})"
-    assert faults_after(step) < FEW
 
 
-@pytest.fixture(scope="module")
-def forked() -> dict[str, int]:
-    """Faults a round in processes that are forked from one that has imported what they need; each begins its work, which then fails as
-    there is no data."""
-    code = """
-import multiprocessing, pathlib, refract.serve.cli.command
+def faults_of_a_fork(code: str, block: int) -> int:
+    """The same in a process forked from one that has imported what it needs. Work may fail, as there is no data."""
+    process = shared().popen([], cwd=ROOT, env=environment(), code=f"{PROBE}\n{code}\nprint(faults({block}))")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return int(out.splitlines()[-1])
+
+
+def test_without_it_they_fault() -> None:
+    assert faults_of_a_fork("", 48) > 10 * FEW and faults_of_a_fork("", 16) > 4 * FEW
+
+
+WORK = {
+    "scoring": """
+from pathlib import Path
 from refract.pipeline.inference.batch.worker import Job, Scorer
+attempt(lambda: Scorer(Job(Path("none"), "", Path("none"), "", {}, "", False, False, 1, "none", "cpu", 1)))
+""",
+    "train()": """
 from refract.pipeline.config.config import load_config
-from refract.pipeline.data.datasets import init_worker
 from refract.pipeline.training.run import train
-none = pathlib.Path("none")
-def job(): Scorer(Job(none, "", none, "", {}, "", False, False, 1, "none", "cpu", 1))
-def training(): train(load_config("configs/digits.yaml", ["--data.source", "none"]))
-kinds = {
-    "nothing": (lambda: None, 48), "scoring": (job, 48), "train()": (training, 48),
-    "nothing, small blocks": (lambda: None, 16), "loading": (lambda: init_worker(0), 16),
-    "server": (lambda: refract.serve.cli.command.main(["none"]), 16),
+attempt(lambda: train(load_config("configs/digits.yaml", ["--data.source", "none"])))
+""",
+    "a step of the flow": """
+import runpy
+sys.argv = ["flow.py", "--help"]
+attempt(lambda: runpy.run_path("pipeline/retraining/flow.py", run_name="__main__"))
+""",
+    "loading": """
+from refract.pipeline.data.datasets import init_worker
+attempt(lambda: init_worker(0))
+""",
+    "server": """
+import refract.serve.cli.command
+attempt(lambda: refract.serve.cli.command.main(["none"]))
+""",
 }
-def probe(name, queue):
-    attempt(kinds[name][0])
-    queue.put((name, faults(kinds[name][1])))
-context = multiprocessing.get_context("fork")
-queue, found = context.Queue(), {}
-for name in kinds:
-    process = context.Process(target=probe, args=(name, queue))
-    process.start()
-    found |= [queue.get(timeout=120)]
-    process.join()
-print(json.dumps(found))
-"""
-    return json.loads(run(code).stdout.splitlines()[-1])
 
 
-def test_without_it_they_fault(forked: dict[str, int]) -> None:
-    assert forked["nothing"] > 10 * FEW and forked["nothing, small blocks"] > 4 * FEW
-
-
-@pytest.mark.parametrize("kind", ["scoring", "train()", "loading", "server"])
-def test_processes_that_compute_keep_it(forked: dict[str, int], kind: str) -> None:
-    assert forked[kind] < FEW
+@pytest.mark.parametrize(
+    ("work", "block"), [("scoring", 48), ("train()", 48), ("a step of the flow", 48), ("loading", 16), ("server", 16)]
+)
+def test_processes_that_compute_keep_it(work: str, block: int) -> None:
+    assert faults_of_a_fork(WORK[work], block) < FEW
 
 
 def test_what_counts_as_configured() -> None:

@@ -85,9 +85,10 @@ def test_the_cost_is_bounded_and_the_image_is_not_changed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cnn", "vit (torchvision)", "swin"])
+@pytest.mark.parametrize("name", ["cnn", "vit (torchvision)"])
 def test_the_hottest_place_lies_in_the_planted_evidence(name: str) -> None:
-    """Grad-CAM failed here: 68 % of its hottest places lay in the square for the CNN, 8 % for the Swin."""
+    """Grad-CAM failed here: 68 % of its hottest places lay in the square for the CNN, 21 % for the ViT. benchmarks/explanations.py
+    measures more families, whose training takes longer."""
     family = FAMILIES[name]
     torch.manual_seed(0)
     classifier, accuracy = learn(family.make(), family.size, steps=family.steps, learning_rate=family.learning_rate)

@@ -49,7 +49,7 @@ def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*NETWORKS, "timm/mobilenetv3_small_050"])
 def test_overfits_one_batch(name: str) -> None:
     network = made(name, 4).train()
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4

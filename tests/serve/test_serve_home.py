@@ -3,12 +3,11 @@
 import getpass
 import os
 import pwd
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from warm_process import shared
 
 from refract.serve.cli.home import MISSING_HOME, ensure_home
 
@@ -82,18 +81,17 @@ def test_without_a_temporary_directory_the_server_has_no_caches(nobody: Path, mo
 @pytest.mark.slow
 def test_the_server_starts_without_a_home_and_caches_its_backend(bundle, tmp_path: Path) -> None:
     code = (
-        "import pwd, sys\n"
+        "import pwd, sys, tempfile\n"
         "def unknown(uid): raise KeyError(uid)\n"
-        "pwd.getpwuid = unknown\n"
+        "pwd.getpwuid, tempfile.tempdir = unknown, None\n"
         "import refract.serve.cli.command\n"
         "sys.exit(refract.serve.cli.command.main(sys.argv[1:]))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
-    command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu", "--backend", "onnx"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment | {"TMPDIR": str(tmp_path)}, **pipes) as process:
-        ready = process.stdout.readline()
-        process.terminate()
-        _, err = process.communicate(timeout=60)
+    options = [str(bundle.path), "--port", "0", "--device", "cpu", "--backend", "openvino"]
+    process = shared().popen(options, cwd=ROOT, env=environment | {"TMPDIR": str(tmp_path)}, code=code)
+    ready = process.stdout.readline()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
     assert ready.startswith("Refract serves shapes") and process.returncode == 0, err
-    assert "caches are written to" in err and list(tmp_path.glob("refract-home-*/.cache/refract/backends/*/kept.onnx"))
+    assert "caches are written to" in err and list(tmp_path.glob("refract-home-*/.cache/refract/backends/*/kept.xml"))

@@ -5,14 +5,13 @@ import hashlib
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm_process import shared
 
 from refract.models.bundle.bundle import load_bundle
 from refract.serve.rollout import model_source
@@ -170,10 +169,8 @@ def test_a_start_and_a_watcher_time_out_on_a_server_that_sends_single_bytes(tmp_
         follow = (
             "import asyncio, refract.serve.rollout.registry_watcher as f; print(asyncio.run(f._resolve('models:/a@b')))"
         )
-        start = ["-m", "refract.serve.cli.command", "models:/a@b", "--port", "0"]
-        commands = [[sys.executable, *rest] for rest in (start, ["-c", follow])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        both = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+        start = shared().popen(["serve", "models:/a@b", "--port", "0"], cwd=tmp_path, env=environment)
+        both = [start, shared().popen([], cwd=tmp_path, env=environment, code=follow)]
         started, followed = [(*process.communicate(timeout=120), process.returncode) for process in both]
     message = "the tracking server does not answer at"
     assert message in started[1] and started[2] == 2
@@ -200,11 +197,11 @@ def test_a_call_with_progress_is_awaited_and_a_stalled_one_times_out():
 
 @pytest.mark.slow
 def test_an_unreachable_server_is_reported(tmp_path):
-    """Test in a new process: MLflow reads its settings once."""
+    """Test in another process: MLflow keeps the settings of its first request."""
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         code = "import sys, refract.serve.rollout.model_source as s\ntry: s.resolve('models:/a@b')\nexcept s.SourceError as e: print(e)"
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert f"the tracking server does not answer at {uri}" in done.stdout, done.stderr
+        out, err = shared().popen([], cwd=tmp_path, env=environment, code=code).communicate(timeout=60)
+    assert f"the tracking server does not answer at {uri}" in out, err

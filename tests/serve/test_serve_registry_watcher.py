@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
 import pytest
+from warm_process import Started, shared
 
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.serve.cli.command import InvalidOptionError, _bundle
@@ -22,6 +24,8 @@ from refract.serve.rollout.model_source import resolve
 from refract.serve.rollout.registry_watcher import registry_watchers
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -48,6 +52,18 @@ def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.Mon
     return promote, tmp_path
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look up names in this process: a subprocess takes three seconds to import MLflow."""
+
+    async def located(source: str, damaged: Path | None = None) -> Path:
+        assert damaged is None
+        return await asyncio.to_thread(resolve, source)
+
+    monkeypatch.setattr("refract.serve.rollout.registry_watcher._resolve", located)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_new_champion_is_served_a_bad_one_is_rejected_and_a_rollback_is_respected(
     registry, bundle, other, make_bundle, served, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,12 +123,17 @@ def test_a_download_damaged_before_the_swap_is_replaced(registry, bundle, other,
     served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 
 
+def start_resolving(*arguments: str, env: Mapping[str, str] | None = None) -> Started:
+    """Start the process in which a server resolves a registered name. Its output is JSON."""
+    code = "import runpy; runpy.run_module('refract.serve.rollout.model_source', run_name='__main__')"
+    return shared().popen(arguments, cwd=ROOT, env=env, code=code)
+
+
 def test_two_servers_that_replace_one_damaged_download_both_succeed(registry, bundle) -> None:
     name = "models:/shapes@champion"
     path = resolve(name)
     (path / "weights.safetensors").write_bytes(b"damaged")
-    command = [sys.executable, "-m", "refract.serve.rollout.model_source", name, str(path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [start_resolving(name, str(path)) for _ in range(2)]
     found = [json.loads(process.communicate(timeout=100)[0]) for process in both]
     assert found == [{"path": str(path)}] * 2 and load_bundle(path).digest == bundle.digest
     assert sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("last-")) == [path.name]
@@ -125,17 +146,6 @@ def test_a_read_only_cache_serves_its_versions(registry, bundle, tmp_path: Path,
     last.unlink()
     last.mkdir()  # a folder blocks the file, as root may write anywhere
     assert resolve(name) == path and "is not writable" in caplog.text
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look up names in this process: a subprocess takes three seconds to import MLflow."""
-
-    async def located(source: str, damaged: Path | None = None) -> Path:
-        assert damaged is None
-        return await asyncio.to_thread(resolve, source)
-
-    monkeypatch.setattr("refract.serve.rollout.registry_watcher._resolve", located)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -214,13 +224,7 @@ def test_without_the_tracking_server_the_last_known_version_is_used(registry, bu
     name = "models:/shapes@champion"
 
     def located() -> dict[str, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "refract.serve.rollout.model_source", name],
-            capture_output=True,
-            text=True,
-            env=environ,
-        )
-        return json.loads(done.stdout)
+        return json.loads(start_resolving(name, env=environ).communicate(timeout=100)[0])
 
     def answers() -> bool:
         with contextlib.suppress(httpx.HTTPError):
@@ -244,9 +248,9 @@ def test_without_the_tracking_server_the_last_known_version_is_used(registry, bu
             os.killpg(server.pid, signal.SIGKILL)
     assert located() == {"path": str(path)} and load_bundle(path).digest == bundle.digest
     (path / "weights.safetensors").write_bytes(b"damaged")
-    serve = [sys.executable, "-m", "refract.serve.cli.command", name, "--port", "0"]
-    done = subprocess.run(serve, capture_output=True, text=True, env=environ)
-    assert done.returncode == 2 and "the tracking server does not answer" in done.stderr
+    serve = shared().popen(["serve", name, "--port", "0"], cwd=ROOT, env=environ)
+    _, err = serve.communicate(timeout=200)
+    assert serve.returncode == 2 and "the tracking server does not answer" in err
     assert path.is_dir() and not list(path.parent.glob(".damaged-*")), (
         "the download stays, and no temporary files remain"
     )
