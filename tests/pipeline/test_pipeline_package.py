@@ -98,4 +98,4 @@ def test_nothing_imports_a_package_by_its_former_name(warm: WarmProcess, tmp_pat
     )
     process = warm.popen([], cwd=tmp_path, code=code)
     with process.stdout, process.stderr:
-        assert process.communicate() == ("set()\n", "")
+        assert process.communicate()[0] == "set()\n"
