@@ -112,8 +112,9 @@ def config_from_dict(
     parser, source = _parser(), where
     try:
         namespace = parser.parse_object(dict(values))
-        source = "command line"
-        namespace = parser.parse_args(list(overrides), namespace=namespace)
+        if overrides:  # without them, the parser would validate the values a second time
+            source = "command line"
+            namespace = parser.parse_args(list(overrides), namespace=namespace)
         sections = parser.instantiate(namespace)
         config = Config(**{item.name: sections[item.name] for item in fields(Config)})
     except NotAccepted as error:
@@ -122,7 +123,7 @@ def config_from_dict(
         raise ConfigError(f"{source}: {section}.{error.key}: {error.value!r} is not {error.expected}") from error
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {_plain_words(str(error))}") from error
-    _check(config, where, frozenset(_override_keys(overrides)))
+    check(config, where, frozenset(_override_keys(overrides)))
     return config
 
 
@@ -236,7 +237,7 @@ def _nearest(key: str) -> str:
     return f"; did you mean {best[0]!r}?" if best else f"; known sections: {', '.join(f.name for f in fields(Config))}"
 
 
-def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
+def check(config: Config, where: str, overridden: frozenset[str] = frozenset()) -> None:
     """Raise ConfigError for a value out of range, or for keys that contradict each other.
 
     where: name of the config's source; overridden: keys set on the command line.

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.models.fields import NotAccepted
+from refract.pipeline.config.config import Config, ConfigError, check
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,12 @@ def treatable(finding: Finding, config: Config) -> Finding:
 def _accepted(cures: tuple[Cure, ...], config: Config) -> Iterator[Cure]:
     seen: list[Cure] = []
     for settings in cures:
-        values = config.to_dict()
-        before = config.to_dict()
-        for setting in settings:
-            section, _, key = setting.key.partition(".")
-            values[section][key] = setting.value
-        if values == before or settings in seen:
-            continue
         try:
-            config_from_dict(values)
-        except ConfigError:
+            changed = config.changed({setting.key: setting.value for setting in settings})
+            check(changed, "the config")
+        except (ConfigError, NotAccepted):
+            continue
+        if changed.to_dict() == config.to_dict() or settings in seen:
             continue
         seen.append(settings)
         yield settings

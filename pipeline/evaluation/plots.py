@@ -22,11 +22,19 @@ FONTS = (
 """Fonts for labels in any script. Matplotlib takes each letter from the first installed font that has it."""
 
 
+DPI = 110
+"""Pixels per inch of the charts."""
+
+
 def save(figure: "Figure", target: Any, **options: Any) -> None:
-    """Call `figure.savefig`, and log one warning per process if letters are missing from all installed fonts."""
+    """Lay the figure out and save it, and log one warning per process if letters are missing from all installed fonts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(target, dpi=110, **options)
+        figure.set_dpi(DPI)
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)  # with an engine, savefig draws the whole figure twice
+        figure.savefig(target, dpi=DPI, **options)
     for warning in caught:
         if "missing from font" in str(warning.message):
             _warn_missing_letters()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,11 +148,17 @@ class Step(NamedTuple):
 
 
 def _config(folder: Path) -> Config:
+    path = folder / "config.yaml"
+    config = _parsed(path.read_text("utf-8"), str(path))
+    return replace(config, plugins=absolute_paths(config.plugins, folder))
+
+
+@lru_cache(maxsize=2)
+def _parsed(text: str, where: str) -> Config:
+    """Parse a run's config. Each step of the run needs it, and parsing takes a fifth of a second."""
     import yaml
 
-    path = folder / "config.yaml"
-    config = config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
-    return replace(config, plugins=absolute_paths(config.plugins, folder))
+    return config_from_dict(yaml.safe_load(text), where=where)
 
 
 def _training_run(folder: Path, config: Config, start: str = "") -> Path:

@@ -30,7 +30,8 @@ class Reader:
         self.folder, self.warm, self.servers, self.port = folder, warm, servers, port
         self.names: dict[str, Any] = {"__name__": "tutorial"}
         self.output: list[str] = []
-        environment = {**os.environ, "HOME": str(folder / "home")}
+        # The page's own --backend comes first; without one, the server would convert the model for each backend and time them.
+        environment = {**os.environ, "HOME": str(folder / "home"), "REFRACT_SERVE_BACKEND": "eager"}
         environment.pop("MLFLOW_TRACKING_URI", None)
         self.environment: Mapping[str, str] = environment
 

@@ -25,7 +25,7 @@ from refract.pipeline.evaluation import plots
 from refract.pipeline.evaluation.compare import against, read_run
 from refract.pipeline.evaluation.evaluate import evaluate
 from refract.pipeline.evaluation.report import make_report
-from refract.pipeline.evaluation.robustness import FULL, QUICK, measure_robustness
+from refract.pipeline.evaluation.robustness import FULL, QUICK, Effort, measure_robustness
 from refract.pipeline.evaluation.slices import slices
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -49,13 +49,13 @@ def runs(root: Path) -> Path:
     from refract.pipeline.config.config import config_from_dict
     from refract.pipeline.training.run import train
 
-    for name, rate in (("good", 0.003), ("bad", 1e-7)):
+    for name, rate, epochs, robustness in (("good", 0.003, 12, "quick"), ("bad", 1e-7, 2, "none")):
         values = {
             "data": {"source": str(root / "images"), "image_size": 24, "workers": 0, "batch_size": 16,
                      "val_fraction": 0.3, "test_fraction": 0.3},
             "model": {"name": "cnn", "args": {"widths": [8, 16]}}, "optim": {"lr": rate},
-            "trainer": {"max_epochs": 12, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
-            "tracking": {"enabled": False}, "evaluation": {"precision": 0.99, "robustness": "quick"},
+            "trainer": {"max_epochs": epochs, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
+            "tracking": {"enabled": False}, "evaluation": {"precision": 0.99, "robustness": robustness},
         }  # fmt: skip
         train(config_from_dict(values))
     return root / "runs"
@@ -143,14 +143,15 @@ def test_corruptions_are_seeded_and_raise_the_error(root: Path) -> None:
     samples = load_manifest(root / "images").samples
     torch.manual_seed(0)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
-    one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, QUICK) for _ in range(2))
+    few = Effort(12, (1, 3, 5))
+    one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, few) for _ in range(2))
     assert one == again and one.by_severity()[0] == one.clean
     assert one.interval[0] < one.mean_error < one.interval[1] and one.clean_interval[0] < one.clean_interval[1]
-    assert measure_robustness(classifier, Preprocess(32, 32), samples, QUICK, seed=1) != one
+    assert measure_robustness(classifier, Preprocess(32, 32), samples, few, seed=1) != one
     chosen = [sample.labels[0] for sample in samples[:: len(samples) // 90][:90]]  # sorted by class
     assert len(set(chosen)) == 3
-    seen = measure_robustness(classifier, Preprocess(32, 32), samples[:30] + samples[-60:], QUICK)
-    assert seen.images == 50, "spread over all of them"
+    seen = measure_robustness(classifier, Preprocess(32, 32), samples[:30] + samples[-60:], few)
+    assert seen.images == 12, "spread over all of them"
     full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], FULL)
     assert full.images == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]
 
@@ -192,7 +193,9 @@ def test_evaluate_shows_near_duplicates_of_training_images(refract: Run, tmp_pat
         write_image(tmp_path / "s" / "ab"[number % 2] / f"{number}.png", pixels)
         if number < 20:
             write_image(tmp_path / "s" / "ab"[number % 2] / f"{number}.jpg", pixels)
-    (tmp_path / "c.yaml").write_text("{data: {source: s, image_size: 32, workers: 0}, tracking: {enabled: false}}")
+    (tmp_path / "c.yaml").write_text(
+        "{data: {source: s, image_size: 32, workers: 0}, tracking: {enabled: false}, evaluation: {robustness: none}}"
+    )
     printed = refract(
         "train", "c.yaml", "--model.name", "cnn", "--trainer.max_epochs", 1, "--trainer.run_name", "r"
     ).stderr

@@ -118,7 +118,7 @@ def test_a_stopped_command_keeps_its_finished_shards(
 def test_a_killed_command_repeats_at_most_one_shard(
     run: Embed, weights: Path, tmp_path: Path, warm: WarmProcess
 ) -> None:
-    options = ["--model", "resnet20", "--weights", str(weights), "--image-size", "32", "--jobs", "1", "-o", "features"]
+    options = ["--model", "resnet20", "--weights", str(weights), "--image-size", "16", "--jobs", "1", "-o", "features"]
     process = warm.start(["embed", "digits", *options], cwd=tmp_path, env=dict(os.environ))
     with process.output:
         until = time.monotonic() + 120
@@ -128,7 +128,7 @@ def test_a_killed_command_repeats_at_most_one_shard(
         process.kill()
     process.wait(30)
     written = 512 * len(list((tmp_path / "features").glob("*/vectors-*.parquet")))
-    result = run("--jobs", 1, data="digits")
+    result = run("--image-size", 16, "--jobs", 1, data="digits")
     assert (result["stored"], result["reused"]) == (1797, min(written, 1797))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
@@ -101,6 +101,7 @@ def test_one_neighbour_is_that_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) 
     assert (predicted(fitted.head, test) == peer.predict(test.features)).all()
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(2, 6), st.booleans(), st.sampled_from(["probe", "knn"]))
 def test_few_images_a_class_and_no_validation_set_give_finite_logits(
     images: int, classes: int, multilabel: bool, mode: str

@@ -33,7 +33,7 @@ def config(root: Path, name: str, **trainer: object) -> Config:
         {
             "data": {"source": "digits", "image_size": 8, "resize": "squash", "batch_size": 128, "val_fraction": 0.2},
             "model": {"name": "cnn", "args": {"widths": [8, 16]}},
-            "trainer": {"max_epochs": 2, "run_name": name, "runs_dir": str(root), "device": "cpu", **trainer},
+            "trainer": {"max_epochs": 1, "run_name": name, "runs_dir": str(root), "device": "cpu", **trainer},
             "tracking": {"enabled": False}, "evaluation": {"robustness": "none"},
         }
     )  # fmt: skip
@@ -43,7 +43,7 @@ def config(root: Path, name: str, **trainer: object) -> Config:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run `start`; `a` and `b`, which are trained on from it; and `bad`, trained on at a learning rate that ruins the weights."""
     root = tmp_path_factory.mktemp("runs")
-    train(config(root, "start", max_epochs=4).changed({"optim.lr": 0.01}))
+    train(config(root, "start", max_epochs=3).changed({"optim.lr": 0.01}))
     fine = {"model.weights": str(root / "start" / "bundle"), "optim.name": "sgd"}
     for name, changes in {"a": {"optim.lr": 0.01}, "b": {"optim.lr": 0.03}, "bad": {"optim.lr": 5.0}}.items():
         train(config(root, name).changed({**fine, **changes}))

@@ -1,10 +1,9 @@
 """Tracking never stops a training: a server that stalls, refuses or dies, and what is delivered later."""
 
 import shutil
+import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from small_data import Run
+from warm_process import WarmProcess
 
 from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking import Tracker, TrackingError, tracker
@@ -52,7 +52,7 @@ def tracked(run_dir: Path, uri: str) -> Tracker:
 
 @pytest.mark.slow
 def test_a_silent_server_holds_nothing_up_and_gets_all_later(
-    tmp_path: Path, refract: Run, impatient: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, refract: Run, new_tracking: Path, impatient: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = tmp_path / "runs" / "r"
     config = configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r"))
@@ -70,7 +70,7 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
         one.register("animals", "champion")
         assert time.monotonic() - began < 30, "the disk's time alone: 200 waits of half a second are 100"
         assert one.finish("FINISHED") == 204, "of the run, 200 steps, files, model, status nothing arrived"
-    database = f"sqlite:///{tmp_path}/later.db"
+    database = f"sqlite:///{shutil.copy(new_tracking, tmp_path / 'later.db')}"
     printed = refract("sync", "runs", "--uri", database)
     assert "204 entries delivered" in printed.stdout
     assert "models:/animals@champion is version 1, the model's first" in printed.stdout
@@ -126,7 +126,9 @@ def test_a_server_that_refuses_the_run_is_reported(tmp_path: Path, new_tracking:
 
 
 @pytest.mark.slow
-def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_training_without_its_server_ends_well_and_syncs(
+    refract: Run, folder: Path, tmp_path: Path, new_tracking: Path
+) -> None:
     """Nor does the password in the server's address show anywhere."""
     refract("init", folder, "-o", "images.yaml")
     uri = "http://alice:s3cretpw@127.0.0.1:9"
@@ -148,7 +150,7 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
         in refract("sync", "runs/r", code=1).stderr
     )
     assert "entries are not delivered" in refract("sync", "runs/r", "--uri", "http://127.0.0.1:9", code=1).stderr
-    database = f"sqlite:///{tmp_path}/later.db"
+    database = f"sqlite:///{shutil.copy(new_tracking, tmp_path / 'later.db')}"
     refract("sync", "runs/r", "--uri", database)
     client = MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
@@ -182,7 +184,10 @@ def test_a_registration_that_the_server_refused_is_kept_and_sent_again_by_sync(
 
 
 @pytest.mark.slow
-def test_another_server_gets_the_run_from_its_beginning(tmp_path: Path, refract: Run) -> None:
+def test_another_server_gets_the_run_from_its_beginning(tmp_path: Path, refract: Run, new_tracking: Path) -> None:
+    """The database `two` is there already, `three` is created."""
+    shutil.copy(new_tracking, tmp_path / "one.db")
+    shutil.copy(new_tracking, tmp_path / "two.db")
     run_dir = tmp_path / "runs" / "r"
     new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r")), "r", {})
     one = tracked(run_dir, f"sqlite:///{tmp_path}/one.db")
@@ -195,7 +200,10 @@ def test_another_server_gets_the_run_from_its_beginning(tmp_path: Path, refract:
         assert run.data.metrics == {"loss": 0.5} and run.info.status == "FINISHED"
 
 
-def test_a_run_stays_with_its_server_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stays_with_its_server_in_any_folder(
+    tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(new_tracking, tmp_path / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "r"
@@ -212,7 +220,8 @@ def test_a_run_stays_with_its_server_in_any_folder(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refract: Run) -> None:
+def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refract: Run, new_tracking: Path) -> None:
+    database = f"sqlite:///{shutil.copy(new_tracking, tmp_path / 'x.db')}"
     for name in ("a", "b", "c"):
         new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", name)), name, {})
         Journal(tmp_path / "runs" / name).append(
@@ -224,22 +233,25 @@ def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refra
     (tmp_path / "runs" / "d" / "journal.jsonl").write_text("")
     (tmp_path / "runs" / "d" / "journal.delivered.json").write_text('{"coun')
     with run_lock(tmp_path / "runs" / "a"):
-        printed = refract("sync", "--uri", f"sqlite:///{tmp_path}/x.db", code=1)
+        printed = refract("sync", "--uri", database, code=1)
     assert "runs/a: skipped, as its training is in progress" in printed.stdout
     assert "journal.delivered.json: is damaged" in printed.stderr
     assert "journal.jsonl, line 1: is damaged" in printed.stderr and "runs/c: 1 entries delivered" in printed.stdout
 
 
 @pytest.mark.slow
-def test_a_database_is_whole_or_not_there(tmp_path: Path, new_tracking: Path) -> None:
+def test_a_database_is_whole_or_not_there(tmp_path: Path, warm: WarmProcess) -> None:
     """A kill while MLflow makes its tables would leave a part of them, which MLflow refuses for ever after."""
     path = tmp_path / "mlflow.db"
-    code = f"from refract.pipeline.tracking.database import make_database; print('began', flush=True); make_database('sqlite:///{path}')"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    code = f"from refract.pipeline.tracking.database import make_database; make_database('sqlite:///{path}')"
+    process = warm.popen([], cwd=tmp_path, code=code)
+    with process.stdout, process.stderr:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".mlflow.db.*/mlflow.db")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".mlflow.db.*/mlflow.db")):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()
             time.sleep(0.005)
         process.kill()
+    assert process.wait(30) == -signal.SIGKILL
     assert not path.exists()
     make_database(f"sqlite:///{path}")
     assert MlflowClient(f"sqlite:///{path}").get_experiment_by_name("Default") is not None

@@ -117,12 +117,12 @@ def test_a_trial_that_was_killed_is_drawn_anew(tmp_path: Path) -> None:
 def test_a_search_goes_on_and_its_best_config_trains(refract: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
     (tmp_path / "s.yaml").write_text(SPACE)
-    printed = refract("tune", "c.yaml", "s.yaml", "--trials", 3, "--sampler", "coarse-to-fine")
+    printed = refract("tune", "c.yaml", "s.yaml", "--trials", 2, "--sampler", "coarse-to-fine")
     assert "best: trial" in printed.stdout and "refract train runs/tune-c/best.yaml" in printed.stdout
-    printed = refract("tune", "c.yaml", "s.yaml", "--trials", 5, "--workers", 2)
-    assert "resuming c: 3 trials so far" in printed.stderr
+    printed = refract("tune", "c.yaml", "s.yaml", "--trials", 4, "--workers", 2)
+    assert "resuming c: 2 trials so far" in printed.stderr
     study = optuna.load_study(study_name="c", storage=f"sqlite:///{tmp_path}/runs/tune-c/study.db")
-    assert 5 <= len(study.trials) <= 6, "two processes may begin the last at once"
+    assert 4 <= len(study.trials) <= 5, "two processes may begin the last at once"
     drawn = study.best_trial.user_attrs["drawn"]
     best = yaml.safe_load((tmp_path / "runs" / "tune-c" / "best.yaml").read_text())
     assert best["optim"]["lr"] == drawn["optim.lr"]
