@@ -27,10 +27,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 IMPORTED = (
-    "torch", "torchvision", "timm", "refract.models.training.lightning_imports", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
-    "pyarrow.parquet", "matplotlib.figure", "jsonargparse", "cv2", "jinja2", "scipy.stats", "tqdm", "httpx",
-    "refract.augment", "refract.models.bundle.bundle", "refract.pipeline.training.run", "refract.pipeline.training.fit",
+    "torch", "torchvision", "timm", "refract.models.training.lightning_imports", "mlflow", "mlflow.tracking", "sqlalchemy.dialects.sqlite",
+    "mlflow.store.tracking.sqlalchemy_workspace_store", "mlflow.store.model_registry.sqlalchemy_workspace_store",
+    "sklearn.metrics", "pandas", "pyarrow.parquet", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "jsonargparse", "cv2", "jinja2", "scipy.stats", "tqdm", "httpx",
+    "refract.augment", "refract.models.bundle.bundle", "refract.models.training.lightning_module",
+    "refract.pipeline.training.run", "refract.pipeline.training.build", "refract.pipeline.training.fit",
     "refract.pipeline.evaluation.assess", "refract.pipeline.data.datamodule",
+    "refract.pipeline.doctor.run", "refract.pipeline.drift.measure",
     "refract.serve.http.app", "refract.serve.http.transport.server", "refract.serve.runtime.selection",
 )  # fmt: skip
 
