@@ -5,8 +5,12 @@ Each meaning has one word in the pivot language and several in English, so that 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 NOUNS = {
     "auto": "car automobile vehicle", "haus": "house home building", "hund": "dog hound puppy", "kind": "child kid youngster",
@@ -33,16 +37,21 @@ def meaning(rng: np.random.Generator) -> Meaning:
     nouns, adjectives, verbs = list(NOUNS), list(ADJECTIVES), list(VERBS)
 
     def part(article: str) -> Meaning:
-        own = (rng.choice(adjectives),) if rng.random() < 0.8 else ()
-        return (article, *map(str, own), str(rng.choice(nouns)))
+        own = (_one_of(adjectives, rng),) if rng.random() < 0.8 else ()
+        return (article, *own, _one_of(nouns, rng))
 
     more = ("und", *part("ein")) if rng.random() < 0.3 else ()
-    return (*part("der"), str(rng.choice(verbs)), *part("ein"), *more)
+    return (*part("der"), _one_of(verbs, rng), *part("ein"), *more)
+
+
+def _one_of(words: Sequence[str], rng: np.random.Generator) -> str:
+    """Draw a word as `rng.choice` does, without turning the words into an array each time."""
+    return words[rng.integers(len(words))]
 
 
 def english(words: Meaning, rng: np.random.Generator) -> str:
     """Return one English sentence with this meaning."""
-    return " ".join(str(rng.choice(MEANINGS[word].split())) for word in words)
+    return " ".join(_one_of(MEANINGS[word].split(), rng) for word in words)
 
 
 def means(text: str) -> Meaning:
@@ -96,14 +105,16 @@ def _train(folder: Path, known: Sequence[tuple[str, str]], steps: int, seed: int
         dropout=0.0, scale_embedding=True, init_std=0.12, **size, **tokens
     )  # fmt: skip
     model = MarianMTModel(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps, pct_start=0.2)
+    given, wanted = (
+        tokenizer([pair[side] for pair in known], padding=True, return_tensors="pt").input_ids for side in (0, 1)
+    )
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        chosen = [known[i] for i in rng.integers(0, len(known), 32)]
-        given = tokenizer([one for one, _ in chosen], padding=True, return_tensors="pt")
-        wanted = tokenizer([other for _, other in chosen], padding=True, return_tensors="pt").input_ids
-        loss = model(**given, labels=wanted.masked_fill(wanted == 0, -100)).loss
+        chosen = torch.from_numpy(rng.integers(0, len(known), 32))
+        inputs, labels = (_without_padding(tokens[chosen]) for tokens in (given, wanted))
+        loss = model(inputs, attention_mask=inputs != 0, labels=labels.masked_fill(labels == 0, -100)).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -112,3 +123,8 @@ def _train(folder: Path, known: Sequence[tuple[str, str]], steps: int, seed: int
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _without_padding(tokens: "torch.Tensor") -> "torch.Tensor":
+    """Cut the columns behind the longest sentence of a batch (N, L)."""
+    return tokens[:, : int((tokens != 0).sum(1).max())]

@@ -28,10 +28,12 @@ from typing import Any, TextIO
 
 IMPORTED = (
     "torch", "torchvision", "timm", "refract.models.training.lightning_imports", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
-    "mlflow.store.tracking.sqlalchemy_workspace_store", "sqlalchemy.dialects.sqlite", "alembic.command",  # 3 s of each tracked run
+    "mlflow.store.tracking.sqlalchemy_workspace_store", "sqlalchemy.dialects.sqlite", "alembic.command",
+    "mlflow.store.model_registry.sqlalchemy_workspace_store",  # with the line above, 3 s of each tracked run
     "pyarrow.parquet", "pyarrow.pandas_compat", "matplotlib.figure", "matplotlib.backends.backend_agg", "jsonargparse", "cv2", "jinja2",
     "scipy.stats", "sklearn.datasets", "tqdm", "httpx",
-    "refract.augment", "refract.models.bundle.bundle", "refract.pipeline.training.run", "refract.pipeline.training.fit",
+    "refract.augment", "refract.models.bundle.bundle", "refract.pipeline.training.run", "refract.pipeline.training.build",
+    "refract.pipeline.training.fit",
     "refract.models.training.lightning_module", "refract.pipeline.evaluation.assess", "refract.pipeline.data.datamodule",
     "refract.pipeline.doctor.run", "refract.pipeline.drift.measure", "refract.pipeline.preview",
     "refract.serve.http.app", "refract.serve.http.transport.server", "refract.serve.runtime.selection",

@@ -80,7 +80,7 @@ def _drift(args: argparse.Namespace) -> int:
     _show(measured.drift)
     if args.report:
         print("wrote " + ", ".join(map(str, measured.report.write(args.report))))
-    numbers = {**measured.report.numbers, "unreadable": dict(measured.bad)}
+    numbers = {**measured.numbers, "unreadable": dict(measured.bad)}
     output.result(numbers)
     if args.json:
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())

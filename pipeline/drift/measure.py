@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
 from refract.pipeline.drift.profile import MOST_IMAGES, Profile, ProfiledSamples, profile
-from refract.pipeline.drift.report import SHOWN, furthest_images, make_drift_report
+from refract.pipeline.drift.report import SHOWN, drift_numbers, furthest_images, make_drift_report
 from refract.pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
 from refract.pipeline.evaluation.report import Report
 
@@ -22,12 +23,43 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """bad: path → why it could not be read; profiled: the new samples with their predictions, None for rows of a server's log."""
+    """The drift of new data, with what its report shows.
 
+    title, facts: of the report; reference, new: the compared profiles; shown: the new samples with their predictions, or the images of a
+    server's log, None if it has none.
+    """
+
+    title: str
+    facts: Mapping[str, Any]
     drift: Drift
-    report: Report
-    bad: Mapping[str, str]
-    profiled: ProfiledSamples | None = None
+    reference: Profile
+    new: Profile
+    shown: ProfiledSamples | None
+    from_log: bool
+
+    @property
+    def bad(self) -> Mapping[str, str]:
+        """Path → why it could not be read."""
+        return self.shown.bad if self.shown else {}
+
+    @property
+    def profiled(self) -> ProfiledSamples | None:
+        """The new samples with their predictions, None for rows of a server's log."""
+        return None if self.from_log else self.shown
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The JSON values of the report."""
+        return drift_numbers(self.drift, self.facts, self.profiled.samples if self.profiled else ())
+
+    @cached_property
+    def report(self) -> Report:
+        """The report. Drawing its charts takes seconds."""
+        profiles = self.title, self.drift, self.reference, self.new
+        if self.profiled is None:
+            return make_drift_report(*profiles, facts=self.facts, galleries=_unsure(self.reference, self.shown))
+        samples, probabilities = self.profiled.samples, self.profiled.probabilities
+        return make_drift_report(*profiles, facts=self.facts, samples=samples, probabilities=probabilities)
 
 
 def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
@@ -81,11 +113,13 @@ def measure_drift(
         "bundle": f"{info.name} ({bundle.digest[:12]})",
         "reference": reference or "the bundle's own test and validation samples",
     }
-    if is_log(Path(data)):
+    from_log = is_log(Path(data))
+    if from_log:
         new, stored_images, others = read_log(Path(data), info, bundle.digest)
         if others:
             log.warning("%s: skipped %d rows of other models", data, others)
         shown = profile(classifier, preprocess, stored_images, **kinds) if stored_images else None
+        facts["new data"] = f"{new.count:,} sampled inputs of a server, {data}"
     else:
         all_data = read_data(data, info.labels, multilabel=multilabel, unlabelled=unlabelled)
         drawn = all_data.drawn(images)
@@ -100,15 +134,7 @@ def measure_drift(
             f"{data}: {new.count} new samples{why} and {base.count} of the reference; {FEWEST} of each are needed{hint}"
         )
     drift = compare(base, new, test=test, thresholds=thresholds)
-    title = f"Drift of {data} from {info.name}"
-    if new.features is not None and shown is not None:
-        report = make_drift_report(
-            title, drift, base, new, facts=facts, samples=shown.samples, probabilities=shown.probabilities
-        )
-    else:
-        facts["new data"] = f"{new.count:,} sampled inputs of a server, {data}"
-        report = make_drift_report(title, drift, base, new, facts=facts, galleries=_unsure(base, shown))
-    return Measured(drift, report, bad, None if is_log(Path(data)) else shown)
+    return Measured(f"Drift of {data} from {info.name}", facts, drift, base, new, shown, from_log)
 
 
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:

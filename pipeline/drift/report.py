@@ -14,6 +14,15 @@ SHOWN = 24
 CLASSES_SHOWN = 30
 
 
+def drift_numbers(drift: Drift, facts: Mapping[str, Any], samples: Sequence[Sample] = ()) -> dict[str, Any]:
+    """Return the report's JSON values. samples: the new data, in the profile's order."""
+    furthest = [
+        {"path": samples[i].path, "distance": float(drift.distances[i])}  # type: ignore[index]
+        for i in drift.furthest(SHOWN) if samples
+    ]  # fmt: skip
+    return {"facts": dict(facts), **drift.to_dict(), "furthest": furthest}
+
+
 def make_drift_report(
     title: str,
     drift: Drift,
@@ -26,11 +35,7 @@ def make_drift_report(
     galleries: Mapping[str, list[dict[str, str]]] | None = None,
 ) -> Report:
     """Build the report. samples, probabilities: of the new data, in the profile's order, for the gallery; galleries: further galleries."""
-    numbers = {"facts": dict(facts), **drift.to_dict()}
-    numbers["furthest"] = [
-        {"path": samples[i].path, "distance": float(drift.distances[i])}  # type: ignore[index]
-        for i in drift.furthest(SHOWN) if samples
-    ]  # fmt: skip
+    numbers = drift_numbers(drift, facts, samples)
     shown = {"confidence": figures.two_histograms(reference.confidence, new.confidence, "confidence")}
     for name in (check.name for check in drift.checks if check.name in reference.statistics):
         shown[name] = figures.two_histograms(reference.statistics[name], new.statistics[name], name)

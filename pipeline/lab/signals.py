@@ -43,7 +43,9 @@ def mlp_xor(seed: int) -> Outcome:
     for trial in range(5):
         torch.manual_seed(5 * seed + trial)
         network = build("mlp", 2, image_size=(1, 2), hidden=[8], activation="tanh")
-        losses = train(network, gate("xor"), torch.optim.Adam(network.parameters(), lr=0.05), steps=300, batch=4)
+        losses = train(
+            network, gate("xor"), torch.optim.Adam(network.parameters(), lr=0.05), steps=300, batch=4, until=0.05
+        )
         solved += accuracy(network, gate("xor")) == 1
     return Outcome(
         solved == 5,
@@ -157,7 +159,7 @@ def batch_norm(seed: int) -> Outcome:
                 network,
                 (centred(inputs), targets),
                 torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9),
-                steps=200,
+                steps=100,
             )
             norm_scores.append(accuracy(network, (centred(test_inputs), test_targets)))
     good = {norm: sum(score > 0.85 for score in norm_scores) for norm, norm_scores in scores.items()}

@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     },
     "model": {"name": "cnn", "args": {"widths": [8, 16]}},
     "optim": {"lr": 0.01},
-    "trainer": {"max_epochs": 6, "precision": "fp32", "device": "cpu"},
+    "trainer": {"max_epochs": 2, "precision": "fp32", "device": "cpu"},
     "tracking": {"enabled": False},
     "evaluation": {"robustness": "none"},
 }
@@ -62,10 +62,12 @@ def finding_names(assembly: Assembly, tmp_path: Path, doctor: Doctor | None = No
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "lenet5", "mlp", "fastnet"])
 def test_a_healthy_training_gets_no_finding(name: str, colours: Path, tmp_path: Path) -> None:
-    rate = {"optim": {"lr": 0.002}} if name != "fastnet" else {"optim": {"name": "sgd", "lr": 0.1}}
-    assembly = assembled(colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, **rate)
-    if name == "lenet5":
-        assembly = assembled(colours, model={"name": name, "args": {}}, data={"image_size": 32}, optim={"lr": 0.002})
+    rate = {"lr": 0.002} if name != "fastnet" else {"name": "sgd", "lr": 0.1}
+    side = 32 if name == "lenet5" else 24
+    assembly = assembled(
+        colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, data={"image_size": side}, optim=rate,
+        trainer={"max_epochs": 6},
+    )  # fmt: skip
     assert finding_names(assembly, tmp_path) == set()
 
 
@@ -195,7 +197,7 @@ def test_randomly_wrong_labels(share: float, tmp_path: Path) -> None:
             write_image(tmp_path / "data" / given / f"{label}{number:03}.png", make_image(label, number)[:, :24])
     values = {name: dict(section) for name, section in BASE.items()}
     values["data"] |= {"source": str(tmp_path / "data"), "test_fraction": 0.4}
-    values["trainer"] |= {"runs_dir": str(tmp_path), "run_name": "r"}
+    values["trainer"] |= {"runs_dir": str(tmp_path), "run_name": "r", "max_epochs": 6}
     train(config_from_dict(values))
     found = {finding.name for finding in read_findings(tmp_path / "r")[0]}
     assert ("label noise" in found) == (share > 0), found
@@ -235,6 +237,7 @@ def test_the_doctor_changes_no_weight(colours: Path, tmp_path: Path) -> None:
 def test_findings_go_to_the_console_the_run_and_the_report(refract: Run, colours: Path, tmp_path: Path) -> None:
     values = {name: dict(section) for name, section in BASE.items() if name != "tracking"}
     values["data"]["source"] = str(colours)
+    values["trainer"] |= {"max_epochs": 6}
     (tmp_path / "c.yaml").write_text(json.dumps(values))
     output = refract("train", "c.yaml", "--augment.policy", "[GaussianBlur]", "--trainer.run_name", "r").stderr
     assert output.count("doctor: trained on corruptions: the policy has GaussianBlur") == 1

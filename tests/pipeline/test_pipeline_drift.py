@@ -140,7 +140,7 @@ def test_the_furthest_images_are_shown(bundle: Bundle, tmp_path: Path) -> None:
         write_image(root / "green" / f"odd{number}.png", 255 - scene("green", number))
     (root / "green" / "bad.png").write_text("no image")
     found = measure_drift(bundle, str(root))
-    first = {Path(row["path"]).name for row in found.report.numbers["furthest"][:4]}
+    first = {Path(row["path"]).name for row in found.numbers["furthest"][:4]}
     assert first == {f"odd{number}.png" for number in range(4)}
     assert list(found.bad) == [str(root / "green" / "bad.png")]
     gallery = found.report.galleries["The images that drifted most"]
@@ -202,6 +202,7 @@ def test_the_exit_code_stops_a_flow(bundle: Bundle, tmp_path: Path, capsys: pyte
     assert main([path, str(same), "--json", str(tmp_path / "d.json")]) == 0
     numbers = json.loads((tmp_path / "d.json").read_text())
     assert numbers["level"] == "none" and numbers["unreadable"] == {} and len(numbers["checks"]) == 12
+    assert len(numbers["furthest"]) == 24
     assert main([path, str(other), "--test", "classifier", "--report", str(tmp_path / "rep")]) == 20
     printed = capsys.readouterr().out
     assert "drift: stop" in printed and (tmp_path / "rep" / "report.json").is_file()

@@ -5,16 +5,17 @@ import os
 import re
 import sqlite3
 import time
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small_data import Run
 from warm_process import WarmProcess
 
 from benchmarks import grammar
+from refract import cli
 from refract.augment import Augmenter
 from refract.augment.text.paraphrases import digest, paraphrases
 from refract.augment.text.translation import BackTranslator, Filter, Sampling, TranslationError
@@ -33,9 +34,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held_out(count: int) -> list[tuple[grammar.Meaning, str]]:
     """Meanings, each said in words that no training pair has."""
+    return all_held_out()[:count]
+
+
+@cache
+def all_held_out() -> list[tuple[grammar.Meaning, str]]:
     rng, known = np.random.default_rng(12345), {text for text, _ in grammar.pairs(4000)}
     found: dict[str, grammar.Meaning] = {}
-    while len(found) < count:
+    while len(found) < 120:
         meaning = grammar.meaning(rng)
         text = grammar.english(meaning, rng)
         if text not in known:
@@ -57,6 +63,16 @@ def arguments(folder: Path, models: Path, *more: str) -> list[str]:
     return ["paraphrase", *own]
 
 
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `refract` with the arguments in this process, where transformers is imported, and return its message on exit code 2."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    return capsys.readouterr().err
+
+
 def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def started(process: BaseProcess) -> None:
         raise AssertionError("a process would go on, with the cache's lock, when this one is killed")
@@ -73,7 +89,11 @@ def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path, mo
 
 
 def test_a_killed_run_resumes_and_translates_nothing_twice(
-    models: Path, tmp_path: Path, refract: Run, warm: WarmProcess
+    models: Path,
+    tmp_path: Path,
+    warm: WarmProcess,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     texts = [text for _, text in held_out(120)]
     manifest(tmp_path, [*texts, texts[0]])
@@ -96,18 +116,23 @@ def test_a_killed_run_resumes_and_translates_nothing_twice(
     process.output.close()
     before = kept()
     assert 10 <= before < 120
-    done = refract(*arguments(tmp_path, models, "--n", "2"))
-    assert f"{120 - before} texts to translate, {before} are cached in" in done.stderr
+
+    def printed() -> str:
+        assert cli.main(arguments(tmp_path, models, "--n", "2")) == 0
+        return capsys.readouterr().out
+
+    done = printed()
+    assert f"{120 - before} texts to translate, {before} are cached in" in caplog.text
     with sqlite3.connect(tmp_path / "p.db") as connection:
         rows = connection.execute(
             "SELECT text, count(*), count(DISTINCT settings) FROM paraphrase GROUP BY text"
         ).fetchall()
     assert {row[0] for row in rows} == set(map(digest, texts)) and all(row[1:] == (2, 1) for row in rows)
-    used = int(re.match(r"([\d,]+) paraphrases of 121 texts are used", done.stdout)[1])
+    used = int(re.match(r"([\d,]+) paraphrases of 121 texts are used", done)[1])
     assert 150 < used <= 242
-    again = refract(*arguments(tmp_path, models, "--n", "2"))
-    assert "0 texts to translate" in again.stderr and again.stdout == done.stdout
-    policy = re.search(r"- (BackTranslation: .*)", done.stdout)[1]
+    caplog.clear()
+    assert printed() == done and " 0 texts to translate" in caplog.text
+    policy = re.search(r"- (BackTranslation: .*)", done)[1]
     assert policy == f"BackTranslation: {{p: 0.5, cache: {tmp_path / 'p.db'}}}"
     augmenter = Augmenter([{"BackTranslation": {"p": 1.0, "cache": str(tmp_path / "p.db")}}])
     text = next(text for text in texts if len(paraphrases(str(tmp_path / "p.db"), text)) == 2)
@@ -168,14 +193,16 @@ def test_a_text_that_cannot_be_translated_does_not_stop_the_others(
     assert paraphrase([odd], plan, tmp_path / "p.db") == {"failed": 1}, "not tried again"
 
 
-def test_a_second_process_on_the_cache_is_rejected(models: Path, tmp_path: Path, refract: Run) -> None:
+def test_a_second_process_on_the_cache_is_rejected(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.files import locked
 
     texts = [text for _, text in held_out(8)]
     manifest(tmp_path, texts)
     with locked(tmp_path / "p.db.lock", DataError("never")):
-        assert "another process fills this cache" in refract(*arguments(tmp_path, models), code=2).stderr
+        assert "another process fills this cache" in refused(arguments(tmp_path, models), capsys)
 
 
 def test_a_sentence_encoder_drops_paraphrases_with_another_meaning(tmp_path: Path) -> None:
@@ -203,11 +230,10 @@ def test_a_sentence_encoder_drops_paraphrases_with_another_meaning(tmp_path: Pat
     ],
 )
 def test_errors_name_the_option(
-    models: Path, tmp_path: Path, refract: Run, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     manifest(tmp_path, ["the dog sees a car"])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert message in refract(*arguments(tmp_path, models, *more), code=2).stderr
+    assert message in refused(arguments(tmp_path, models, *more), capsys)
 
 
 def test_a_model_without_the_language_is_rejected(models: Path) -> None:
