@@ -44,12 +44,12 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def loader_of(dataset: Numbered, **options: bool) -> Loader:
-    from refract.pipeline.data.datamodule import _workers_context
     from refract.pipeline.data.datasets import init_worker
+    from refract.pipeline.processes import worker_context
 
     return Loader(
         dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=init_worker,
-        multiprocessing_context=_workers_context(), **options,
+        multiprocessing_context=worker_context(init_worker.__module__), **options,
     )  # fmt: skip
 
 
