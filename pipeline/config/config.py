@@ -112,8 +112,9 @@ def config_from_dict(
     parser, source = _parser(), where
     try:
         namespace = parser.parse_object(dict(values))
-        source = "command line"
-        namespace = parser.parse_args(list(overrides), namespace=namespace)
+        if overrides:
+            source = "command line"
+            namespace = parser.parse_args(list(overrides), namespace=namespace)
         sections = parser.instantiate(namespace)
         config = Config(**{item.name: sections[item.name] for item in fields(Config)})
     except NotAccepted as error:

@@ -22,16 +22,28 @@ FONTS = (
 """Fonts for labels in any script. Matplotlib takes each letter from the first installed font that has it."""
 
 
+DPI = 110
+
+
 def save(figure: "Figure", target: Any, **options: Any) -> None:
     """Call `figure.savefig`, and log one warning per process if letters are missing from all installed fonts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(target, dpi=110, **options)
+        _lay_out(figure, DPI)
+        figure.savefig(target, dpi=DPI, **options)
     for warning in caught:
         if "missing from font" in str(warning.message):
             _warn_missing_letters()
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _lay_out(figure: "Figure", dpi: int) -> None:
+    """Place the axes once: `savefig` draws a figure with a layout twice, the first time only to place the axes."""
+    if (layout := figure.get_layout_engine()) is not None:
+        figure.set_dpi(dpi)
+        layout.execute(figure)
+        figure.set_layout_engine(None)
 
 
 @cache
