@@ -1,7 +1,6 @@
 """The Lightning DataModule: augmented training batches and preprocessed evaluation batches, uint8 until they reach the device."""
 
 import math
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, ini
 from refract.pipeline.data.loader import Loader, plan_workers, shared_memory_free
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.train_order import RankShard, TrainOrder
+from refract.pipeline.processes import worker_context
 from refract.progress import tracked
 
 HOST = ("keys", "indices", "repeats")
@@ -171,7 +171,7 @@ class ImageDataModule(lightning.LightningDataModule):
             generator=torch.Generator(),  # otherwise a starting loader draws from the generator of dropout
             pin_memory=self.pin,
             worker_init_fn=init_worker,
-            multiprocessing_context=_workers_context() if self.workers else None,
+            multiprocessing_context=worker_context(TrainDataset.__module__) if self.workers else None,
             **options,
         )
 
@@ -193,15 +193,3 @@ def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], title
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda sample: named(sample, use), samples)
         return list(tracked(results, title, len(samples)))
-
-
-def _workers_context() -> Any:
-    """Return a multiprocessing context that starts workers from a clean server process, not as forks of this one.
-
-    A fork copies the locks of OpenCV's and OpenMP's threads, but not the threads, and then waits forever.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([TrainDataset.__module__])  # the server imports PyTorch once for all workers
-    return context

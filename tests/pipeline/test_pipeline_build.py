@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 
 BASE = {
     "data": {"workers": 0, "batch_size": 16, "val_fraction": 0.2, "test_fraction": 0.1},
-    "model": {"name": "resnet20"},
+    "model": {"name": "cnn"},
     "optim": {"lr": 0.02, "warmup": 0},
     "trainer": {"max_epochs": 2, "precision": "fp32", "device": "cpu"},
     "tracking": {"enabled": False},
@@ -209,7 +209,7 @@ def test_a_compiled_network_is_compiled(uneven: Path, tmp_path: Path, monkeypatc
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__))
     trained(uneven, tmp_path, "--trainer.compile", "true")
-    assert asked == ["ResNet20"]
+    assert asked == ["CNN"]
 
 
 def test_a_teacher_and_test_time_augmentation_have_an_effect(uneven: Path, tmp_path: Path) -> None:

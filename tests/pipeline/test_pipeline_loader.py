@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_data import Training, descendants, until
+from warm_process import shared
 
 from refract.augment import Augmenter, Preprocess
 from refract.pipeline.data import loader
@@ -44,12 +45,12 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def loader_of(dataset: Numbered, **options: bool) -> Loader:
-    from refract.pipeline.data.datamodule import _workers_context
     from refract.pipeline.data.datasets import init_worker
+    from refract.pipeline.processes import worker_context
 
     return Loader(
         dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=init_worker,
-        multiprocessing_context=_workers_context(), **options,
+        multiprocessing_context=worker_context(init_worker.__module__), **options,
     )  # fmt: skip
 
 
@@ -170,18 +171,18 @@ def test_a_training_whose_worker_is_killed_ends_and_can_be_resumed(
 )
 def test_full_shared_memory_within_an_epoch_only_slows_training() -> None:
     """The free space was enough at the check, and another program has used it since."""
-    code = (
-        "from tests.pipeline.test_pipeline_loader import Numbered, loader_of\n"
-        "if __name__ == '__main__':\n"
-        "    batches = list(loader_of(Numbered(side=300)))\n"
-        "    assert [int(b['images'][0, 0, 0, 0]) for b in batches] == list(range(0, 64, 4))\n"
-        "    print('all', len(batches), flush=True)\n"
-    )
     root = Path(__file__).parents[2]
-    script = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" -c "$1"'
-    done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script, sys.executable, code],
-        capture_output=True, text=True, timeout=120, cwd=root,
-        env=os.environ | {"PYTHONPATH": f"{root}:{root}/tests:{root}/tests/pipeline"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "all 16" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    code = (
+        "import ctypes, subprocess, sys\n"
+        f"sys.path[:0] = ['{root}', '{root}/tests', '{root}/tests/pipeline']\n"
+        "assert ctypes.CDLL(None).unshare(0x00020000) == 0, 'CLONE_NEWNS: mounts that other processes do not see'\n"
+        "subprocess.run(['mount', '--make-rprivate', '/'], check=True)\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', '/dev/shm'], check=True)\n"
+        "from tests.pipeline.test_pipeline_loader import Numbered, loader_of\n"
+        "batches = list(loader_of(Numbered(side=300)))\n"
+        "assert [int(b['images'][0, 0, 0, 0]) for b in batches] == list(range(0, 64, 4))\n"
+        "print('all', len(batches), flush=True)\n"
+    )
+    process = shared().popen([], cwd=root, code=code)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "all 16" in printed and "Traceback" not in errors, errors

@@ -85,7 +85,7 @@ def test_commands_need_the_plugin_of_a_bundle_and_work_with_it(trained: Path, re
     paint(tmp_path / "new", range(20, 24))
     refract("evaluate", bundle, "new", "--json", "numbers.json", *option)
     assert 0 <= json.loads(Path("numbers.json").read_text())["metrics"]["worst_recall"] <= 1
-    # A worker process of `refract score` is spawned, so it inherits no module.
+    # A worker process of `refract score` comes from a clean server process, so it inherits no module.
     done = refract("score", bundle, trained / "images", "-o", "out.parquet", "--jobs", "1", *option)
     assert "36 rows" in done.stdout and not done.stderr.count("without a prediction")
 

@@ -4,11 +4,11 @@ import csv
 import json
 import os
 import signal
+import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_data import COLORS, Run, descendants, make_image, until_gone, write_image
+from small_data import COLORS, descendants, make_image, until_gone, write_image
 from warm_process import Started, shared
 
 from refract.augment import Preprocess
@@ -34,6 +34,8 @@ from refract.pipeline.data.manifest import DataError
 from refract.pipeline.inference.batch import part_files
 from refract.pipeline.inference.batch.listing import Row, Shard, listing_of
 from refract.pipeline.inference.batch.rows import ABOUT, schema_of, table_of
+from refract.pipeline.inference.batch.worker import Scorer
+from refract.pipeline.inference.batch_scoring import Options, job_of
 from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score, score_outputs
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -75,7 +77,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 images in nested folders, of which three cannot be read."""
+    """301 images in nested folders, one with a name that is not UTF-8, and four files that cannot be read."""
     root = tmp_path_factory.mktemp("many") / "images"
     for label in COLORS:
         for number in range(100):
@@ -83,9 +85,34 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "red" / "deep0" / "000.png").write_bytes(b"no image")
     (root / "red" / "deep1" / "001.png").write_bytes(b"")
     (root / "blue" / "gone.png").symlink_to("nowhere")
+    os.mkfifo(root / "green" / "pipe.png")
+    write_image(root / "odd" / "a.png", make_image("red", 1))
+    os.rename(root / "odd" / "a.png", os.fsencode(root / "odd") + b"/\xff.png")  # noqa: PTH104
     (root / ".hidden.png").write_bytes(b"")
     (root / "notes.txt").write_text("no image either")
     return root
+
+
+def refract(folder: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `refract …` in a folder. It needs no database, unlike trainings."""
+    done = shared().run([*map(str, arguments)], cwd=folder, env=os.environ, seconds=240)
+    assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a finished scoring by two processes, with its output in done.stdout and done.stderr."""
+    root = tmp_path_factory.mktemp("whole")
+    done = refract(root, *scoring_of(bundle, images))
+    (root / "done.stdout").write_text(done.stdout)
+    (root / "done.stderr").write_text(done.stderr)
+    return root
+
+
+def scoring_of(bundle: Path, images: Path) -> tuple[object, ...]:
+    return "score", bundle, images, "-o", "out/a.parquet", "--jobs", 2, "--shard-size", 40, "--batch-size", 16
 
 
 def expected(bundle: Path, rows: Sequence[tuple[Path | None, str]]) -> list[np.ndarray | Exception]:
@@ -98,23 +125,51 @@ def expected(bundle: Path, rows: Sequence[tuple[Path | None, str]]) -> list[np.n
     return list(answers)
 
 
+@cache
+def expected_rows(bundle: Path, images: Path) -> dict[str, np.ndarray | None]:
+    """Return path → probabilities of `refract predict`, None for an unreadable file, in the listing's order."""
+    files = sorted(path for path in images.rglob("*.png") if path.name != ".hidden.png")
+    regular = [file for file in files if file.exists() and stat.S_ISREG(file.stat().st_mode)]
+    answers = dict(zip(regular, expected(bundle, [(file, "") for file in regular]), strict=True))
+    shown = {str(file).replace("\udcff", "\\xff"): answers.get(file) for file in files}
+    return {path: answer if isinstance(answer, np.ndarray) else None for path, answer in shown.items()}
+
+
 def check_whole(table: pd.DataFrame, bundle: Path, images: Path) -> None:
     """Check that each image occurs once, in the listing's order, with the probabilities of `predict` or an error."""
-    files = sorted(str(path) for path in images.rglob("*.png") if path.name != ".hidden.png")
-    assert table["path"].tolist() == files and table["row"].tolist() == list(range(len(files)))
-    answers = expected(bundle, [(Path(file), "") for file in files])
-    for answer, found, error in zip(answers, table["probabilities"], table["error"], strict=True):
-        assert isinstance(answer, np.ndarray) == pd.isna(error)
-        if isinstance(answer, np.ndarray):
+    answers = expected_rows(bundle, images)
+    assert table["path"].tolist() == list(answers) and table["row"].tolist() == list(range(303))
+    for answer, found, error in zip(answers.values(), table["probabilities"], table["error"], strict=True):
+        assert (answer is not None) == pd.isna(error)
+        if answer is not None:
             np.testing.assert_allclose(found, answer, atol=1e-5)
-    assert table["error"].notna().sum() == 3
+    assert table["error"].notna().sum() == 4
 
 
-def test_a_named_pipe_with_an_image_suffix_does_not_block(refract: Run, tmp_path: Path, bundle: Path) -> None:
-    write_image(tmp_path / "some" / "a.png", make_image("red", 1, side=16))
-    os.mkfifo(tmp_path / "some" / "pipe.png")
-    refract("score", bundle, "some", "-o", "a.parquet")
-    assert pd.read_parquet(tmp_path / "a.parquet")["error"].fillna("").tolist() == ["", "not a regular file"]
+def write_parts(out: Path, bundle: Path, source: Path, *, shard_size: int = 512, first: int | None = None) -> None:
+    """Write the first part files of a scoring in this process, as a worker process does. The command then scores the other rows."""
+    opened, listing = load_bundle(bundle), listing_of(source)
+    record = begin(out, bundle, source, shard_size=shard_size)
+    folder = part_files.folder_of(out).resolve()
+    job = job_of(opened, listing, Options(), folder, part_files.key_of(record))
+    assert list(Scorer(job)(list(listing.shards(shard_size))[:first]))
+
+
+def begin(out: Path, bundle: Path, source: Path, *, shard_size: int) -> dict[str, object]:
+    """Create the folder of part files, without parts. Returns its record."""
+    record = {
+        "bundle": load_bundle(bundle).digest,
+        "listing": listing_of(source).digest(),
+        "shard_size": shard_size,
+        "tta": "none",
+    }
+    part_files.begin(mkdir(part_files.folder_of(out)), record, restart=False)
+    return record
+
+
+def mkdir(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def started(tmp_path: Path, *arguments: object, new_session: bool = False) -> Started:
@@ -131,53 +186,77 @@ def until(condition: Callable[[], object], process: Started) -> None:
 
 
 def scorers(process: Started) -> list[int]:
-    """Return the worker processes: the spawned children with a pipe to the command."""
-    return [child for child in descendants(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    """Return the worker processes: the command's server process has forked them."""
+    return [pid for pid in descendants(process.pid) if parent(pid) != process.pid]
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_folder_becomes_one_row_per_image_with_the_predictions_of_predict(
-    refract: Run, tmp_path: Path, bundle: Path, images: Path
+    whole: Path, bundle: Path, images: Path
 ) -> None:
-    done = refract("score", bundle, images, "-o", "out/a.parquet", "--jobs", 2, "--shard-size", 40, "--batch-size", 16)
-    table = pd.read_parquet(tmp_path / "out" / "a.parquet")
+    table = pd.read_parquet(whole / "out" / "a.parquet")
     check_whole(table, bundle, images)
-    assert "301 rows" in done.stdout and "3 without a prediction" in done.stderr
+    assert "303 rows" in (whole / "done.stdout").read_text()
+    assert "4 without a prediction" in (whole / "done.stderr").read_text()
     broken = table[table["error"].notna()]
     broken.index = pd.Index([path.removeprefix(f"{images}/") for path in broken["path"]])
     assert "No such file" in broken["error"]["blue/gone.png"] and "empty" in broken["error"]["red/deep1/001.png"]
+    assert broken["error"]["green/pipe.png"] == "not a regular file", "a named pipe would block"
     assert broken[["label", "confidence", "probabilities", "abstain"]].isna().all(axis=None)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.parquet"]
-    about = json.loads(pq.read_schema(tmp_path / "out" / "a.parquet").metadata[ABOUT])
+    assert table["path"].iloc[202] == f"{images}/odd/\\xff.png" and table["error"].isna().iloc[202]
+    assert [path.name for path in (whole / "out").iterdir()] == ["a.parquet"]
+    about = json.loads(pq.read_schema(whole / "out" / "a.parquet").metadata[ABOUT])
     assert about["bundle"] == load_bundle(bundle).digest and about["labels"] == list(LABELS)
 
 
-def test_predict_gives_the_same_probabilities(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_predict_gives_the_same_probabilities(whole: Path, bundle: Path, images: Path) -> None:
     folder = images / "green" / "deep0"
-    refract("score", bundle, folder, "-o", "a.parquet", "--jobs", 1)
-    lines = refract("predict", bundle, folder, "--json").stdout.splitlines()
-    for row, line in zip(pd.read_parquet(tmp_path / "a.parquet").itertuples(), map(json.loads, lines), strict=True):
+    lines = refract(whole, "predict", bundle, folder, "--json").stdout.splitlines()
+    table = pd.read_parquet(whole / "out" / "a.parquet")
+    rows = table[table["path"].str.startswith(f"{folder}/")].itertuples()
+    for row, line in zip(rows, map(json.loads, lines), strict=True):
         assert (row.path, row.label, row.abstain) == (line["path"], line["label"], line["abstain"])
         assert row.confidence == pytest.approx(line["confidence"], abs=1e-5)
 
 
-def test_every_row_occurs_once_after_three_kills(tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_a_kill_during_the_clean_up_leaves_a_valid_file(
+    whole: Path, bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = whole / "out" / "a.parquet"
+    before = out.read_bytes()
+    monkeypatch.chdir(whole)
+    begin(out, bundle, images, shard_size=40)
+    assert "303 rows (0 scored" in refract(whole, *scoring_of(bundle, images)).stdout
+    assert out.read_bytes() == before and not part_files.folder_of(out).exists()
+
+
+def test_every_row_occurs_once_after_kills_of_the_command_and_of_a_worker(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
     folder, out = tmp_path / ".out.parquet.parts", tmp_path / "out.parquet"
-    command = (bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8, "--batch-size", 8)
+    command = (bundle, images, "-o", out, "--jobs", 2, "--shard-size", 4, "--batch-size", 4)
     kept: dict[str, int] = {}
-    for kill in range(1, 4):
+    for kill in range(1, 3):
         process = started(tmp_path, *command)
         until(partial(holds, folder, len(kept) + 2), process)
         workers = scorers(process)
         process.kill()
         process.communicate()
+        assert len(workers) == 2
         until_gone(workers)
         found = {file.name: file.stat().st_ino for file in folder.glob("0*.parquet")}
         assert kept.items() <= found.items(), "a part that was there has been made again"
-        assert not out.exists() and kill < len(found) < 38
+        assert not out.exists() and kill < len(found) < 76
         kept = found
     process = started(tmp_path, *command)
-    assert process.wait(timeout=120) == 0, process.communicate()
-    assert "resuming: " in process.communicate()[1]
+    until(partial(holds, folder, len(kept) + 1), process)
+    os.kill(scorers(process)[0], signal.SIGKILL)
+    printed = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "Traceback" not in printed, printed
+    assert "SIGKILL, as the system does when memory runs out" in printed and "resuming: " in printed
     check_whole(pd.read_parquet(out), bundle, images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet"]
 
@@ -186,89 +265,43 @@ def holds(folder: Path, count: int) -> bool:
     return len(list(folder.glob("0*.parquet"))) >= count
 
 
-def test_a_killed_worker_is_replaced_and_logged(tmp_path: Path, bundle: Path, images: Path) -> None:
-    out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
-    process = started(tmp_path, bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8)
-    until(lambda: list(folder.glob("0*.parquet")), process)
-    os.kill(scorers(process)[0], signal.SIGKILL)
-    printed = process.communicate(timeout=120)[1]
-    assert (
-        process.returncode == 0
-        and "SIGKILL, as the system does when memory runs out" in printed
-        and "Trace" not in printed
-    )
-    check_whole(pd.read_parquet(out), bundle, images)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_stops_it_and_finished_parts_are_kept(
+def test_a_signal_stops_the_one_process_that_writes_a_file_and_finished_parts_are_kept(
     tmp_path: Path, bundle: Path, images: Path, number: int, code: int
 ) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
     process = started(tmp_path, bundle, images, "-o", out, "--shard-size", "1", new_session=True)
     until(lambda: list(folder.glob("0*.parquet")), process)
-    os.killpg(process.pid, number)  # as a terminal's Ctrl-C: to the scorers too
+    process.send_signal(signal.SIGSTOP)
+    try:
+        assert "another process" in refract(tmp_path, "score", bundle, images, "-o", out, code=2).stderr
+        os.killpg(process.pid, number)  # as a terminal's Ctrl-C: to the scorers too
+    finally:
+        process.send_signal(signal.SIGCONT)
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == code and "the same command resumes" in printed and "Traceback" not in printed
     assert list(folder.glob("0*.parquet")) and not out.exists()
 
 
-def test_parts_of_another_scoring_are_refused_until_restart(
-    refract: Run, tmp_path: Path, bundle: Path, images: Path
+def test_other_parts_and_files_are_refused_until_restart_and_overwrite(
+    tmp_path: Path, bundle: Path, images: Path
 ) -> None:
-    folder = tmp_path / ".a.parquet.parts"
+    out, folder = tmp_path / "a.parquet", tmp_path / ".a.parquet.parts"
+    command = ("score", bundle, images / "red", "-o", out, "--jobs", 1)
+    out.write_bytes(b"somebody's")
+    assert "exists already; --overwrite" in refract(tmp_path, *command, code=2).stderr
+    assert out.read_bytes() == b"somebody's" and not folder.exists()
     part_files.begin(mkdir(folder), {"bundle": "b", "listing": "l", "shard_size": 512, "tta": "none"}, restart=False)
     old = folder / f"0000000-{'0' * 16}.parquet"
     old.write_bytes(b"old")
-    printed = refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
-    assert (
-        "another bundle and other rows" in printed
-        and "--restart" in printed
-        and "--tta" not in printed
-        and old.exists()
-    )
-    refract("score", bundle, images, "-o", "a.parquet", "--restart", "--jobs", 1)
-    check_whole(pd.read_parquet(tmp_path / "a.parquet"), bundle, images)
+    printed = refract(tmp_path, *command, "--overwrite", code=2).stderr
+    assert "another bundle and other rows" in printed and "--restart" in printed and "--tta" not in printed
+    assert old.exists() and out.read_bytes() == b"somebody's"
+    refract(tmp_path, *command, "--overwrite", "--restart")
+    assert pd.read_parquet(out)["row"].tolist() == list(range(100)) and not folder.exists()
 
 
-def test_overwrite_replaces_an_existing_file(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"somebody's")
-    assert "exists already; --overwrite" in refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
-    assert (tmp_path / "a.parquet").read_bytes() == b"somebody's"
-    assert not (tmp_path / ".a.parquet.parts").exists()
-    refract("score", bundle, images / "red", "-o", "a.parquet", "--overwrite", "--jobs", 1)
-    assert len(pd.read_parquet(tmp_path / "a.parquet")) == 100
-
-
-def mkdir(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def test_one_process_at_a_time_writes_a_file(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
-    process = started(tmp_path, bundle, images, "-o", tmp_path / "a.parquet", "--shard-size", 4, "--jobs", 1)
-    until(lambda: list((tmp_path / ".a.parquet.parts").glob("0*.parquet")), process)
-    process.send_signal(signal.SIGSTOP)
-    try:
-        assert "another process" in refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
-    finally:
-        process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=120) == 0
-
-
-def test_a_kill_during_the_clean_up_leaves_a_valid_file(
-    refract: Run, tmp_path: Path, bundle: Path, images: Path
-) -> None:
-    refract("score", bundle, images, "-o", "a.parquet", "--jobs", 1)
-    before = (tmp_path / "a.parquet").read_bytes()
-    opened, listing = load_bundle(bundle), listing_of(images)
-    record = {"bundle": opened.digest, "listing": listing.digest(), "shard_size": 512, "tta": "none"}
-    part_files.begin(mkdir(tmp_path / ".a.parquet.parts"), record, restart=False)
-    assert "301 rows (0 scored" in refract("score", bundle, images, "-o", "a.parquet").stdout
-    assert (tmp_path / "a.parquet").read_bytes() == before and not (tmp_path / ".a.parquet.parts").exists()
-
-
-def test_a_manifest_with_texts_labels_and_incomplete_rows(refract: Run, tmp_path: Path, images: Path) -> None:
+def test_a_manifest_with_texts_labels_and_incomplete_rows(tmp_path: Path, images: Path) -> None:
     fused = make_bundle(tmp_path / "fused", reads=("images", "texts"))
     words = make_bundle(tmp_path / "words", reads=("texts",))
     file = images / "green" / "deep0" / "000.png"
@@ -281,7 +314,8 @@ def test_a_manifest_with_texts_labels_and_incomplete_rows(refract: Run, tmp_path
     ]
     with (tmp_path / "m.csv").open("w", newline="") as target:
         csv.writer(target).writerows([("path", "text", "label", "camera"), *rows])
-    done = refract("score", fused, "m.csv", "-o", "fused.parquet", "--jobs", 1)
+    write_parts(tmp_path / "fused.parquet", fused, tmp_path / "m.csv")
+    done = refract(tmp_path, "score", fused, "m.csv", "-o", "fused.parquet")
     table = pd.read_parquet(tmp_path / "fused.parquet")
     answers = expected(fused, [(file, "a red car"), (None, "a blue dog"), (file, "")])
     np.testing.assert_allclose(np.stack(table["probabilities"][:3]), np.stack(answers), atol=1e-5)
@@ -291,7 +325,8 @@ def test_a_manifest_with_texts_labels_and_incomplete_rows(refract: Run, tmp_path
         table["text"].tolist() == [row[1].lstrip() for row in rows]  # blanks after a separator are skipped
         and f"of 3 ({(table['label'] == table['truth']).mean() * 5 / 3:.1%})" in done.stdout
     )
-    refract("score", words, "m.csv", "-o", "words.parquet", "--jobs", 1)
+    write_parts(tmp_path / "words.parquet", words, tmp_path / "m.csv")
+    refract(tmp_path, "score", words, "m.csv", "-o", "words.parquet")
     table = pd.read_parquet(tmp_path / "words.parquet")
     assert table["error"].tolist()[2:4] == [
         "the row has no text, and the bundle reads only texts",
@@ -300,13 +335,14 @@ def test_a_manifest_with_texts_labels_and_incomplete_rows(refract: Run, tmp_path
     np.testing.assert_allclose(table["probabilities"][4], expected(words, [(None, "a")])[0], atol=1e-5)
 
 
-def test_the_exit_code_is_1_if_every_row_has_an_error(refract: Run, tmp_path: Path, bundle: Path) -> None:
+def test_the_exit_code_is_1_if_every_row_has_an_error(tmp_path: Path, bundle: Path) -> None:
     (tmp_path / "m.csv").write_text("path\nnone.png\n")
-    assert "1 × No such file" in refract("score", bundle, "m.csv", "-o", "a.parquet", code=1).stderr
+    write_parts(tmp_path / "a.parquet", bundle, tmp_path / "m.csv")
+    assert "1 × No such file" in refract(tmp_path, "score", bundle, "m.csv", "-o", "a.parquet", code=1).stderr
     assert pd.read_parquet(tmp_path / "a.parquet")["path"].tolist() == ["none.png"]
 
 
-def test_errors_name_the_next_step(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_errors_name_the_next_step(tmp_path: Path, bundle: Path, images: Path) -> None:
     (tmp_path / "m.csv").write_text("file\na.png\n")
     for source, message in (
         (tmp_path / "m.csv", "needed: path and/or text"), (mkdir(tmp_path / "empty"), "no images in this folder"),
@@ -314,18 +350,10 @@ def test_errors_name_the_next_step(refract: Run, tmp_path: Path, bundle: Path, i
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             listing_of(source)
-    assert "does not end in .parquet" in refract("score", bundle, images, "-o", "a.csv", code=2).stderr
-    assert "--jobs: 0" in refract("score", bundle, images, "-o", "a.parquet", "--jobs", 0, code=2).stderr
-    assert "m.csv" in refract("score", tmp_path / "m.csv", images, "-o", "a.parquet", code=2).stderr
+    assert "does not end in .parquet" in refract(tmp_path, "score", bundle, images, "-o", "a.csv", code=2).stderr
+    assert "--jobs: 0" in refract(tmp_path, "score", bundle, images, "-o", "a.parquet", "--jobs", 0, code=2).stderr
+    assert "m.csv" in refract(tmp_path, "score", tmp_path / "m.csv", images, "-o", "a.parquet", code=2).stderr
     assert not (tmp_path / "a.parquet").exists() and not (tmp_path / ".a.parquet.parts").exists()
-
-
-def test_a_file_name_that_is_not_utf_8_keeps_its_row(refract: Run, tmp_path: Path, bundle: Path) -> None:
-    write_image(tmp_path / "p" / "a.png", make_image("red", 1))
-    os.rename(tmp_path / "p" / "a.png", os.fsencode(tmp_path / "p") + b"/\xff.png")  # noqa: PTH104
-    refract("score", bundle, "p", "-o", "a.parquet", "--jobs", 1)
-    table = pd.read_parquet(tmp_path / "a.parquet")
-    assert table["path"].tolist() == ["p/\\xff.png"] and table["error"].isna().all()
 
 
 @settings(max_examples=60)
@@ -373,20 +401,18 @@ def test_a_row_equals_the_prediction_of_predict(answers, task: str, below: float
 
 def test_without_ray_the_error_names_the_extra(tmp_path: Path, bundle: Path, images: Path) -> None:
     code = "import sys; sys.modules['ray'] = None; import refract.cli; sys.exit(refract.cli.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "score", bundle, images, "-o", "a.parquet", "--engine", "ray"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "refract[ray]" in done.stderr and "Traceback" not in done.stderr
+    command = ["score", *map(str, (bundle, images, "-o", "a.parquet", "--engine", "ray"))]
+    process = shared().popen(command, cwd=tmp_path, code=code)
+    printed = process.communicate()[1]
+    assert process.returncode == 2 and "refract[ray]" in printed and "Traceback" not in printed
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
-def test_ray_completes_the_rows_of_a_killed_command(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
-    out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
-    process = started(tmp_path, bundle, images, "-o", out, "--jobs", 1, "--shard-size", 8)
-    until(lambda: list(folder.glob("0*.parquet")), process)
-    process.kill()
-    process.communicate()
-    done = refract("score", bundle, images, "-o", out, "--engine", "ray", "--jobs", 1)
-    assert "resuming: " in done.stderr
+def test_ray_completes_the_rows_of_another_engine(tmp_path: Path, bundle: Path, images: Path) -> None:
+    out = tmp_path / "out.parquet"
+    write_parts(out, bundle, images, shard_size=100, first=1)
+    done = refract(tmp_path, "score", bundle, images, "-o", out, "--engine", "ray", "--jobs", 1)
+    assert "resuming: 100 of 303" in done.stderr
     check_whole(pd.read_parquet(out), bundle, images)
 
 

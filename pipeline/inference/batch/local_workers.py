@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
 from refract.errors import RefractError, ServiceError
+from refract.pipeline.processes import worker_context
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
@@ -67,11 +68,10 @@ class _Scorer(Generic[S, D]):
     def __init__(self, job: Job[D], *, first: bool = True) -> None:
         self.job, self.first = job, first
         self.shards: deque[S] = deque()
-        # A fork would copy the locks of OpenCV's threads without the threads.
-        context = multiprocessing.get_context("spawn")
+        context = worker_context(type(job).__module__)
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_work, args=(child_pipe, job), daemon=True)
-        # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes. The parent decides, so a child starts with both blocked.
+        # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes. The parent decides, so children start with both blocked.
         resource_tracker.ensure_running()  # its start would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
