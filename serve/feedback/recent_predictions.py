@@ -4,7 +4,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,8 @@ MOST_MODELS = 3
 """Most models that `live` reports: those whose predictions were judged and are the latest."""
 
 
-class Judgement(NamedTuple):
+@dataclass(frozen=True)
+class Judgement:
     """One prediction with its true labels. predicted: label indices; model: the beginning of the bundle's digest; replaced: whether it had
     been judged before."""
 
