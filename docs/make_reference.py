@@ -146,7 +146,8 @@ def metrics() -> str:
     for collector in registry._collector_to_names:
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():
             name = metric.name + ("_total" if metric.type == "counter" else "")
-            labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+            names = getattr(metric, "_labelnames", None) or getattr(collector, "_labelnames", ())
+            labels = ", ".join(f"`{label}`" for label in names)
             lines.append(f"| `{name}` | {metric.type} | {labels} | {_cell(metric.documentation)} |")
     return _page("Metrics of the server", lines)
 

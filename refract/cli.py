@@ -47,6 +47,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "predict": ("refract.pipeline.cli.predict", "Classify images with a bundle or by a server"),
             "score": ("refract.pipeline.cli.score", "Classify a folder or manifest of any size into a Parquet file"),
             "serve": ("refract.serve.cli.command", "Serve a bundle's predictions over HTTP"),
+            "feedback": ("refract.serve.cli.feedback", "Send true labels of earlier predictions to a server"),
         },
         "Features": {
             "embed": ("refract.pipeline.cli.embed", "Compute embeddings of images into a feature store"),

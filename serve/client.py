@@ -92,6 +92,22 @@ def _request(path: str, images: Images, options: dict[str, Any]) -> dict[str, An
     }
 
 
+def _feedback(request_id: str, labels: Sequence[str], index: int | None) -> dict[str, Any]:
+    """Return the arguments of httpx's `post` for feedback."""
+    if isinstance(labels, str):
+        raise TypeError("labels: expected a list, not a single label")
+    content = {"id": request_id, "labels": list(labels)}
+    return {"url": "/v1/feedback", "json": content if index is None else {**content, "index": index}}
+
+
+def _predictions(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the predictions of a response, each with the request's id."""
+    predictions: list[dict[str, Any]] = _content(outcome)["predictions"]
+    assert isinstance(outcome, httpx.Response)
+    request_id = outcome.headers.get("x-request-id")
+    return [{**row, "id": request_id} for row in predictions] if request_id else predictions
+
+
 def _content(outcome: Outcome) -> dict[str, Any]:
     """Return the content of a response. Raises ServerError for every other outcome."""
     if isinstance(outcome, httpx.TransportError):
@@ -121,7 +137,8 @@ class Client(_BaseClient):
         self._http.close()
 
     def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
-        """Return one prediction per image, in order: a dict with `label`, `confidence`, `top`, and the fields of the options.
+        """Return one prediction per image, in order: a dict with `label`, `confidence`, `top`, the fields of the options, and `id`, the
+        request's id for `feedback`.
 
         images: bytes or paths of image files. options:
         - top, threshold, tta: as the query parameters of `/v1/predict`;
@@ -132,22 +149,28 @@ class Client(_BaseClient):
         If the server is busy or unreachable, the client waits as `Retry-After` says and tries again: `tries` tries in all. A timeout is not
         retried. Raises ServerError, and OSError for an unreadable file.
         """
-        predictions: list[dict[str, Any]] = self._answer("/v1/predict", images, options)["predictions"]
-        return predictions
+        return _predictions(self._send(_request("/v1/predict", images, options)))
+
+    def feedback(self, id: str, labels: Sequence[str], *, index: int | None = None) -> dict[str, Any]:
+        """Send the true labels of a prediction. Returns a dict with `predicted`, `correct`, `replaced` and `model`.
+
+        id: the prediction's `id`; labels: one for a single-label model; index: of the image in its request, needed if it had several.
+        Feedback is safe to repeat: a second one replaces the first. retries and errors: as in `predict`.
+        """
+        return _content(self._send(_feedback(id, labels, index)))
 
     def embed(self, images: Images, **options: Any) -> list[list[float]]:
         """Return one embedding per image, in order. images, retries and errors: as in `predict`. options: tta and texts."""
-        embeddings: list[list[float]] = self._answer("/v1/embed", images, options)["embeddings"]
+        embeddings: list[list[float]] = _content(self._send(_request("/v1/embed", images, options)))["embeddings"]
         return embeddings
 
-    def _answer(self, path: str, images: Images, options: dict[str, Any]) -> dict[str, Any]:
-        request = _request(path, images, options)
+    def _send(self, request: dict[str, Any]) -> Outcome:
         for attempt in range(self._tries):
             outcome = self._post(request)
             if (delay := self._retry_delay(attempt, outcome)) is None:
                 break
             time.sleep(delay)
-        return _content(outcome)
+        return outcome
 
     def _post(self, request: dict[str, Any]) -> Outcome:
         try:
@@ -171,22 +194,25 @@ class AsyncClient(_BaseClient):
 
     async def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
         """Return one prediction per image, like `Client.predict`."""
-        predictions: list[dict[str, Any]] = (await self._answer("/v1/predict", images, options))["predictions"]
-        return predictions
+        return _predictions(await self._send(await asyncio.to_thread(_request, "/v1/predict", images, options)))
+
+    async def feedback(self, id: str, labels: Sequence[str], *, index: int | None = None) -> dict[str, Any]:
+        """Send the true labels of a prediction, like `Client.feedback`."""
+        return _content(await self._send(_feedback(id, labels, index)))
 
     async def embed(self, images: Images, **options: Any) -> list[list[float]]:
         """Return one embedding per image, like `Client.embed`."""
-        embeddings: list[list[float]] = (await self._answer("/v1/embed", images, options))["embeddings"]
+        request = await asyncio.to_thread(_request, "/v1/embed", images, options)
+        embeddings: list[list[float]] = _content(await self._send(request))["embeddings"]
         return embeddings
 
-    async def _answer(self, path: str, images: Images, options: dict[str, Any]) -> dict[str, Any]:
-        request = await asyncio.to_thread(_request, path, images, options)
+    async def _send(self, request: dict[str, Any]) -> Outcome:
         for attempt in range(self._tries):
             outcome = await self._post(request)
             if (delay := self._retry_delay(attempt, outcome)) is None:
                 break
             await asyncio.sleep(delay)
-        return _content(outcome)
+        return outcome
 
     async def _post(self, request: dict[str, Any]) -> Outcome:
         try:

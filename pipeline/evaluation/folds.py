@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from refract.models.bundle.bundle import load_bundle
+from refract.models.intervals import LEVEL
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.prepare import FoldedData
 from refract.pipeline.evaluation.custom_metrics import RESERVED
 from refract.pipeline.evaluation.evaluate import Evaluation, measured, probabilities_of
-from refract.pipeline.evaluation.intervals import LEVEL
 from refract.pipeline.evaluation.report import Report, make_report
 from refract.pipeline.files import printable, written_atomically
 from refract.pipeline.inference.scoring import preprocess_of

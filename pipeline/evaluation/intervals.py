@@ -2,26 +2,10 @@
 
 import numpy as np
 
+from refract.models.intervals import LEVEL, wilson
+
 DRAWS = 1000
 """Number of bootstrap resamples of the images."""
-
-LEVEL = 0.95
-
-
-def wilson(successes: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """Return the LEVEL intervals (C, 2) of proportions by Wilson's score (Wilson 1927), [0, 1] without trials.
-
-    successes, trials: (C,).
-    """
-    from scipy.special import ndtri
-
-    z, n = ndtri((1 + LEVEL) / 2), np.maximum(trials, 1).astype(np.float64)
-    p = successes / n
-    centre, spread = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    edges = np.stack([centre - spread, centre + spread], axis=-1) / (1 + z**2 / n)[:, None]
-    # Rounding could exclude the proportion itself where all trials or none succeed.
-    edges[successes == trials, 1], edges[successes == 0, 0] = 1.0, 0.0
-    return np.where(trials[:, None] > 0, edges, (0.0, 1.0))
 
 
 def class_intervals(hits: np.ndarray, given: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refract.pipeline.evaluation.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
+from refract.models.intervals import LEVEL, wilson
+from refract.pipeline.evaluation.intervals import DRAWS, class_intervals, macro_interval
 
 BINS = 15
 

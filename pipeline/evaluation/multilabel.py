@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from refract.pipeline.evaluation.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
+from refract.models.intervals import LEVEL, wilson
+from refract.pipeline.evaluation.intervals import DRAWS, class_intervals, macro_interval
 from refract.pipeline.evaluation.measures import calibration_error, suspects
 
 CHUNK = 100

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
     from refract.models.bundle.bundle import Bundle
+    from refract.serve.feedback.feedback_log import FeedbackLog
     from refract.serve.http.auth import ApiKeys
     from refract.serve.rollout.canary import Challenge
     from refract.serve.rollout.data_capture import DataCapture
@@ -185,6 +186,9 @@ def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
         deadline_s=config.deadline_s,
         min_familiarity=config.min_familiarity,
         similar=config.similar,
+        feedback_keep=config.feedback_keep,
+        feedback_hours=config.feedback_hours,
+        feedback_log=_feedback_log(config),
         keys=_keys(config),
         admin=_admin_keys(config),
         access_log=config.access_log,
@@ -267,6 +271,17 @@ def _sampling(config: ServeConfig) -> "DataCapture | None":
         return DataCapture(config.sample, fraction=config.sample_fraction, most_bytes=most, below=config.sample_below)
     except OSError as err:
         raise InvalidOptionError(f"{config.origin('sample')}: {config.sample}: {err.strerror}") from err
+
+
+def _feedback_log(config: ServeConfig) -> "FeedbackLog | None":
+    from refract.serve.feedback.feedback_log import FeedbackLog
+
+    if config.feedback_dir is None:
+        return None
+    try:
+        return FeedbackLog(config.feedback_dir)
+    except OSError as err:
+        raise InvalidOptionError(f"{config.origin('feedback_dir')}: {config.feedback_dir}: {err.strerror}") from err
 
 
 def _devices(option: str, origin: str = "--device") -> list[str]:

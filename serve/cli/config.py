@@ -210,6 +210,20 @@ class ServeConfig:
             "CONFIDENCE",
         ),
     )
+    feedback_keep: int = field(
+        default=ServiceSettings.feedback_keep,
+        metadata=_option(
+            "most predictions that /v1/feedback can judge, the latest; 0 turns feedback off", integer(0, 1_000_000), "N"
+        ),
+    )
+    feedback_hours: float = field(
+        default=ServiceSettings.feedback_hours,
+        metadata=_option("longest time that a prediction can be judged, in hours", number(0, 1e5, above=True), "H"),
+    )
+    feedback_dir: Path | None = field(
+        default=None,
+        metadata=_option("append the feedback of clients to JSON lines in this folder, for relabelling", Path, "DIR"),
+    )
     access_log: bool = field(
         default=False, metadata=_option("write one JSON line per request to the standard output", switch)
     )
@@ -229,6 +243,10 @@ class ServeConfig:
             raise ValueError(f"{self.origin('backend')}: {self.backend!r} is unknown; {accepted}")
         if self.rate is not None and self.keys is None:
             raise ValueError(f"{self.origin('rate')} limits each API key: it needs --keys FILE")
+        if self.feedback_dir is not None and not self.feedback_keep:
+            raise ValueError(
+                f"{self.origin('feedback_dir')} needs predictions to judge: {self.origin('feedback_keep')} is 0"
+            )
         if (self.shadow is not None) + (self.canary is not None) != (self.challenger is not None):
             names = [name for name in ("challenger", "shadow", "canary") if getattr(self, name) is not None]
             given = ", ".join(map(self.origin, names))

@@ -1,4 +1,5 @@
-"""The access log, one JSON line for each request, and `X-Request-Id`, which identifies the request: the client's value or a new one."""
+"""The access log, one JSON line for each request, and `X-Request-Id`, which identifies the request: the client's value or a new one. Routes
+find it as `request.state.request_id`."""
 
 import json
 import logging
@@ -123,6 +124,7 @@ class AccessLog:
         request_id = client_id if _ID.fullmatch(client_id) else os.urandom(16).hex().encode()
         start, status, digest = time.monotonic(), 0, b""
         state = scope.setdefault("state", {})
+        state["request_id"] = request_id.decode()
 
         async def send_identified(message: Message) -> None:
             nonlocal status, digest
@@ -138,7 +140,7 @@ class AccessLog:
             if self._log:
                 line = {
                     "time": _now(),
-                    "id": request_id.decode(),
+                    "id": state["request_id"],
                     "method": scope["method"],
                     "path": scope["path"][:MAX_PATH_CHARS],
                     "status": status,

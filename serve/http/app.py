@@ -16,16 +16,20 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from refract.models.bundle.bundle import Bundle, BundleError
+from refract.serve.feedback.feedback_log import FeedbackLog
+from refract.serve.feedback.recent_predictions import RecentPredictions
 from refract.serve.http import errors
 from refract.serve.http.access_log import AccessLog
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import BasePath
 from refract.serve.http.cors import Cors
 from refract.serve.http.errors import RequestError
+from refract.serve.http.live_metrics import LiveMetrics
 from refract.serve.http.methods import Methods
 from refract.serve.http.metrics import Metrics
 from refract.serve.http.openapi import DESCRIPTION, problems
 from refract.serve.http.routes.embed import EMBED, add_embed
+from refract.serve.http.routes.feedback import FEEDBACK, add_feedback
 from refract.serve.http.routes.predict import PREDICT, DirectRoute, add_predict
 from refract.serve.http.routes.v2 import add_v2
 from refract.serve.http.tracing import Tracing, shut_down
@@ -57,6 +61,9 @@ def create_app(
     deadline_s: float = ServiceSettings.deadline_s,
     min_familiarity: float | None = None,
     similar: bool = False,
+    feedback_keep: int = ServiceSettings.feedback_keep,
+    feedback_hours: float = ServiceSettings.feedback_hours,
+    feedback_log: FeedbackLog | None = None,
     keys: ApiKeys | None = None,
     admin: ApiKeys | None = None,
     access_log: bool = False,
@@ -75,6 +82,7 @@ def create_app(
     either the route is disabled. access_log: log one line for each request. traces: receives the spans; shut down with the application.
     follow: the registry URI of the bundle, models:/NAME@ALIAS. It is resolved every `poll_s` seconds; on a new version `build` creates its
     engine, which is hot-swapped. challenge: a second model, for canary or shadow requests. sampling: captures a sample of the requests.
+    feedback_log: stores the feedback of clients; it is closed with the application.
     cors_origins: origins whose pages may read responses, `*` for all. root_path: the path of a reverse proxy below which the server runs.
     The other parameters are those of `Limits` and of `ServiceSettings`.
 
@@ -91,13 +99,19 @@ def create_app(
         deadline_s=deadline_s,
         min_familiarity=min_familiarity,
         similar=similar,
+        feedback_keep=feedback_keep,
+        feedback_hours=feedback_hours,
     )
     metrics = Metrics()
     if sampling:
         sampling.count = metrics.sampled
+        sampling.on_image = feedback_log.captured if feedback_log else None
     service = Service(engine, limits=limits or Limits(), metrics=metrics, settings=settings, sampling=sampling)
     metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
     metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
+    metrics.watch("ready", "1 if /readyz returns 200, else 0", lambda: float(service.accepting))
+    if service.recent:
+        metrics.registry.register(LiveMetrics(service.recent))
     for gpu in describe(engine.devices):
         metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
@@ -118,6 +132,8 @@ def create_app(
         for task in tasks:
             task.cancel()
         await service.stop()
+        if feedback_log:
+            await asyncio.to_thread(feedback_log.close)
         if traces:
             await shut_down(traces)
 
@@ -137,6 +153,7 @@ def create_app(
     predict = add_predict(app, service, bodies, keys, rated)
     add_embed(app, service, bodies, rated)
     _add_health(app, service, allowed)
+    add_feedback(app, service, feedback_log, allowed)
     add_v2(app, service, bodies, allowed, rated)
     guards = admin or keys
     _add_admin(app, service, guards)
@@ -154,7 +171,9 @@ def create_app(
 
 
 def _count_rejected(metrics: Metrics, path: str, code: str) -> None:
-    """Count a rejected request if it is a prediction request."""
+    """Count a rejected request if it is feedback or a prediction request."""
+    if path == FEEDBACK and code != "method_not_allowed":
+        metrics.judged(code)
     if (path in (PREDICT, EMBED) or path.endswith("/infer")) and code not in ("not_found", "method_not_allowed"):
         metrics.refused(code)
 
@@ -207,14 +226,15 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get(
         "/v1/model",
-        summary="The served model, its device and its challenger",
+        summary="The served model, its device, its challenger, and the live accuracy by feedback",
         dependencies=allowed,
         responses=problems(401),
     )
     async def model() -> JSONResponse:
+        live = await asyncio.to_thread(_live, service.recent) if service.recent else None
         return JSONResponse(
             _description(service.models.engine, shows_similar=service.shows_similar)
-            | {"challenger": _challenger(service.models.challenger)}
+            | {"challenger": _challenger(service.models.challenger), "live": live}
         )
 
     @app.get(
@@ -253,6 +273,11 @@ def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
     bundle, challenge = challenger.worker.engine.bundle, challenger.challenge
     model = {"name": bundle.info.name, "digest": bundle.digest}
     return model | {"share": challenge.fraction, "answers": challenge.answers}
+
+
+def _live(recent: RecentPredictions) -> dict[str, Any]:
+    """Describe the feedback: how many predictions it can judge, and the estimates for each model, the latest first."""
+    return {"retained": recent.retained(), "models": [model.to_dict() for model in recent.live()]}
 
 
 def _description(engine: Engine, *, shows_similar: bool) -> dict[str, Any]:

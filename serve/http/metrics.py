@@ -1,6 +1,7 @@
 """Prometheus metrics of one server."""
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
+    from refract.models.bundle.bundle import Bundle
     from refract.serve.runtime.gpus import Gpu
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -21,8 +23,8 @@ class Metrics:
     """The metrics of one server, in a separate registry.
 
     Requests by outcome (`ok` or the problem's code), durations of requests and of their stages, batch sizes, confidences, predictions by
-    label, abstentions, unfamiliar images, hot swaps, captured samples; outcomes, agreement and durations of the challenger. `watch` adds
-    gauges.
+    label, abstentions, unfamiliar images, hot swaps, feedback, captured samples; the served model, its age and its accuracy on its test
+    set; outcomes, agreement and durations of the challenger. `watch` adds gauges.
     """
 
     def __init__(self) -> None:
@@ -63,6 +65,12 @@ class Metrics:
             cache(self._stages.labels),
             cache(self._labels.labels),
         )
+        self._feedback = Counter(
+            "refract_feedback",
+            "Feedback by outcome: `accepted`, `replaced` (a second one for a prediction), or the code of the problem",
+            ["end"],
+            **options,
+        )
         self._sampled = Counter(
             "refract_sampled", "Sampled images by outcome: `kept`, `dropped` or `failed`", ["end"], **options
         )
@@ -81,6 +89,17 @@ class Metrics:
             **options,
         )
         self._model = Gauge("refract_model", "1 for the served model", ["name", "digest"], **options)
+        self._created = Gauge(
+            "refract_model_created_seconds", "Unix time of the served model's training", ["digest"], **options
+        )
+        self._test_accuracy = Gauge(
+            "refract_test_accuracy",
+            "Accuracy of the served model on its test set; subset accuracy of a multi-label model",
+            ["digest"],
+            **options,
+        )
+        for end in ("done", "refused"):  # Prometheus sees no increase if a series starts with 1
+            self._swaps.labels(end)
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
         """Count an answered request. seconds: its duration; stages: the duration of each stage in seconds."""
@@ -109,23 +128,33 @@ class Metrics:
         if unfamiliar:
             self._unfamiliar.inc(unfamiliar)
 
+    def judged(self, end: str) -> None:
+        """Count feedback. end: `accepted`, `replaced`, or the code of the problem."""
+        self._feedback.labels(end).inc()
+
     def sampled(self, end: str) -> None:
         """Count a sampled image. end: `kept`, `dropped` if too many images waited, or `failed`."""
         self._sampled.labels(end).inc()
 
-    def serves(self, name: str, digest: str) -> None:
+    def serves(self, bundle: "Bundle") -> None:
         """Set the served model."""
-        self._model.clear()
-        self._model.labels(name, digest[:16]).set(1)
+        info, digest = bundle.info, bundle.digest[:16]
+        for gauge in (self._model, self._created, self._test_accuracy):
+            gauge.clear()
+        self._model.labels(info.name, digest).set(1)
+        self._created.labels(digest).set(datetime.fromisoformat(info.created).timestamp())
+        accuracy = info.metrics.get("subset_accuracy" if info.task == "multilabel" else "accuracy")
+        if accuracy is not None:
+            self._test_accuracy.labels(digest).set(accuracy)
 
     def swapped(self, end: str) -> None:
         """Count a hot swap. end: `done` or `refused`."""
         self._swaps.labels(end).inc()
 
-    def challenges(self, name: str, digest: str) -> None:
+    def challenges(self, bundle: "Bundle") -> None:
         """Set the challenging model."""
         self._challenger.clear()
-        self._challenger.labels(name, digest[:16]).set(1)
+        self._challenger.labels(bundle.info.name, bundle.digest[:16]).set(1)
 
     def challenged(self, end: str, images: int, seconds: float | None = None) -> None:
         """Count images of the challenger. end: `answered` for a canary request; `agreed`, `differed`, `failed` or `skipped` for a shadow

@@ -59,6 +59,32 @@ EMBED_DESCRIPTION = (
     "`X-Model-Digest` identifies the model."
 )
 
+FEEDBACK_DESCRIPTION = (
+    "`id` is the `X-Request-Id` of the response with the prediction. `labels` are the true labels: one for a single-label model, any "
+    "number for a multi-label one. `index` is the position of the image in its request, needed if the request had several. A second "
+    "feedback replaces the first. The server knows its latest predictions only (`--feedback-keep`, `--feedback-hours`). The response "
+    "states the predicted labels, the model, and whether exactly the true labels were predicted."
+)
+_LABELS = {"type": "array", "items": {"type": "string"}}
+_FEEDBACK = {
+    "type": "object",
+    "required": ["id", "labels"],
+    "properties": {"id": {"type": "string"}, "labels": _LABELS, "index": {"type": "integer", "minimum": 0}},
+    "additionalProperties": False,
+}
+FEEDBACK_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The id of a prediction, and its true labels.",
+        "content": {
+            "application/json": {
+                "schema": _FEEDBACK,
+                "example": {"id": "4f0c2b7e9d1a4c5f8e3b6a7d2c1f0e9a", "labels": ["circle"]},
+            }
+        },
+    }
+}
+
 _TENSOR = {
     "type": "object",
     "required": ["name", "datatype", "shape"],
@@ -126,10 +152,10 @@ _MEANINGS = {
 }
 
 
-def _response(problem: dict[str, Any]) -> dict[str, Any]:
+def _response(problem: dict[str, Any], meaning: str = "") -> dict[str, Any]:
     schema = {"type": "object", "required": list(problem), "properties": {key: {} for key in problem}}
     content = {MEDIA_TYPE: {"schema": schema, "example": problem}}
-    return {"description": _MEANINGS[problem["status"]], "content": content}
+    return {"description": meaning or _MEANINGS[problem["status"]], "content": content}
 
 
 _PROBLEMS: dict[int, dict[str, Any]] = {
@@ -161,6 +187,34 @@ PREDICT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {"example": _PREDICTIONS}},
     },
     **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
+}
+
+FEEDBACK_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The prediction that was judged",
+        "content": {
+            "application/json": {
+                "example": {
+                    "predicted": ["circle"],
+                    "correct": True,
+                    "model": "6f1c09ab52d7e834",
+                    "id": "4f0c2b7e9d1a4c5f8e3b6a7d2c1f0e9a",
+                    "index": 0,
+                    "replaced": False,
+                }
+            }
+        },
+    },
+    **problems(400, 401),
+    404: _response(
+        Problem(404, "unknown_prediction", "no prediction has the id '…'; this server process keeps …").content,
+        "The server does not keep this prediction",
+    ),
+    **problems(408, 413, 415, 422, 429),
+    503: _response(
+        Problem(503, "feedback_not_stored", "the server cannot store the feedback; send it again later").content,
+        "The server cannot write to the folder of `--feedback-dir`",
+    ),
 }
 
 EMBED_RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ The folder holds `inputs-TIME-NAME.jsonl`, a row with statistics for each sample
 low-confidence prediction. Capturing never delays or fails a response: samples that the writing thread cannot take are dropped and counted.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from refract.augment.decoding.formats import format_of
 from refract.augment.image_statistics import measure_image
 from refract.models.bundle.bundle import Bundle
 from refract.models.prediction import confidences, predicted_labels
+from refract.serve.feedback.feedback_log import CapturedImage
 from refract.serve.requests.decoding import RequestImages
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class _Sample(NamedTuple):
     row: dict[str, Any]
     pixels: np.ndarray | None
     encoded: bytes | None
+    request_id: str
+    position: int
 
     @property
     def size(self) -> int:
@@ -54,7 +58,7 @@ class _Sample(NamedTuple):
 class DataCapture:
     """Writes a sample of the images and their predictions to `folder`. fraction: of the images, in (0, 1]; most_bytes: disk quota of
     the folder; below: the confidence under which an image's file is stored, 0 for none. count: called with `kept`, `dropped` or `failed`
-    for each sample. OSError if the folder is not writable."""
+    for each sample; on_image: with the request id and the index of each stored image. OSError if the folder is not writable."""
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class DataCapture:
     ) -> None:
         self._fraction, self._below = fraction, below
         self.count: Callable[[str], None] = count or (lambda end: None)
+        self.on_image: Callable[[str, int, CapturedImage], None] | None = None
         former, images = folder / "pictures", folder / "images"
         if former.is_dir() and not images.exists():
             former.rename(images)  # the folder of earlier versions, which counts towards the quota
@@ -88,7 +93,9 @@ class DataCapture:
                 return
             self._thread.join(seconds)
 
-    def offer(self, bundle: Bundle, images: RequestImages, batch: np.ndarray, probabilities: np.ndarray) -> None:
+    def offer(
+        self, bundle: Bundle, images: RequestImages, batch: np.ndarray, probabilities: np.ndarray, request_id: str = ""
+    ) -> None:
         """Sample from an answered request. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`. Call it on the
         event loop. It raises no errors: they are logged and counted."""
         chosen = [i for i in range(len(probabilities)) if random.random() < self._fraction]
@@ -96,13 +103,13 @@ class DataCapture:
             return
         try:
             for i in chosen:
-                self._put(self._sample(bundle, images, batch[i], probabilities[i : i + 1], i))
+                self._put(self._sample(bundle, images, batch[i], probabilities[i : i + 1], i, request_id))
         except Exception:
             logger.exception("capturing a sample failed")
             self.count("failed")
 
     def _sample(
-        self, bundle: Bundle, images: RequestImages, record: np.ndarray, row: np.ndarray, index: int
+        self, bundle: Bundle, images: RequestImages, record: np.ndarray, row: np.ndarray, index: int, request_id: str
     ) -> _Sample:
         info = bundle.info
         pixels = record if record.dtype.fields is None else record["images"]
@@ -125,7 +132,8 @@ class DataCapture:
         has_image = not images.has_image or images.has_image[index]
         uncertain = confidence < self._below and images.encoded
         # A view of one image would keep its whole batch in memory.
-        return _Sample(values, pixels.copy() if has_image else None, images.encoded[index] if uncertain else None)
+        copied, encoded = pixels.copy() if has_image else None, images.encoded[index] if uncertain else None
+        return _Sample(values, copied, encoded, request_id, index)
 
     def _put(self, sample: _Sample) -> None:
         with self._lock:
@@ -164,6 +172,9 @@ class DataCapture:
             }
         if sample.encoded and (name := self._images.keep(_name() + _suffix(sample.encoded), sample.encoded)):
             row["image"] = f"images/{name}"
+            if self.on_image:
+                image = CapturedImage(hashlib.sha256(sample.encoded).hexdigest(), row["image"])
+                self.on_image(sample.request_id, sample.position, image)
         self._rows.add((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 

@@ -99,7 +99,7 @@ class Predictor:
             predictions = Predictions(request, engine.bundle, outputs, seconds, engine.familiarity, cut=cuts(batch))
             rows = predictions.probabilities
             if self._sampling and sampled:
-                self._sampling.offer(worker.engine.bundle, request.images, batch, rows)
+                self._sampling.offer(worker.engine.bundle, request.images, batch, rows, work.request_id)
             if not work.explained:
                 return predictions
             start = time.monotonic()

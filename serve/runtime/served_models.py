@@ -60,7 +60,7 @@ class ServedModels:
         progress.stage("testing the model on its golden samples")
         pace = await asyncio.to_thread(self.engine.self_test)
         self.champion.start(pace)
-        self._metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
+        self._metrics.serves(self.engine.bundle)
         self.ready = True
 
     async def stop(self) -> None:
@@ -111,14 +111,14 @@ class ServedModels:
         async with self._swapping:
             worker = await self._start_worker(challenge.engine, shadow=not challenge.answers)
             previous, self.challenger = self.challenger, Challenger(worker, challenge)
-            self._metrics.challenges(challenge.engine.bundle.info.name, challenge.engine.bundle.digest)
+            self._metrics.challenges(challenge.engine.bundle)
             if previous:
                 self._retire(previous.worker)
 
     async def _swap(self, engine: Engine) -> None:
         worker, previous = await self._start_worker(engine), self.champion
         self.champion, self.previous = worker, previous.engine
-        self._metrics.serves(engine.bundle.info.name, engine.bundle.digest)
+        self._metrics.serves(engine.bundle)
         self._metrics.swapped("done")
         self._retire(previous)
 

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AbstractContextManager
 
+from refract.serve.feedback.recent_predictions import RecentPredictions
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.http.metrics import Metrics
 from refract.serve.requests.limits import Limits
@@ -28,7 +29,8 @@ EXPLAINED = 0.9
 class Service:
     """Answers requests between `start` and `stop`. A hot swap of `models` loses no request. Use it on one event loop only.
 
-    models: the champion and the challenger; admission: the requests in flight. ValueError if `settings.max_queue` is less than twice
+    models: the champion and the challenger; admission: the requests in flight; recent: the predictions that feedback can judge, None if
+    `settings.feedback_keep` is 0. ValueError if `settings.max_queue` is less than twice
     `limits.max_images`.
     """
 
@@ -50,6 +52,11 @@ class Service:
         self.limits, self.metrics = limits, metrics
         self._deadline, self._sampling, self._draining = settings.deadline_s, sampling, False
         self.min_familiarity, self.shows_similar = settings.min_familiarity, settings.similar
+        self.recent: RecentPredictions | None = None
+        if settings.feedback_keep:
+            self.recent = RecentPredictions(
+                engine.bundle.info, keep=settings.feedback_keep, hours=settings.feedback_hours
+            )
         self._decoders = DecoderPools(
             PricedPool(cores(), "decode", pace=DECODING),
             PricedPool(max(1, cores() // 2), "decode-large", pace=DECODING),
@@ -94,6 +101,15 @@ class Service:
         self.models.check_fit()
         if self._draining:
             raise NotReadyError("the server is shutting down")
+
+    @property
+    def accepting(self) -> bool:
+        """Whether a load balancer should send requests."""
+        try:
+            self.check_accepting()
+        except NotReadyError:
+            return False
+        return True
 
     def admitted(self) -> AbstractContextManager[None]:
         """Hold an admission slot until the block ends; enter it before the body is read. NotReadyError outside of `start` … `stop`, or

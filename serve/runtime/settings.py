@@ -10,7 +10,7 @@ class ServiceSettings:
     max_batch: most images in one batch. max_wait_ms: longest wait for a batch to fill, in milliseconds. max_queue: most images that wait
     for the engine. max_requests: most requests in flight. deadline_s: seconds from a request's last byte to its response.
     min_familiarity: predictions abstain below this familiarity; None for no limit. similar: whether clients may see the training images
-    that are most similar to theirs.
+    that are most similar to theirs. feedback_keep: most predictions that feedback can judge, 0 for none; feedback_hours: for how long.
     ValueError if a setting is out of range.
     """
 
@@ -21,6 +21,8 @@ class ServiceSettings:
     deadline_s: float = 10.0
     min_familiarity: float | None = None
     similar: bool = False
+    feedback_keep: int = 100_000
+    feedback_hours: float = 168.0
 
     def __post_init__(self) -> None:
         if self.max_requests < 1 or not self.deadline_s > 0:

@@ -18,13 +18,14 @@ from refract.serve.runtime.engine import Engine
 class Work(NamedTuple):
     """A request whose body was received and is not parsed yet. flipped: average the logits of each image and of its horizontal flip;
     explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop, which is faster than on a thread; version:
-    the only model version that may answer, None for any."""
+    the only model version that may answer, None for any; request_id: the request's X-Request-Id."""
 
     body: PredictBody | InferBody
     flipped: bool = False
     explained: bool = False
     quick: bool = False
     version: str | None = None
+    request_id: str = ""
 
 
 class ParsedWork(NamedTuple):

@@ -31,10 +31,20 @@ def test_both_clients_return_the_predictions_of_the_server(bundle, serving, make
 
         async def ask() -> list[dict]:
             async with AsyncClient(url, key=KEY) as client:
-                return await client.predict([make_image(1), tmp_path / "a.jpg"], top=2)
+                rows = await client.predict([make_image(1), tmp_path / "a.jpg"], top=2)
+                for index, row in enumerate(rows):
+                    assert (await client.feedback(row["id"], [row["label"]], index=index))["correct"]
+                return rows
 
         with Client(url, key=KEY) as client:
-            assert client.predict([str(tmp_path / "a.jpg")], top=2) == wanted.json()["predictions"]
+            (row,) = client.predict([str(tmp_path / "a.jpg")], top=2)
+            assert {name: value for name, value in row.items() if name != "id"} == wanted.json()["predictions"][0]
+            assert client.feedback(row["id"], [row["label"]])["correct"] is True
+            with pytest.raises(TypeError, match="not a single label"):
+                client.feedback(row["id"], row["label"])
+            with pytest.raises(ServerError, match="add the member index") as refused:
+                client.feedback(client.predict([make_image(1), make_image(2)])[0]["id"], ["class 0"])
+            assert (refused.value.status, refused.value.code) == (422, "invalid_request")
             assert client.predict([make_image(4)], explain=True)[0]["explanation_method"] == "occlusion"
             with pytest.raises(ServerError, match="the image") as refused:
                 client.predict([b"no image"])
@@ -108,6 +118,7 @@ def test_the_command_predicts_with_a_server(bundle, serving, make_image, tmp_pat
         done = run("in", "bad.jpg", "gone.jpg", f"--url={http.base_url}", "--top", "2", "--json")
         rows = [json.loads(line) for line in done.stdout.splitlines()]
         wanted = http.post("/v1/predict?top=2", content=make_image(1)).json()["predictions"][0]
+        assert len(rows[0].pop("id")) == 32, "for `refract feedback`"
         assert done.returncode == 1 and rows[0] == {"path": "in/a.jpg", **wanted}
         assert "the image" in rows[1]["error"] and "No such file" in rows[2]["error"]
         assert done.stderr.splitlines()[-1] == "refract predict: 2 of 3 images have no prediction"

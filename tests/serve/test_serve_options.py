@@ -42,7 +42,7 @@ def test_every_option_can_be_set_in_each_place(write) -> None:
     examples = {
         "source": "folder", "challenger": "other", "canary": "0.5", "keys": "keys", "admin_keys": "admin", "rate": "3",
         "cors_origin": "https://a.example", "root_path": "/models", "metrics_port": "9", "traces": "http://a", "sample": "DIR",
-        "plugin": "my_plugin.py", "min_familiarity": "0.1",
+        "plugin": "my_plugin.py", "min_familiarity": "0.1", "feedback_dir": "DIR",
     }  # fmt: skip
     texts = {name: examples.get(name, str(DEFAULTS[name])) for name in OPTIONS if name != "shadow"}
     from_environment = parse([], {f"REFRACT_SERVE_{name.upper()}": text for name, text in texts.items()})
@@ -130,6 +130,8 @@ def test_a_backend_of_a_plugin_needs_the_option_plugin(write, capsys) -> None:
 
 
 def test_a_missing_source_is_named(capsys) -> None:
+    message = rejected(capsys, ["x", "--feedback-keep", "0", "--feedback-dir", "DIR"])
+    assert message == "--feedback-dir needs predictions to judge: --feedback-keep is 0"
     assert rejected(capsys, []).startswith("SOURCE is missing; expected the folder of a bundle, models:/NAME@ALIAS")
 
 

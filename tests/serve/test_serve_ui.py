@@ -180,3 +180,20 @@ def test_the_api_documentation_needs_no_other_host(browser, bundle, serving) -> 
         page, errors, requested = opened(browser, client, "/docs")
         page.wait_for_selector("text=Classify one or more images")
         assert not errors and all(url.startswith((str(client.base_url), "data:")) for url in requested)
+
+
+def test_the_page_shows_the_live_accuracy_once_there_is_feedback(browser, bundle, serving, make_image) -> None:
+    with serving(create_app(bundle)) as client:
+        page, errors, _ = opened(browser, client)
+        page.wait_for_selector("#card dd")
+        assert not page.is_visible("#live")
+        response = client.post("/v1/predict", content=make_image(1))
+        label = response.json()["predictions"][0]["label"]
+        client.post("/v1/feedback", json={"id": response.headers["x-request-id"], "labels": [label]})
+        page.evaluate("refreshLive()")
+        page.wait_for_selector("#live dd")
+        text = page.inner_text("#live")
+        assert f"{bundle.digest[:16]}, 1 judged predictions" in text and f"{label}\n" in text
+        assert "100.0 % (95 % interval 20.7 to 100.0 %)" in text
+        assert errors == []
+        page.close()

@@ -251,20 +251,21 @@ def test_a_connection_whose_head_does_not_arrive_is_closed(bundle, serving, monk
 
 
 def test_the_dashboard_queries_existing_metrics(bundle, serving, make_image) -> None:
-    """All metrics except the GPU memory, which only a server on a GPU reports."""
+    """All metrics except the GPU memory, which only a server on a GPU reports, and an accuracy that this bundle does not state."""
     text = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text()
     queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     queried = {name for query in queries for name in re.findall(r"refract_\w+", query)}
     app = create_app(bundle, challenge=Challenge(Engine(bundle), fraction=1, answers=False))
     with serving(app) as client:
-        client.post("/v1/predict", content=make_image(1))
+        response = client.post("/v1/predict", content=make_image(1))
+        client.post("/v1/feedback", json={"id": response.headers["x-request-id"], "labels": [bundle.info.labels[0]]})
         client.post("/v1/predict", content=b"no image")
         families = generate_latest(app.state.service.metrics.registry).decode()
     exported = {sample.name for family in text_string_to_metric_families(families) for sample in family.samples}
     exported |= {
         family.name + "_total" for family in text_string_to_metric_families(families) if family.type == "counter"
     }
-    assert queried - exported == {"refract_gpu_bytes"} and len(queried) > 12
+    assert queried - exported == {"refract_gpu_bytes", "refract_test_accuracy"} and len(queried) > 20
 
 
 @pytest.fixture

@@ -124,6 +124,7 @@ async def predictions_of(
                 flipped=flipped,
                 explained=explained,
                 quick=is_quick(content_type, body),
+                request_id=request.scope["state"]["request_id"],
             )
             return await unless_gone(request, service.predict(work))
         finally:
@@ -148,6 +149,8 @@ def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | 
             service, bodies, request, flipped=options.tta == "flip", explained=options.explain
         )
         response = _response(service, options, results)
+        if service.recent:
+            service.recent.record(request.scope["state"]["request_id"], results.bundle, results.probabilities)
         service.metrics.answered(time.monotonic() - start, results.seconds)
         return response
 

@@ -119,7 +119,8 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
             body = await bodies.read(request)
             try:
                 inference = InferBody(body, request.headers.get(HEADER))
-                work = Work(inference, version=request.path_params.get("model_version"))
+                request_id = request.state.request_id
+                work = Work(inference, version=request.path_params.get("model_version"), request_id=request_id)
                 results = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
@@ -128,6 +129,8 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         response |= {"outputs": [_tensor(name, results) for name in results.request.outputs]}
         if results.request.id is not None:
             response["id"] = results.request.id
+        if service.recent:
+            service.recent.record(request_id, results.bundle, rows)
         service.metrics.predicted(rows, labels, 0)
         service.metrics.answered(time.monotonic() - start, results.seconds)
         headers = {"Server-Timing": results.timing, "X-Model-Digest": results.bundle.digest[:16]}
