@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from refract.augment import Preprocess
 from refract.models.classifier import Classifier, probabilities
+from refract.models.head import head_inputs
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.sections import EvaluationConfig
@@ -29,6 +31,8 @@ from refract.pipeline.evaluation.thresholds import choose_thresholds
 from refract.pipeline.files import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from refract.pipeline.doctor.watch import Doctor
     from refract.pipeline.features.out_of_fold import OutOfFold
     from refract.pipeline.features.training import EmbeddedFit
@@ -91,12 +95,14 @@ def assess(
     decision_options: dict[str, Any] = {
         "task": task, "temperature": decision.temperature, "thresholds": decision.thresholds
     }  # fmt: skip
-    evaluation = evaluate(classifier, preprocess, test, labels=manifest.labels, **decision_options)
+    recording: AbstractContextManager[list[Tensor]] = (
+        nullcontext([]) if embedded is None else head_inputs(classifier.network)
+    )
+    with recording as features:
+        evaluation = evaluate(classifier, preprocess, test, labels=manifest.labels, **decision_options)
     checked = None
     if embedded is not None:
-        from refract.pipeline.features.training import out_of_fold
-
-        checked = _with_held_out(evaluation, out_of_fold(embedded, manifest, config))
+        manifest, checked = _checked_on_embeddings(embedded, manifest, config, evaluation, features)
     more = {}
     if config.trainer.tta != "none":  # the metrics without it stay, as `refract evaluate` and the server report those
         tta = config.trainer.tta
@@ -128,6 +134,22 @@ def assess(
         subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
     )  # fmt: skip
     return Assessment(evaluation, more, decision, findings, report)
+
+
+def _checked_on_embeddings(
+    fit: "EmbeddedFit", manifest: Manifest, config: Config, evaluation: Evaluation, features: "list[Tensor]"
+) -> tuple[Manifest, Predictions]:
+    """Return (the manifest with the near-duplicates that embeddings show, predictions by which all labels are checked).
+
+    features: of the evaluation's samples, on the CPU.
+    """
+    import torch
+
+    from refract.pipeline.features.near_duplicates import with_near_duplicates
+    from refract.pipeline.features.training import out_of_fold
+
+    manifest = with_near_duplicates(manifest, fit, torch.cat(features).numpy())
+    return manifest, _with_held_out(evaluation, out_of_fold(fit, manifest, config))
 
 
 def _with_held_out(evaluation: Evaluation, held_out: "OutOfFold") -> Predictions:

@@ -35,7 +35,7 @@ class EmbeddedFit:
     """A head that was fitted on embeddings.
 
     history: its metrics, as those of one epoch; choice: its setting, see `refract.pipeline.features.heads`; samples: the training and
-    validation samples; keys: of their embeddings in `store`.
+    validation samples; keys: of their embeddings in `store`; device: of the training.
     """
 
     history: list[dict[str, float]]
@@ -43,6 +43,7 @@ class EmbeddedFit:
     samples: list[Sample]
     keys: list[Key]
     store: FeatureStore
+    device: str
 
 
 def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any) -> EmbeddedFit:
@@ -89,7 +90,7 @@ def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], run_dir: Pa
     log.info("%s, %s: %s  %.1f s", config.model.mode, fitted.choice, shown, metrics["epoch_seconds"])
     if tracker is not None:
         tracker.log_metrics(metrics, step=1)
-    return EmbeddedFit([metrics], fitted.choice, samples, keys, store)
+    return EmbeddedFit([metrics], fitted.choice, samples, keys, store, assembly.device)
 
 
 def out_of_fold(fit: EmbeddedFit, manifest: Manifest, config: Config) -> OutOfFold:
