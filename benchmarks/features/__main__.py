@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks.features import familiarity, few_images, speed
+from benchmarks.features import familiarity, few_images, planted, speed
 
-STAGES = {"familiarity": familiarity, "few-images": few_images, "speed": speed}
+STAGES = {"familiarity": familiarity, "few-images": few_images, "planted": planted, "speed": speed}
 
 
 def main() -> None:

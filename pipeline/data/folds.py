@@ -25,18 +25,28 @@ def draw_folds(
     Raises DataError if a fold would have no samples, or if one fold would have all samples of a label.
     """
     samples = [sample for sample in manifest.samples if sample.split in ("train", "val")]
-    groups = _groups(samples, digests, hashes)
+    groups = groups_of([digests[sample.key] for sample in samples], near_duplicates_among(samples, hashes))
     if len(groups) < folds:
         raise DataError(
             f"{manifest.source}: trainer.folds: {folds} needs as many groups of training and validation samples, got {len(groups)}; "
             "copies and near-duplicates are one group. Reduce trainer.folds, or add images"
         )
+    drawn = stratified_folds(samples, groups, folds=folds, seed=seed)
+    fold_of = {sample.key: fold for sample, fold in zip(samples, drawn, strict=True)}
+    _check_labels(manifest, samples, fold_of)
+    return fold_of
+
+
+def stratified_folds(samples: Sequence[Sample], groups: Sequence[Sequence[int]], *, folds: int, seed: int) -> list[int]:
+    """Return the fold, in 1…folds, of each sample. groups: indices of samples that get the same fold; each sample is in one group."""
     order = generator(seed, 0, 0, "folds").permutation(len(groups))
     groups = [groups[k] for k in order]
     drawn = _stratified([Counter(label for i in group for label in samples[i].labels) for group in groups],
                         [len(group) for group in groups], folds)  # fmt: skip
-    fold_of = {samples[i].key: fold for group, fold in zip(groups, drawn, strict=True) for i in group}
-    _check_labels(manifest, samples, fold_of)
+    fold_of = [0] * len(samples)
+    for group, fold in zip(groups, drawn, strict=True):
+        for i in group:
+            fold_of[i] = fold
     return fold_of
 
 
@@ -49,19 +59,22 @@ def with_fold(manifest: Manifest, fold_of: Mapping[str, int], fold: int) -> Mani
     return replace(manifest, samples=tuple(samples), drawn=tuple(dict.fromkeys([*manifest.drawn, "val"])))
 
 
-def _groups(samples: Sequence[Sample], digests: Mapping[str, str], hashes: Mapping[str, bytes]) -> list[list[int]]:
-    """Return the indices of the samples of each group that one fold must hold, in the order of the smallest content hash."""
+def groups_of(digests: Sequence[str], pairs: Sequence[tuple[int, int]] = ()) -> list[list[int]]:
+    """Return the indices of the samples of each group that one fold must hold, in the order of the smallest content hash.
+
+    digests: content hash of each sample; samples with the same hash are in one group. pairs: indices of near-duplicates.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     first: dict[str, int] = {}
-    copies = [(i, first.setdefault(digests[sample.key], i)) for i, sample in enumerate(samples)]
-    edges = np.array([*copies, *near_duplicates_among(samples, hashes)]).reshape(-1, 2)
-    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(len(samples), len(samples)))
+    copies = [(i, first.setdefault(digest, i)) for i, digest in enumerate(digests)]
+    edges = np.array([*copies, *pairs]).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(len(digests), len(digests)))
     members: dict[int, list[int]] = defaultdict(list)
     for i, component in enumerate(connected_components(graph, directed=False)[1].tolist()):
         members[component].append(i)
-    return sorted(members.values(), key=lambda group: min(digests[samples[i].key] for i in group))
+    return sorted(members.values(), key=lambda group: min(digests[i] for i in group))
 
 
 def _stratified(label_counts: Sequence[Counter[int]], sizes: Sequence[int], folds: int) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refract.augment import Preprocess
-from refract.models.classifier import Classifier
+from refract.models.classifier import Classifier, probabilities
+from refract.models.head import head_inputs
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.sections import EvaluationConfig
@@ -19,7 +21,7 @@ from refract.pipeline.data.manifest import Manifest
 from refract.pipeline.doctor.finding import Finding
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.advice import notes_on
-from refract.pipeline.evaluation.evaluate import Evaluation, evaluate, probabilities_of, truth_of
+from refract.pipeline.evaluation.evaluate import Evaluation, Predictions, evaluate, probabilities_of, truth_of
 from refract.pipeline.evaluation.label_errors import noise_evidence
 from refract.pipeline.evaluation.multilabel import set_errors
 from refract.pipeline.evaluation.report import Report, make_report
@@ -29,7 +31,11 @@ from refract.pipeline.evaluation.thresholds import choose_thresholds
 from refract.pipeline.files import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from refract.pipeline.doctor.watch import Doctor
+    from refract.pipeline.features.out_of_fold import OutOfFold
+    from refract.pipeline.features.training import EmbeddedFit
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +82,12 @@ def assess(
     name: str,
     doctor: "Doctor | None",
     history: list[dict[str, float]],
+    embedded: "EmbeddedFit | None" = None,
 ) -> Assessment:
     """Calibrate, evaluate and report a trained classifier.
 
     classifier: in eval mode, on any device. name: of the run, for the report's title. doctor, history: of the training, None and empty for
-    an average of runs.
+    an average of runs. embedded: the fit of the head on embeddings, None for other modes.
     Raises DataError with the path of an unreadable image.
     """
     test, task = manifest.of("test"), manifest.task
@@ -88,7 +95,14 @@ def assess(
     decision_options: dict[str, Any] = {
         "task": task, "temperature": decision.temperature, "thresholds": decision.thresholds
     }  # fmt: skip
-    evaluation = evaluate(classifier, preprocess, test, labels=manifest.labels, **decision_options)
+    recording: AbstractContextManager[list[Tensor]] = (
+        nullcontext([]) if embedded is None else head_inputs(classifier.network)
+    )
+    with recording as features:
+        evaluation = evaluate(classifier, preprocess, test, labels=manifest.labels, **decision_options)
+    checked = None
+    if embedded is not None:
+        manifest, checked = _checked_on_embeddings(embedded, manifest, config, evaluation, features)
     more = {}
     if config.trainer.tta != "none":  # the metrics without it stay, as `refract evaluate` and the server report those
         tta = config.trainer.tta
@@ -116,9 +130,49 @@ def assess(
         abstain_below=decision.abstain_below, robustness=robustness, near=manifest.near_of(test),
         findings=None if doctor is None else [finding.to_dict() for finding in findings],
         notes=notes_on(evaluation, drawn="test" in manifest.drawn),
+        checked=checked,
         subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
     )  # fmt: skip
     return Assessment(evaluation, more, decision, findings, report)
+
+
+def _checked_on_embeddings(
+    fit: "EmbeddedFit", manifest: Manifest, config: Config, evaluation: Evaluation, features: "list[Tensor]"
+) -> tuple[Manifest, Predictions]:
+    """Return (the manifest with the near-duplicates that embeddings show, predictions by which all labels are checked).
+
+    features: of the evaluation's samples, on the CPU.
+    """
+    import torch
+
+    from refract.pipeline.features.near_duplicates import with_near_duplicates
+    from refract.pipeline.features.training import out_of_fold
+
+    manifest = with_near_duplicates(manifest, fit, torch.cat(features).numpy())
+    return manifest, _with_held_out(evaluation, out_of_fold(fit, manifest, config))
+
+
+def _with_held_out(evaluation: Evaluation, held_out: "OutOfFold") -> Predictions:
+    """Return the predictions `held_out`, then those on the test set."""
+    truth = truth_of(held_out.samples, evaluation.task, evaluation.probabilities.shape[1])
+    given = calibrated(held_out.logits, truth, evaluation.task)
+    return Predictions(
+        [*held_out.samples, *evaluation.samples],
+        np.concatenate([given, evaluation.probabilities]),
+        np.concatenate([truth, evaluation.truth]),
+    )
+
+
+def calibrated(logits: np.ndarray, truth: np.ndarray, task: str) -> np.ndarray:
+    """Return probabilities float32 (N, C) at the temperature that fits the truth best. A single wrong prediction bounds it."""
+    import torch
+
+    soft = probabilities(torch.from_numpy(logits), task=task, temperature=SOFT).numpy()
+    if not len(soft):
+        return soft
+    multilabel = task == "multilabel"
+    temperature = measures.fit_temperature(soft, truth, multilabel=multilabel, given_at=SOFT)
+    return measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel).astype(np.float32)
 
 
 def _findings(
@@ -185,13 +239,13 @@ def _choose_decision(
     truth = truth_of(samples, manifest.task, len(manifest.labels))
     soft = probabilities_of(classifier, preprocess, samples, task=manifest.task, temperature=SOFT)
     temperature = _fitted_temperature(soft, truth, multilabel)
-    calibrated = measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel)
+    given = measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel)
     if not multilabel:
-        return Decision(temperature, (), measures.abstain_below(calibrated, truth, config.precision))
-    calibrated = calibrated.astype(np.float32)  # the server's dtype
-    thresholds = _thresholds(calibrated, truth, manifest.labels, config)
-    errors = set_errors(predicted_labels(calibrated, manifest.task, thresholds), truth)
-    curve = measures.risk_curve(confidences(calibrated, manifest.task, thresholds), errors)
+        return Decision(temperature, (), measures.abstain_below(given, truth, config.precision))
+    given = given.astype(np.float32)  # the server's dtype
+    thresholds = _thresholds(given, truth, manifest.labels, config)
+    errors = set_errors(predicted_labels(given, manifest.task, thresholds), truth)
+    curve = measures.risk_curve(confidences(given, manifest.task, thresholds), errors)
     return Decision(temperature, thresholds, measures.lowest_confidence(curve, config.precision))
 
 

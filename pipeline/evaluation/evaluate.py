@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,14 @@ from refract.pipeline.evaluation.custom_metrics import custom_metrics
 from refract.pipeline.evaluation.multilabel import label_calibration_errors, label_rates, set_errors, set_intervals
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.progress import tracked
+
+
+class Predictions(NamedTuple):
+    """probabilities: (N, C) float32; truth: (N,) class indices, or (N, C) bool for multi-label; both in the order of the samples."""
+
+    samples: Sequence[Sample]
+    probabilities: np.ndarray
+    truth: np.ndarray
 
 
 @dataclass(frozen=True)

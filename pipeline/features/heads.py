@@ -27,6 +27,9 @@ SCALES = (5.0, 10.0, 20.0, 50.0)
 MEASURED = 2000
 """Training samples on which the chosen head is measured."""
 
+CHUNK = 4096
+"""Samples that a head predicts at once: nearest neighbours need memory for the similarities to all training samples."""
+
 
 class Part(NamedTuple):
     """Embeddings float32 (N, D), and targets bool (N, C)."""
@@ -77,6 +80,15 @@ def fit_head(mode: str, train: Part, val: Part, *, multilabel: bool, balanced: b
     return Fitted(head, candidates[chosen].choice, row)
 
 
+def fit_candidate(mode: str, choice: str, part: Part, *, multilabel: bool, balanced: bool = False) -> nn.Module:
+    """Fit the candidate `choice` of the mode alone; the first one if there is none of this name, as for more neighbours than samples."""
+    candidates = MODES[mode](part, multilabel, balanced)
+    first = candidate = next(candidates)
+    while candidate.choice != choice and (following := next(candidates, None)) is not None:
+        candidate = following
+    return (candidate if candidate.choice == choice else first).head.eval()
+
+
 def _rises(losses: Sequence[np.ndarray]) -> bool:
     """Whether the last two candidates are worse than the best by more than a standard error, so that further ones are not tried."""
     if len(losses) < 3 or not len(losses[0]):
@@ -99,24 +111,24 @@ def _excess(row: np.ndarray, best: np.ndarray) -> float:
     return float(difference.mean() - difference.std() / np.sqrt(len(row)))
 
 
-def _outputs(head: nn.Module, features: np.ndarray) -> Tensor:
+def outputs(head: nn.Module, features: np.ndarray) -> Tensor:
+    """Return the logits (N, C) of embeddings float32 (N, D)."""
     with torch.inference_mode():
-        logits: Tensor = head(torch.from_numpy(features))
-        return logits
+        return torch.cat([head(rows) for rows in torch.from_numpy(features).split(CHUNK)])
 
 
 def _losses(head: nn.Module, part: Part, multilabel: bool) -> np.ndarray:
     """Return the negative log-likelihood of each sample, the mean over the labels for multi-label."""
     if not len(part.features):  # without samples the number of features is unknown
         return np.zeros(0, np.float32)
-    logits, targets = _outputs(head, part.features), torch.from_numpy(part.targets).float()
+    logits, targets = outputs(head, part.features), torch.from_numpy(part.targets).float()
     if multilabel:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy()
     return -(logits.log_softmax(dim=1) * targets).sum(dim=1).numpy()
 
 
 def _right(head: nn.Module, part: Part, multilabel: bool) -> np.ndarray:
-    logits = _outputs(head, part.features).numpy()
+    logits = outputs(head, part.features).numpy()
     if multilabel:
         return ((logits >= 0) == part.targets).mean(axis=1)
     return part.targets[np.arange(len(logits)), logits.argmax(axis=1)]
@@ -129,7 +141,7 @@ def _average_precision(head: nn.Module, part: Part) -> float:
     seen = part.targets.any(axis=0)
     if not seen.any():
         return 0.0
-    return float(average_precision_score(part.targets[:, seen], _outputs(head, part.features).numpy()[:, seen]))
+    return float(average_precision_score(part.targets[:, seen], outputs(head, part.features).numpy()[:, seen]))
 
 
 def _probes(train: Part, multilabel: bool, balanced: bool) -> Iterator[Candidate]:

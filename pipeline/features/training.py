@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 from refract.models.head import called_head, head_inputs
-from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
-from refract.pipeline.features.embed import Embedded, Options, embed, source_name
+from refract.pipeline.features.embed import Options, embed, source_name
 from refract.pipeline.features.heads import Part, fit_head
 from refract.pipeline.features.model import embedding_model, values_of
-from refract.pipeline.features.store import FeatureStore
+from refract.pipeline.features.out_of_fold import OutOfFold, predict_out_of_fold
+from refract.pipeline.features.store import FeatureStore, Key
 from refract.pipeline.training.callbacks.stopping import stop_requests
 
 if TYPE_CHECKING:
@@ -28,18 +30,32 @@ CHECKED = 4
 """Images on which the network with its new head is compared with the head alone."""
 
 
-def fit_on_embeddings(
-    assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any
-) -> list[dict[str, float]]:
-    """Fit the head by `model.mode`, and return the metrics as those of one epoch. Arguments and errors: see `fitted_head`."""
-    metrics = fitted_head(assembly, assembly.config.model.mode, network, run_dir)
+@dataclass(frozen=True)
+class EmbeddedFit:
+    """A head that was fitted on embeddings.
+
+    history: its metrics, as those of one epoch; choice: its setting, see `refract.pipeline.features.heads`; samples: the training and
+    validation samples; keys: of their embeddings in `store`; device: of the training.
+    """
+
+    history: list[dict[str, float]]
+    choice: str
+    samples: list[Sample]
+    keys: list[Key]
+    store: FeatureStore
+    device: str
+
+
+def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any) -> EmbeddedFit:
+    """Fit the head by `model.mode`, and track its metrics as those of one epoch. Arguments and errors: see `fitted_head`."""
+    fit = fitted_head(assembly, assembly.config.model.mode, network, run_dir)
     if tracker is not None:
-        tracker.log_metrics(metrics, step=1)
-    return [metrics]
+        tracker.log_metrics(fit.history[0], step=1)
+    return fit
 
 
-def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_dir: Path) -> dict[str, float]:
-    """Embed the training and validation samples, fit the head and install it, and return its metrics under the names of an epoch's.
+def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_dir: Path) -> EmbeddedFit:
+    """Embed the training and validation samples, fit the head and install it.
 
     mode: `probe`, `knn` or `prototype`; network: the bundle's record of the network; run_dir: where the training writes its bundle.
     Embeddings come from the store `data.features` where it has them. The classifier is in eval mode afterwards. Raises DataError for an
@@ -64,9 +80,10 @@ def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_di
             f"{path}: {reason} ({len(embedded.failed)} such images); remove them, or set data.on_bad_file: skip"
         )
     log.info("%s embeddings computed, %s from %s", f"{embedded.computed:,}", f"{embedded.reused:,}", store.folder)
+    samples, keys = samples[:needed], [key for key in embedded.keys[:needed] if key is not None]
     count = len(manifest.of("train"))
     parts = slice(count), slice(count, needed)
-    train, val = (_part(store, embedded, manifest, samples, rows) for rows in parts)
+    train, val = (_part(store, keys[rows], manifest, samples[rows]) for rows in parts)
     try:
         fitted = fit_head(
             mode, train, val, multilabel=manifest.task == "multilabel",
@@ -79,13 +96,22 @@ def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_di
     metrics = _named(fitted.metrics, module.monitor) | {"epoch_seconds": time.perf_counter() - started}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch_seconds")
     log.info("%s, %s: %s  %.1f s", mode, fitted.choice, shown, metrics["epoch_seconds"])
-    return metrics
+    return EmbeddedFit([metrics], fitted.choice, samples, keys, store, assembly.device)
 
 
-def _part(store: FeatureStore, embedded: Embedded, manifest: Manifest, samples: Sequence[Sample], rows: slice) -> Part:
-    keys = [key for key in embedded.keys[rows] if key is not None]
+def out_of_fold(fit: EmbeddedFit, manifest: Manifest, config: Config) -> OutOfFold:
+    """Predict each training and validation sample by a head of the chosen setting that was not fitted on it."""
+    log.info("predicting the %s training and validation samples by cross-validation", f"{len(fit.samples):,}")
+    return predict_out_of_fold(
+        config.model.mode, fit.choice, _part(fit.store, fit.keys, manifest, fit.samples), fit.samples,
+        [key.content for key in fit.keys], multilabel=manifest.task == "multilabel",
+        balanced=config.loss.class_weights == "balanced", seed=config.trainer.seed,
+    )  # fmt: skip
+
+
+def _part(store: FeatureStore, keys: Sequence[Key], manifest: Manifest, samples: Sequence[Sample]) -> Part:
     targets = np.zeros((len(keys), len(manifest.labels)), bool)
-    for row, sample in zip(targets, samples[rows], strict=True):
+    for row, sample in zip(targets, samples, strict=True):
         row[list(sample.labels)] = True
     return Part(store.vectors(keys) if keys else np.zeros((0, 1), np.float32), targets)
 

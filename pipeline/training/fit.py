@@ -128,7 +128,7 @@ def fit(
     if assembly.config.model.on_embeddings:
         from refract.pipeline.features.training import fit_on_embeddings
 
-        return fit_on_embeddings(assembly, network_record(assembly.config)["network"], run_dir, tracker)
+        return fit_on_embeddings(assembly, network_record(assembly.config)["network"], run_dir, tracker).history
     import torch
 
     from refract.models.training.lightning_imports import EarlyStopping

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from refract.pipeline.data.manifest import Manifest
     from refract.pipeline.doctor.watch import Doctor
     from refract.pipeline.evaluation.assess import Assessment
+    from refract.pipeline.features.training import EmbeddedFit
     from refract.pipeline.tracking import Tracker
     from refract.pipeline.training.cost import Cost
     from refract.pipeline.training.run_directory import Run
@@ -91,8 +92,8 @@ def train(
                 metrics = _finished_metrics(run, checkpoint, cost)
             else:
                 doctor = make_doctor(assembly)
-                history = fit(assembly, run.path, tracker, checkpoint, [doctor, cost])
-                assessment = evaluate(assembly, run.path, doctor, history)
+                history, embedded = _fit(assembly, run, tracker, checkpoint, [doctor, cost])
+                assessment = evaluate(assembly, run.path, doctor, history, embedded)
                 metrics = assessment.evaluation.metrics | assessment.more
                 log.info("writing the report and the bundle")
                 _write_report(assembly, run.path, assessment, doctor, history)
@@ -237,13 +238,31 @@ def _finished_metrics(run: "Run", checkpoint: Path | None, cost: "Cost") -> dict
     return dict(load_bundle(run.path / "bundle").info.metrics)
 
 
-def evaluate(assembly: Assembly, run_dir: Path, doctor: "Doctor | None", history: History) -> "Assessment":
-    """Calibrate the classifier and measure it on the test set. doctor, history: see `assess`."""
+def _fit(
+    assembly: Assembly, run: "Run", tracker: "Tracker | None", checkpoint: Path | None, watchers: Sequence[Any]
+) -> "tuple[History, EmbeddedFit | None]":
+    """Return what `fit` returns and, for a head that is fitted on embeddings, the fit."""
+    if not assembly.config.model.on_embeddings:
+        return fit(assembly, run.path, tracker, checkpoint, watchers), None
+    from refract.pipeline.features.training import fit_on_embeddings
+
+    embedded = fit_on_embeddings(assembly, network_record(assembly.config)["network"], run.path, tracker)
+    return embedded.history, embedded
+
+
+def evaluate(
+    assembly: Assembly,
+    run_dir: Path,
+    doctor: "Doctor | None",
+    history: History,
+    embedded: "EmbeddedFit | None" = None,
+) -> "Assessment":
+    """Calibrate the classifier and measure it on the test set. doctor, history, embedded: see `assess`."""
     from refract.pipeline.evaluation.assess import assess
 
     log.info("evaluating on the test set of %s samples", f"{len(assembly.manifest.of('test')):,}")
     parts = assembly.module.classifier, assembly.data.preprocess, assembly.manifest, assembly.config
-    return assess(*parts, name=run_dir.name, doctor=doctor, history=history)
+    return assess(*parts, name=run_dir.name, doctor=doctor, history=history, embedded=embedded)
 
 
 def _write_report(

@@ -19,10 +19,11 @@ from refract.models.head import HEADS
 from refract.models.registry import build
 from refract.pipeline.config.config import ConfigError, load_config
 from refract.pipeline.config.defaults import filled
-from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.data.manifest import Sample, load_manifest
 from refract.pipeline.evaluation.evaluate import evaluate
 from refract.pipeline.features import heads
 from refract.pipeline.features.heads import Part, fit_head
+from refract.pipeline.features.out_of_fold import predict_out_of_fold
 from refract.pipeline.features.store import FeatureStore, stored_models
 from refract.pipeline.features.training import install_head
 from refract.pipeline.inference.scoring import preprocess_of
@@ -133,6 +134,38 @@ def test_balanced_weights_raise_the_recall_of_a_rare_class() -> None:
     assert recalls[1] > recalls[0] + 0.1
 
 
+def out_of_fold(part: Part, contents: list[str], choice: str = "1 neighbours", mode: str = "knn") -> dict[int, int]:
+    """Return row → predicted class of the samples that have an out-of-fold prediction."""
+    samples = [Sample(str(row), (int(label),)) for row, label in enumerate(part.targets.argmax(axis=1))]
+    held_out = predict_out_of_fold(mode, choice, part, samples, contents, multilabel=False, balanced=False, seed=0)
+    predicted = held_out.logits.argmax(axis=1).tolist()
+    return {int(sample.path): label for sample, label in zip(held_out.samples, predicted, strict=True)}
+
+
+def test_no_head_is_measured_on_a_sample_or_a_copy_that_it_was_fitted_on() -> None:
+    draw = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    part = Part(np.repeat(draw.normal(size=(100, 16)), 2, axis=0).astype(np.float32), np.eye(4, dtype=bool)[labels])
+    part.targets[1::2] = part.targets[
+        ::2
+    ]  # two copies of each image have the same label, which the image does not show
+    labels = part.targets.argmax(axis=1)
+    apart = out_of_fold(part, [str(row) for row in range(200)])
+    together = out_of_fold(part, [str(row // 2) for row in range(200)])
+    right = [np.mean([labels[row] == label for row, label in found.items()]) for found in (apart, together)]
+    assert len(apart) == len(together) == 200 and right[0] > 0.7 and right[1] < 0.5
+
+
+def test_a_label_that_only_one_fold_has_is_not_checked() -> None:
+    part = blobs(61, 3)
+    part.targets[60] = False
+    targets = np.concatenate([part.targets, np.arange(61)[:, None] == 60], axis=1)
+    found = out_of_fold(Part(part.features, targets), [str(row) for row in range(61)], "C = 1", "probe")
+    assert sorted(found) == list(range(60))
+    two = blobs(2, 2)
+    assert out_of_fold(two, ["a", "b"]) == {}, "the other fold has no sample of the class"
+
+
 def trained(folder: Path, **values: object) -> Result:
     settings: dict[str, object] = {
         "data.source": folder, "data.workers": 0, "model.name": "resnet20", "trainer.precision": "fp32", "trainer.run_name": "run",
@@ -215,6 +248,19 @@ def test_no_epochs_of_the_head_alone_are_refused_where_nothing_fits_it(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trained(folder, **{"model.unfreeze_epochs": 0, **values})
+
+
+def test_the_labels_of_all_images_are_checked(folder: Path) -> None:
+    classes = sorted(path.name for path in folder.iterdir())
+    wrong = set()
+    for place, other in zip(classes, classes[1:] + classes[:1], strict=True):
+        moved = (folder / place / "03.jpg").rename(folder / other / f"from-{place}.jpg")
+        wrong.add(str(moved))
+    run_dir = trained(folder, **{"model.mode": "knn"}).run_dir
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["labels_checked"] == 60
+    assert set(report["likely_label_errors"]) == wrong
+    assert "The labels of 60 samples were checked" in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation import measures
-from refract.pipeline.evaluation.evaluate import Evaluation
+from refract.pipeline.evaluation.evaluate import Evaluation, Predictions
 from refract.pipeline.evaluation.label_errors import likely_label_errors
 from refract.pipeline.evaluation.multilabel import WrongLabel, likely_wrong_labels
 from refract.pipeline.evaluation.report import figures
@@ -71,12 +71,14 @@ def make_report(
     near: Sequence[tuple[Sample, Sample]] = (),
     notes: Sequence[str] = (),
     subject: str = "The classifier",
+    checked: Predictions | None = None,
 ) -> Report:
     """Build the report of an evaluation.
 
     facts: the data and the model, shown at the top. precision: the target from which `abstain_below` was chosen. findings: the doctor's,
     each with name, evidence and cure, or None if the doctor did not watch a training. near: pairs of a test image and the training image
     that it nearly duplicates. notes: see `refract.pipeline.evaluation.advice`. subject: the classifier, as the start of a sentence.
+    checked: held-out predictions by which labels are checked, None for those of the evaluation.
     """
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["macro_f1_classes"] = evaluation.macro_classes
@@ -96,20 +98,21 @@ def make_report(
     if evaluation.confusion is not None:
         numbers["confusion"] = evaluation.confusion.tolist()
         charts["Confusion matrix"] = figures.confusion_chart(evaluation.confusion, labels)
+    checked = checked or Predictions(evaluation.samples, evaluation.probabilities, evaluation.truth)
+    numbers["labels_checked"] = len(checked.samples)
     if multilabel:
-        wrong_labels = likely_wrong_labels(evaluation.probabilities, evaluation.truth)
-        numbers["likely_wrong_labels"] = [_wrong_label(evaluation, wrong, labels) for wrong in wrong_labels]
+        wrong_labels = likely_wrong_labels(checked.probabilities, checked.truth)
+        numbers["likely_wrong_labels"] = [_wrong_label(checked, wrong, labels) for wrong in wrong_labels]
         numbers["likely_label_errors"] = list(dict.fromkeys(row["path"] for row in numbers["likely_wrong_labels"]))
         galleries["Most confident errors"] = _label_images(evaluation, labels)
-        galleries["Labels that are likely wrong"] = _wrong_label_images(evaluation, wrong_labels, labels)
+        galleries["Labels that are likely wrong"] = _wrong_label_images(checked, wrong_labels, labels)
     else:
-        given, truth = evaluation.probabilities, evaluation.truth
         wrong = np.flatnonzero(~evaluation.right)
-        surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
-        suspects = likely_label_errors(given, truth)
-        numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
+        surest = wrong[np.argsort(-evaluation.probabilities[wrong].max(axis=1), kind="stable")]
+        suspects = likely_label_errors(checked.probabilities, checked.truth)
+        numbers["likely_label_errors"] = [checked.samples[i].path for i in suspects]
         galleries["Most confident errors"] = _images(evaluation, surest, labels)
-        galleries["Labels that are likely wrong"] = _images(evaluation, suspects, labels)
+        galleries["Labels that are likely wrong"] = _images(checked, suspects, labels)
     if near:
         near_paths = {sample.path for sample, _ in near}
         distinct = np.array([sample.path not in near_paths for sample in evaluation.samples])
@@ -139,11 +142,13 @@ def _absent_classes(evaluation: Evaluation, count: int) -> list[str]:
     ]
 
 
-def _images(evaluation: Evaluation, indices: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
+def _images(predictions: Evaluation | Predictions, indices: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
     rows = []
     for i in indices[:GALLERY_IMAGES]:
-        sample, predicted = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
-        caption = f"{labels[predicted]} {evaluation.probabilities[i, predicted]:.0%}, labelled {_named(sample, labels)}"
+        sample, predicted = predictions.samples[i], int(predictions.probabilities[i].argmax())
+        caption = (
+            f"{labels[predicted]} {predictions.probabilities[i, predicted]:.0%}, labelled {_named(sample, labels)}"
+        )
         rows.append(
             {"src": figures.thumbnail(sample.read()), "caption": caption + _quoted(sample), "path": sample.path}
         )
@@ -175,20 +180,22 @@ def _label_images(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[st
 
 
 def _wrong_label_images(
-    evaluation: Evaluation, wrong: Sequence[WrongLabel], labels: Sequence[str]
+    predictions: Predictions, wrong: Sequence[WrongLabel], labels: Sequence[str]
 ) -> list[dict[str, str]]:
-    return [_label_image(evaluation, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:GALLERY_IMAGES]]
+    return [_label_image(predictions, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:GALLERY_IMAGES]]
 
 
-def _label_image(evaluation: Evaluation, index: int, label: int, kind: str, labels: Sequence[str]) -> dict[str, str]:
-    sample = evaluation.samples[index]
-    caption = f"{kind} {labels[label]} {evaluation.probabilities[index, label]:.0%}, labelled {_named(sample, labels)}"
+def _label_image(
+    predictions: Evaluation | Predictions, index: int, label: int, kind: str, labels: Sequence[str]
+) -> dict[str, str]:
+    sample = predictions.samples[index]
+    caption = f"{kind} {labels[label]} {predictions.probabilities[index, label]:.0%}, labelled {_named(sample, labels)}"
     return {"src": figures.thumbnail(sample.read()), "caption": caption + _quoted(sample), "path": sample.path}
 
 
-def _wrong_label(evaluation: Evaluation, wrong: WrongLabel, labels: Sequence[str]) -> dict[str, Any]:
+def _wrong_label(predictions: Predictions, wrong: WrongLabel, labels: Sequence[str]) -> dict[str, Any]:
     return {
-        "path": evaluation.samples[wrong.image].path,
+        "path": predictions.samples[wrong.image].path,
         "label": labels[wrong.label],
         "kind": wrong.kind,
         "probability": wrong.probability,
