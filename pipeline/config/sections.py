@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
+from urllib.parse import urlsplit
 
+from refract.models.credentials import masked
 from refract.models.fields import Checked, number
 
 LONGEST_TEXT = 4096
@@ -49,6 +51,8 @@ class DataConfig(Checked):
         workers: number of data loading processes; null uses 0 for images in memory, else one per CPU core, at most 8.
         on_bad_file: error stops before training; skip excludes unreadable images, and training images that are also in val or test.
         features: folder of the feature store, in which model.mode: probe, knn and prototype keep embeddings.
+        labels: label history, whose decisions correct labels, add and exclude images (docs/labels.md): a SQLite file such as labels.db,
+            or postgresql://USER@HOST/DATABASE; labels.db@57 applies the decisions up to number 57; null applies none.
     """
 
     source: str = "digits"
@@ -69,6 +73,7 @@ class DataConfig(Checked):
     workers: int | None = number(None, ge=0)
     on_bad_file: Literal["error", "skip"] = "error"
     features: str = "features"
+    labels: str | None = None
 
     def sides(self) -> tuple[int, int]:
         """(height, width) of the network's input."""
@@ -77,6 +82,9 @@ class DataConfig(Checked):
     def rules(self) -> Rules:
         yield "data.image_size", self.image_size, min(self.sides()) >= 8, "at least 8 pixels"
         yield "data.repeats", self.repeats, 1 <= self.repeats <= self.batch_size, "in 1…data.batch_size"
+        secret = self.labels is not None and "://" in self.labels and urlsplit(self.labels).password is not None
+        where = "an address without a password, which runs would store; set PGPASSWORD or write ~/.pgpass"
+        yield "data.labels", masked(self.labels or ""), not secret, where
         yield "data.std", self.std, self.std is None or min(self.std) > 0, "positive"
 
 

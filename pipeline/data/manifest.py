@@ -99,7 +99,7 @@ def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = Tr
     """
     manifest = _load(source, task)
     if to_train:
-        _reject_untrainable(manifest)
+        reject_untrainable(manifest)
     return manifest
 
 
@@ -227,7 +227,8 @@ def _twin_notes(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _reject_untrainable(manifest: Manifest) -> None:
+def reject_untrainable(manifest: Manifest) -> None:
+    """Raise DataError for data with splits but without a split train, and for data with a single class."""
     splits = manifest.splits()
     if splits and "train" not in splits:
         raise DataError(f"{manifest.source}: has images of the split {', '.join(splits)}, and none of the split train")

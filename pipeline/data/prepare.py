@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from refract.errors import RefractError
 from refract.models.bundle.info import BundleInfo
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.folds import draw_folds, with_fold
-from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
+from refract.pipeline.data.manifest import DataError, Manifest, load_manifest, reject_untrainable
 from refract.pipeline.data.near_duplicates import near_pairs
-from refract.pipeline.data.splits import draw_splits
+from refract.pipeline.data.splits import draw_splits, extend_splits
 from refract.pipeline.data.validation import (
     Scan,
     check_classes,
@@ -23,19 +25,22 @@ from refract.pipeline.data.validation import (
 )
 from refract.pipeline.training.build import check_inputs, reads
 
+if TYPE_CHECKING:
+    from refract.pipeline.labels.apply import AppliedLabels
+
 log = logging.getLogger(__name__)
 
 
 def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     """Return (the checked and split manifest, its identity).
 
-    The identity holds two SHA-256 digests: `content` without the splits, `fingerprint` with them. With `trainer.fold`, that fold is the
-    validation set. DataError lists the problems of the data.
+    The identity holds two SHA-256 digests: `content` without the splits, `fingerprint` with them. With `data.labels`, both are those of the
+    corrected data, and the identity also has `AppliedLabels.identity`. With `trainer.fold`, that fold is the validation set. DataError
+    lists the problems of the data.
     """
     if config.trainer.fold is not None:
         return prepare_folds(config).of(config.trainer.fold)
-    manifest, scanned, content = _checked(config)
-    return _completed(manifest, scanned, content)
+    return _completed(*_checked(config))
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,14 @@ class FoldedData:
     """The data of a training in folds.
 
     manifest: with the splits of a training without folds; fold_of: key of a training or validation sample → its fold, from 1 on;
-    digests: sample key → SHA-256 of the image, or of the text of a sample without an image; fingerprint: of the manifest.
+    digests: sample key → SHA-256 of the image, or of the text of a sample without an image; fingerprint: of the manifest; identity: of the
+    data, without a fingerprint.
     """
 
     manifest: Manifest
     fold_of: Mapping[str, int]
     scanned: Scan
-    content: str
+    identity: Mapping[str, str]
 
     @property
     def fingerprint(self) -> str:
@@ -61,35 +67,31 @@ class FoldedData:
 
     def of(self, fold: int) -> tuple[Manifest, dict[str, str]]:
         """Return what `prepare_data` returns for the fold."""
-        return _completed(with_fold(self.manifest, self.fold_of, fold), self.scanned, self.content)
+        return _completed(with_fold(self.manifest, self.fold_of, fold), self.scanned, self.identity)
 
 
 def prepare_folds(config: Config) -> FoldedData:
     """Check the data and draw the folds. DataError as `prepare_data`, and for data that cannot be divided into this many folds."""
-    manifest, scanned, content = _checked(config)
+    manifest, scanned, identity = _checked(config)
     fold_of = draw_folds(
         manifest, scanned.groups, scanned.difference_hashes, folds=config.trainer.folds, seed=config.trainer.seed
     )
-    return FoldedData(manifest, fold_of, scanned, content)
+    return FoldedData(manifest, fold_of, scanned, identity)
 
 
-def _checked(config: Config) -> tuple[Manifest, Scan, str]:
-    """Return (the split manifest without bad samples, its scan, the `content` of the identity)."""
-    manifest = load_manifest(config.data.source, config.data.task)
-    log.info("checking %s samples of %s", f"{len(manifest.samples):,}", manifest.source)
-    check_inputs(config, manifest)
-    scanned = scan(manifest.samples, reads=reads(config))
-    manifest = drop_bad(manifest, scanned, config.data.on_bad_file)
-    content, before = scanned.content(manifest), manifest
+def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
+    """Return (the split manifest without bad samples, its scan, the identity without a fingerprint)."""
+    source = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
+    log.info("checking %s samples of %s", f"{len(source.samples):,}", source.source)
+    check_inputs(config, source)
+    scanned = scan(source.samples, reads=reads(config))
+    source = drop_bad(source, scanned, config.data.on_bad_file)
+    manifest, scanned, applied = with_labels(config, source, scanned)
+    identity = {"content": scanned.content(manifest)} | ({} if applied is None else applied.identity())
+    before = manifest
     manifest = drop_contradictory(manifest, scanned, config.data.on_bad_file)
     _log_skipped("whose copies have other labels", before, manifest)
-    manifest = draw_splits(
-        manifest,
-        scanned.groups,
-        val_fraction=config.data.val_fraction,
-        test_fraction=config.data.test_fraction,
-        seed=config.trainer.seed,
-    )
+    manifest = _split(config, source, manifest, scanned)
     before = manifest
     manifest = drop_shared(manifest, scanned, config.data.on_bad_file)
     _log_skipped("whose copies are in another split", before, manifest)
@@ -97,10 +99,47 @@ def _checked(config: Config) -> tuple[Manifest, Scan, str]:
         log.warning("data: skipped %d unreadable images", len(scanned.bad))
     for line in remark_lines(scanned.remarks):
         log.warning("data: %s", line)
-    return manifest, scanned, content
+    return manifest, scanned, identity
 
 
-def _completed(manifest: Manifest, scanned: Scan, content: str) -> tuple[Manifest, dict[str, str]]:
+def with_labels(config: Config, manifest: Manifest, scanned: Scan) -> tuple[Manifest, Scan, "AppliedLabels | None"]:
+    """Apply the label history of `data.labels`, if there is one, and log what it changes.
+
+    manifest: the readable samples. Returns (the corrected manifest, its scan, the summary). Raises as `apply_labels`, and DataError for
+    data that cannot be trained on.
+    """
+    if config.data.labels is None:
+        return manifest, scanned, None
+    from refract.pipeline.labels.address import split_address
+    from refract.pipeline.labels.apply import apply_labels
+
+    manifest, scanned, applied = apply_labels(config, manifest, scanned, reads(config))
+    reject_untrainable(manifest)
+    log.info("labels: %s", applied.text())
+    if applied.not_applied:
+        log.warning(
+            "labels: decisions that are not applied: %d, such as %s", len(applied.not_applied), applied.not_applied[0]
+        )
+    if applied.conflicts:
+        log.warning(
+            "labels: images with conflicting decisions, of which the last applies: %d; `refract labels log %s --conflicts` lists them",
+            applied.conflicts,
+            split_address(config.data.labels)[0],
+        )
+    return manifest, scanned, applied
+
+
+def _split(config: Config, source: Manifest, manifest: Manifest, scanned: Scan) -> Manifest:
+    """Draw the missing splits. Corrected samples keep the split that they have without decisions."""
+    fractions = {"val_fraction": config.data.val_fraction, "test_fraction": config.data.test_fraction}
+    if config.data.labels is None:
+        return draw_splits(manifest, scanned.groups, **fractions, seed=config.trainer.seed)
+    without_decisions = drop_contradictory(source, scanned, "skip")
+    drawn = draw_splits(without_decisions, scanned.groups, **fractions, seed=config.trainer.seed)
+    return extend_splits(manifest, drawn, scanned.groups, **fractions, seed=config.trainer.seed)
+
+
+def _completed(manifest: Manifest, scanned: Scan, identity: Mapping[str, str]) -> tuple[Manifest, dict[str, str]]:
     """Check the classes, and add the near-duplicates. Returns what `prepare_data` returns."""
     for warning in check_classes(manifest):
         log.warning("data: %s", warning)
@@ -114,7 +153,7 @@ def _completed(manifest: Manifest, scanned: Scan, content: str) -> tuple[Manifes
             images,
             *manifest.near[0],
         )
-    return manifest, {"fingerprint": scanned.fingerprint(manifest), "content": content}
+    return manifest, {"fingerprint": scanned.fingerprint(manifest), **identity}
 
 
 def _log_skipped(which: str, before: Manifest, after: Manifest) -> None:
@@ -132,8 +171,7 @@ def split_as_trained(info: BundleInfo, manifest: Manifest) -> Manifest:
     """
     config = config_from_dict(info.config).changed({"data.source": manifest.source})
     scanned = scan(manifest.samples, reads=reads(config))
-    readable = drop_bad(manifest, scanned, "skip")
-    if scanned.content(readable) == info.data.get("content"):
+    if _content_with_labels(config, drop_bad(manifest, scanned, "skip"), scanned) == info.data.get("content"):
         print("these are the training images of the bundle; measuring its test split")
         split, identity = prepare_data(config)
         if identity["fingerprint"] == info.data.get("fingerprint"):
@@ -144,3 +182,15 @@ def split_as_trained(info: BundleInfo, manifest: Manifest) -> Manifest:
         f"{manifest.source}: has changed since the bundle was trained on it, so its test images can no longer be identified. "
         "Measure on the run's splits.csv, which lists the splits, or on other images."
     )
+
+
+def _content_with_labels(config: Config, readable: Manifest, scanned: Scan) -> str:
+    """Return the content with the decisions of `data.labels`, or without them if they do not fit these samples."""
+    if config.data.labels is not None:
+        from refract.pipeline.labels.apply import apply_labels
+
+        try:
+            readable, scanned, _ = apply_labels(config, readable, scanned, reads(config))
+        except RefractError as error:
+            log.debug("data.labels of the bundle is not applied: %s", error)
+    return scanned.content(readable)

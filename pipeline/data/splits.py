@@ -1,7 +1,8 @@
 """Draw the missing splits of a data set, stratified by class, from the seed."""
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,49 @@ def draw_splits(
                 split_of[i] = assigned.setdefault(key, "train")
     samples = tuple(replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples))
     return replace(manifest, samples=samples, drawn=tuple(wanted))
+
+
+def extend_splits(
+    manifest: Manifest,
+    drawn: Manifest,
+    hashes: Mapping[str, str],
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Manifest:
+    """Return the manifest with the splits of `drawn`, and splits for the samples that `drawn` lacks, such as added ones.
+
+    drawn: the result of `draw_splits` for other samples or labels of the same source; hashes: sample key → content hash, equal for copies
+    in one of the two only. A further sample gets one of the drawn splits, by its content and the seed alone, so that it keeps its split
+    when more samples are added. A class without training samples gets one of the samples whose split was drawn.
+    """
+    split_of = {sample.key: sample.split for sample in drawn.samples}
+    for sample in manifest.samples:
+        if sample.key not in split_of:
+            split_of[sample.key] = sample.split or _split_by_content(
+                hashes[sample.key], drawn.drawn, val_fraction, test_fraction, seed
+            )
+    groups: dict[int, set[str]] = defaultdict(set)
+    for sample in manifest.samples:
+        for label in sample.labels:
+            groups[label].add(hashes[sample.key])
+    split_of_hash = {hashes[sample.key]: split_of[sample.key] for sample in manifest.samples}
+    moved: set[str] = set()
+    for _, group in sorted(groups.items()):
+        movable = sorted(digest for digest in group if split_of_hash[digest] in drawn.drawn)
+        if movable and all(split_of_hash[digest] != "train" for digest in group):
+            split_of_hash[movable[0]] = "train"
+            moved.add(movable[0])
+    samples = (replace(s, split="train" if hashes[s.key] in moved else split_of[s.key]) for s in manifest.samples)
+    return replace(manifest, samples=tuple(samples), drawn=drawn.drawn)
+
+
+def _split_by_content(digest: str, drawn: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> str:
+    number = int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest()[:12], 16) / 16**12
+    if "test" in drawn and number < test_fraction:
+        return "test"
+    return "val" if "val" in drawn and test_fraction <= number < test_fraction + val_fraction else "train"
 
 
 def _path_column(sample: Sample) -> str:

@@ -24,7 +24,7 @@ class Scan:
 
     hashes: sample key → SHA-256 of the inputs that the network reads, for each readable sample; groups: sample key → SHA-256 of the image,
     or of the text of a sample without an image; difference_hashes: path → `difference_hash` of the image; bad: path of an unreadable
-    image → reason; remarks: path → remark on a decoded image, such as a repair.
+    image → reason; remarks: path → remark on a decoded image, such as a repair; images: path → SHA-256 of the image's bytes.
     """
 
     hashes: dict[str, str]
@@ -32,6 +32,19 @@ class Scan:
     difference_hashes: dict[str, bytes]
     bad: dict[str, str]
     remarks: dict[str, str] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
+
+    def joined(self, other: "Scan", keys: Iterable[str]) -> "Scan":
+        """Return the scan with the results of another one for the samples with these keys, which have an image and no text."""
+        added = list(keys)
+        return Scan(
+            self.hashes | {key: other.hashes[key] for key in added},
+            self.groups | {key: other.groups[key] for key in added},
+            self.difference_hashes | {key: other.difference_hashes[key] for key in added},
+            self.bad,
+            self.remarks | {key: other.remarks[key] for key in added if key in other.remarks},
+            self.images | {key: other.images[key] for key in added},
+        )
 
     def content(self, manifest: Manifest) -> str:
         """Return the SHA-256 over the content and labels of all samples, independent of the splits."""
@@ -54,7 +67,7 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
 
     reads: the network's inputs: `images`, `texts`, or both. The hashes ignore inputs that the network does not read.
     """
-    hashes, groups, difference_hashes, bad, remarks = {}, {}, {}, {}, {}
+    hashes, groups, difference_hashes, bad, remarks, images = {}, {}, {}, {}, {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(_scan_one, samples, chunksize=16)
         for sample, (digest, image_hash, problem, remark) in zip(
@@ -68,6 +81,8 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
                 difference_hashes[sample.path] = image_hash
                 if remark:
                     remarks[sample.path] = remark
+                if sample.has_image:
+                    images[sample.path] = digest
                 text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
                 image_digest = digest if "images" in reads and sample.has_image else ""
                 groups[sample.key] = image_digest or text
@@ -76,7 +91,7 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
                     if "texts" not in reads
                     else hashlib.sha256(f"{image_digest}{text}".encode()).hexdigest()
                 )
-    return Scan(hashes, groups, difference_hashes, bad, remarks)
+    return Scan(hashes, groups, difference_hashes, bad, remarks, images)
 
 
 def drop_bad(manifest: Manifest, scanned: Scan, on_bad_file: str) -> Manifest:

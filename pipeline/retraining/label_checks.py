@@ -17,7 +17,7 @@ from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
 from refract.pipeline.drift.new_data import NewData
 from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
 from refract.pipeline.files import write_atomically
-from refract.pipeline.retraining.snapshot import FILES, Snapshot
+from refract.pipeline.retraining.snapshot import FILES, Snapshot, decided_contents
 from refract.pipeline.retraining.workspace import read
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ class LabelChanges:
     """Samples of known content whose label changed.
 
     known: number of samples in both snapshots; changed: how many of them changed label; kinds: change → count, where a change is
-    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label; rows: (sample, its labels before, its labels now) for each.
+    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label; rows: (sample, its labels before, its labels now) for each;
+    decided: number of further samples whose label changed by a decision in the label history.
     """
 
     known: int
     changed: int
     kinds: Mapping[str, int]
     rows: Sequence[tuple[Sample, Names, Names]] = ()
+    decided: int = 0
 
     @property
     def fraction(self) -> float:
@@ -49,9 +51,10 @@ class LabelChanges:
         return self.changed / self.known if self.known else 0.0
 
     def text(self) -> str:
+        decided = f"; decisions corrected {self.decided:,} more" if self.decided else ""
         if not self.changed:
-            return f"none of {self.known:,} known samples changed label"
-        return f"{self.changed:,} of {self.known:,} known samples changed label: {listed(self.kinds)}"
+            return f"none of {self.known:,} known samples changed label{decided}"
+        return f"{self.changed:,} of {self.known:,} known samples changed label: {listed(self.kinds)}{decided}"
 
     def record(self, threshold: Threshold) -> dict[str, Any]:
         """Return the entry of the run's record: `level`, `summary`, and numbers."""
@@ -131,18 +134,22 @@ def listed(kinds: Mapping[str, int]) -> str:
 def label_changes(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> LabelChanges:
     """Compare the labels of all content that both snapshots train or validate on.
 
-    reads: `images`, `texts` or both, which the network reads; they identify the content.
+    reads: `images`, `texts` or both, which the network reads; they identify the content. Changes by decisions in the label history are
+    counted apart: a reviewer made them.
     """
-    earlier = _labels_of(before, reads)
+    earlier, files = _labels_of(before, reads), read(now.folder / FILES)
+    reviewed, decided = decided_contents(now.folder) | decided_contents(before.folder), 0
     multilabel = "multilabel" in (now.task, before.task)
     known, rows, kinds = 0, [], Counter[str]()
     for content, (sample, names) in _labels_of(now, reads).items():
         old = earlier[content][1] if content in earlier else None
         known += old is not None
-        if old is not None and old != names:
+        if old is not None and old != names and files.get(sample.path) in reviewed:
+            decided += 1
+        elif old is not None and old != names:
             rows.append((sample, old, names))
             kinds.update(_kinds(old, names) if multilabel else [f"{_joined(old)} → {_joined(names)}"])
-    return LabelChanges(known, len(rows), kinds, rows)
+    return LabelChanges(known, len(rows), kinds, rows, decided)
 
 
 def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, tuple[Sample, Names]]:

@@ -5,14 +5,15 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
+from refract.pipeline.data.prepare import with_labels
 from refract.pipeline.data.sources.folders import skipped_lines
 from refract.pipeline.data.splits import draw_splits, write_splits
 from refract.pipeline.data.validation import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
@@ -24,9 +25,14 @@ from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
 
+if TYPE_CHECKING:
+    from refract.pipeline.labels.apply import AppliedLabels
+
 log = logging.getLogger(__name__)
 
 TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
+DECIDED = "decided"
+"""The key of CONTENTS with the images whose labels the label history sets."""
 PROPOSED = "proposed"
 """A file in the folder of a snapshot that no run has accepted yet."""
 
@@ -37,7 +43,8 @@ class Snapshot:
     the samples; and `snapshot.json`, this record.
 
     digest: SHA-256 of content, labels and splits; holdout: its version; counts: split → label → samples; columns: names of the
-    metadata columns; left_out: number of unreadable images that are skipped.
+    metadata columns; left_out: number of unreadable images that are skipped; labels: the state of the label history, empty without
+    `data.labels`.
     """
 
     folder: Path
@@ -47,6 +54,7 @@ class Snapshot:
     counts: dict[str, dict[str, int]]
     columns: tuple[str, ...]
     left_out: int
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def manifest(self) -> Path:
@@ -60,6 +68,7 @@ class Snapshot:
             "counts": self.counts,
             "columns": list(self.columns),
             "left_out": self.left_out,
+            **({"labels": dict(self.labels)} if self.labels else {}),
         }
 
 
@@ -77,7 +86,7 @@ def take(
     champion: the data of a champion of `refract train`. The first holdout then takes images of its test split, and none of its
     training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split.
     """
-    manifest, scanned = _scanned(config)
+    manifest, scanned, applied = _scanned(config)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
     current = frozen(workspace.holdout, kind)
     configured = named(config, workspace.holdout, kind, current)
@@ -90,6 +99,8 @@ def take(
     added += _lacking(config, workspace, data, held, scanned, champion)
     held = [*(as_test_samples(current.manifest, labels) if current else []), *added]
     pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
+    if current is not None and applied is not None:
+        _report_frozen(data, pool, scanned, applied)
     whole = data.with_samples([*pool, *held])
     whole = _with_splits(config, whole, scanned, splits)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
@@ -98,7 +109,18 @@ def take(
     if current is None or added:
         current = freeze(workspace.holdout, labels, added, kind, configured)
     whole = trained.with_samples([*trained.samples, *as_test_samples(current.manifest, labels)])
-    return _written(workspace, whole, current, scanned)
+    return _written(workspace, whole, current, scanned, applied)
+
+
+def _report_frozen(data: Manifest, pool: Sequence[Sample], scanned: Scan, applied: "AppliedLabels") -> None:
+    """Log the decisions on images of the frozen holdout, whose labels stay."""
+    trained = {sample.key for sample in pool}
+    frozen_images = {scanned.images.get(s.path) for s in data.samples if s.key not in trained} & applied.contents
+    if frozen_images:
+        log.warning(
+            "labels: images of the frozen holdout with a decision, whose labels do not change: %d",
+            len(frozen_images),
+        )
 
 
 def _with_splits(config: Config, whole: Manifest, scanned: Scan, splits: Mapping[str, str]) -> Manifest:
@@ -113,15 +135,16 @@ def _with_splits(config: Config, whole: Manifest, scanned: Scan, splits: Mapping
     return replace(drawn, samples=tuple(replace(sample, split=split_of[sample.key]) for sample in whole.samples))
 
 
-def _scanned(config: Config) -> tuple[Manifest, Scan]:
-    """Load and check the data. Returns (the usable samples, the scan of all samples)."""
-    manifest = load_manifest(config.data.source, config.data.task)
+def _scanned(config: Config) -> tuple[Manifest, Scan, "AppliedLabels | None"]:
+    """Load and check the data, and apply `data.labels`. Returns (the usable samples, the scan of all samples, what decisions changed)."""
+    manifest = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
     for line in (*manifest.notes, *skipped_lines(manifest.skipped)):
         log.warning("data: %s", line)
     check_inputs(config, manifest)
     scanned = scan(manifest.samples, reads=reads(config))
     manifest = drop_bad(manifest, scanned, config.data.on_bad_file)
-    return drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned
+    manifest, scanned, applied = with_labels(config, manifest, scanned)
+    return drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned, applied
 
 
 def _lacking(
@@ -195,11 +218,18 @@ def known_contents(folder: Path) -> frozenset[str] | None:
     return None
 
 
+def decided_contents(folder: Path) -> frozenset[str]:
+    """Return the SHA-256 of the images with an applied decision in a snapshot."""
+    return frozenset(read(folder / CONTENTS).get(DECIDED, ())) if (folder / CONTENTS).exists() else frozenset()
+
+
 def _fractions(config: Config) -> dict[str, float]:
     return {"val_fraction": config.data.val_fraction, "test_fraction": config.data.test_fraction}
 
 
-def _written(workspace: Workspace, whole: Manifest, held: Holdout, scanned: Scan) -> Snapshot:
+def _written(
+    workspace: Workspace, whole: Manifest, held: Holdout, scanned: Scan, applied: "AppliedLabels | None"
+) -> Snapshot:
     """Write the snapshot to its folder, the record last. Files of an earlier run are replaced: the same content may have moved."""
     trained = [sample for sample in whole.samples if sample.split != "test"]
     lines = sorted(f"{scanned.hashes[s.key]} {[whole.labels[i] for i in s.labels]} {s.split}" for s in trained)
@@ -210,8 +240,10 @@ def _written(workspace: Workspace, whole: Manifest, held: Holdout, scanned: Scan
         (folder / PROPOSED).touch()
     columns = tuple(sorted({name for sample in whole.samples for name in sample.metadata}))
     counts = {split: whole.counts(split) for split in whole.splits()}
-    snapshot = Snapshot(folder, digest, held.digest, whole.task, counts, columns, len(scanned.bad))
-    write(folder / CONTENTS, {"contents": sorted({scanned.groups[sample.key] for sample in trained})})
+    labels = {} if applied is None else applied.identity()
+    snapshot = Snapshot(folder, digest, held.digest, whole.task, counts, columns, len(scanned.bad), labels)
+    known = {"contents": sorted({scanned.groups[sample.key] for sample in trained})}
+    write(folder / CONTENTS, known | ({} if applied is None else {DECIDED: sorted(applied.contents)}))
     whole = _on_disk(whole, folder)
     _write_table(whole, folder / TABLE)
     files = [sample for sample in whole.samples if sample.split != "test" and sample.has_image]
@@ -257,6 +289,7 @@ def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
         record["counts"],
         tuple(record["columns"]),
         record["left_out"],
+        record.get("labels", {}),
     )
 
 
@@ -271,7 +304,7 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
         "trainer": ("run_name", "runs_dir"),
         # Thresholds of the label checks refuse a run or have no effect. A run that a user accepted is not repeated without them.
         "retrain": ("folder", "notify", "relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
-        "data": ("source",),
+        "data": ("source", "labels"),  # the snapshot has their content
     }.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
     code = {key: value for key, value in code.items() if key != "dirty"}

@@ -7,7 +7,7 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -253,13 +253,16 @@ def train(folder: Path, config: Config, record: Record) -> Record:
         return _ends(Outcome.REFUSED, why)
     start = record.get("start", {})
     # The alias is challenger also for a first version: the gate decides.
-    data = {"data.source": str(taken.manifest), "data.task": taken.task, "tracking.alias": "challenger"}
+    data = {
+        "data.source": str(taken.manifest), "data.task": taken.task, "data.labels": None, "tracking.alias": "challenger"
+    }  # fmt: skip
     configs = candidates(config.changed(data), start)
+    tags = {f"data.{key}": value for key, value in taken.labels.items()}
     runs: dict[str, Path] = {}
     for name, candidate in configs.items():
         run = _training_run(folder, config, name if len(configs) > 1 else "")
         try:
-            _train_one(run, candidate)
+            _train_one(run, candidate, tags)
             runs[name] = run
         except ConfigError as error:
             if name == "scratch" or run.exists():
@@ -276,17 +279,20 @@ def train(folder: Path, config: Config, record: Record) -> Record:
     return {"training_run": str(runs[start["won"]]), "start": start}
 
 
-def _train_one(run: Path, config: Config) -> None:
-    """Train in the folder of the run, or resume it; nothing if it is finished. The step `register` registers the bundle."""
+def _train_one(run: Path, config: Config, tags: Mapping[str, str]) -> None:
+    """Train in the folder of the run, or resume it; nothing if it is finished. The step `register` registers the bundle.
+
+    tags: further tags of the run in MLflow.
+    """
     from refract.pipeline.training.run import train as train_run
     from refract.pipeline.training.run_directory import RECORD, read_record, stored_config
 
     if run.exists() and not (run / RECORD).exists():
         shutil.rmtree(run)  # the process was killed before the first record
     if not run.exists():
-        train_run(config.changed({"trainer.run_name": run.name}), registers=False)
+        train_run(config.changed({"trainer.run_name": run.name}), registers=False, tags=tags)
     elif not read_record(run).get("finished"):
-        train_run(stored_config(run), resume=run, registers=False)
+        train_run(stored_config(run), resume=run, registers=False, tags=tags)
 
 
 def register(folder: Path, config: Config, record: Record) -> Record:
@@ -315,6 +321,7 @@ def register(folder: Path, config: Config, record: Record) -> Record:
             "holdout": record["snapshot"]["holdout"],
             "retraining_run": folder.name,
         }
+        tags |= {f"data.{key}": value for key, value in record["snapshot"].get("labels", {}).items()}
         if "start" in record:
             tags["start"] = described(record["start"])
         tags |= {f"labels.{kind}": check["summary"][:LONGEST_TAG] for kind, check in record.get("labels", {}).items()}

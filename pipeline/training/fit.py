@@ -23,8 +23,9 @@ CHECKPOINTS = "checkpoints"
 class Assembly:
     """The data, the module and the device of a training before its first step.
 
-    config: without unset values, and with a version in place of an alias in model.weights; identity: see `prepare_data`; precision:
-    Lightning's name; text: the bundle's record of the text network, None without one; source: the model that training starts from.
+    config: without unset values, with a version in place of an alias in model.weights, and with the last decision in data.labels;
+    identity: see `prepare_data`; precision: Lightning's name; text: the bundle's record of the text network, None without one; source: the
+    model that training starts from.
     """
 
     config: Config
@@ -49,13 +50,14 @@ def assemble(
 ) -> Assembly:
     """Check and split the data, and build the classifier, its module and its batches.
 
-    prepared: an earlier result of `prepare_data` for the same data and seed; source_digest: see `source_model`, for a resumed run.
-    Raises the errors of `train`.
+    prepared: an earlier result of `prepare_data` for the config, which names the last decision in data.labels; source_digest: see
+    `source_model`, for a resumed run. Raises the errors of `train`.
     """
     from refract.augment import Augmenter
     from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
+    from refract.pipeline.labels.address import pinned
     from refract.pipeline.training.build import (
         check_recipe,
         check_task,
@@ -72,7 +74,7 @@ def assemble(
         )
     load(config.plugins)
     check_loss(config, "the config")
-    config = filled(config)
+    config = filled(config if prepared is not None else pinned(config))
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     ranks = current_ranks(config.trainer.devices, device)

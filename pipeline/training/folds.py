@@ -49,6 +49,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
     """
     from refract.pipeline.data.prepare import prepare_folds
     from refract.pipeline.evaluation.folds import assess_folds
+    from refract.pipeline.labels.address import pinned
     from refract.pipeline.training.device import choose_device, choose_precision
 
     load(config.plugins)
@@ -56,6 +57,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
     _refuse_ranks(config, device)
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
+    config = pinned(config)
     data = prepare_folds(config)
     code, _ = code_state()
     hardware = machine(device, choose_precision(config.trainer, device))
@@ -94,7 +96,8 @@ def _open_tracker(config: Config, run: Run, data: "FoldedData") -> "Tracker | No
     """Open the run in MLflow that is the parent of the folds' runs, if tracking is enabled."""
     if not config.tracking.enabled:
         return None
-    counts = {"source": data.manifest.source, "fingerprint": data.fingerprint}
+    counts = {key: value for key, value in data.identity.items() if key != "content"}
+    counts |= {"source": data.manifest.source, "fingerprint": data.fingerprint}
     tags = flat_tags(data=counts, code=run.record["code"], machine=run.record["machine"])
     tags |= {"folds": str(config.trainer.folds)} | origin(f"refract train {run.record['name']}")
     return open_tracker(config, run, tags)

@@ -172,7 +172,8 @@ def _open_tracker(assembly: Assembly, run: "Run", more_tags: Mapping[str, str]) 
     config = assembly.config
     if not config.tracking.enabled:
         return None
-    data = {"fingerprint": assembly.identity["fingerprint"], "source": assembly.manifest.source}
+    data = {key: value for key, value in assembly.identity.items() if key != "content"}
+    data["source"] = assembly.manifest.source
     counts = {split: len(assembly.manifest.of(split)) for split in assembly.manifest.splits()}
     sections = {"code": run.record["code"], "machine": run.record["machine"], "start": run.record.get("start", {})}
     tags = flat_tags(data=data | counts, **sections)

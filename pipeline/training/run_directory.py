@@ -14,6 +14,7 @@ from refract.pipeline.config.defaults import filled
 from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests, store_plugins
 from refract.pipeline.config.sections import TrainerConfig
 from refract.pipeline.files import locked, write_atomically
+from refract.pipeline.labels.address import split_address
 from refract.plugins import PluginError
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,11 @@ def unfinished(config: Config, name: str) -> Path | None:
             record, stored = read_record(path), stored_config(path)
             if source := record.get("start", {}).get("source"):  # with its alias, where the stored config has a version
                 stored = stored.changed({"model.weights": source})
+            address, decision = split_address(config.data.labels)
+            if (
+                decision is None and split_address(stored.data.labels)[0] == address
+            ):  # the stored config has the last decision
+                stored = stored.changed({"data.labels": address})
             if not record.get("finished") and _comparable(stored) == comparable:
                 return path
         except (ConfigError, PluginError) as error:

@@ -129,9 +129,11 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
     ConfigError for a trial with an invalid config, as the space is wrong.
     """
     from refract.pipeline.data.prepare import prepare_data
+    from refract.pipeline.labels.address import pinned
 
     load(config.plugins)
     count = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
+    config = pinned(config)
     prepared = prepare_data(config)
     write_config(config, folder)
     start = time.monotonic()
