@@ -56,6 +56,12 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
                 "Find the images of a feature store that are most similar to an image",
             ),
         },
+        "Labels": {
+            "labels": (
+                "refract.pipeline.cli.labels",
+                "List, compare, record, import and export decisions on labels",
+            ),
+        },
         "Retrain": {
             "retrain": (
                 "refract.pipeline.cli.retrain",

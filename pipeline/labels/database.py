@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ _CREATION_LOCK = 0x7265667261
 
 
 class Database:
-    """A label database. Each call opens a connection of its own, so that threads and forked processes can share the object."""
+    """A label database. Each call opens a separate connection, so that threads and forked processes can share the object."""
 
     def __init__(self, address: str, *, create: bool) -> None:
         """address: a file, or a URL `postgresql://…`; create: create what does not exist. LabelError, LabelDatabaseError."""
@@ -86,7 +87,10 @@ class Database:
     def writing(self) -> "Iterator[Connection]":
         """Yield a connection whose transaction is committed, on disk, at the end of the block. One process writes at a time."""
         with self._named_errors(), self._engine.execution_options(refract_writes=True).begin() as connection:
-            if not self._is_file:  # IDs are then in the order of the commits, as in SQLite
+            if not self._is_file:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+                connection.exec_driver_sql("SET LOCAL synchronous_commit = on")
+                # One writer at a time: IDs are then in the order of the commits, as in SQLite.
                 connection.exec_driver_sql("LOCK TABLE label_decisions IN EXCLUSIVE MODE")
             yield connection
 
@@ -136,11 +140,7 @@ def _sqlite_engine(path: Path, *, create: bool) -> "Engine":
             raise LabelError(f"{path}: no such label database (current folder: {Path.cwd()}); {_created_by(str(path))}")
         _create_file(path)
 
-    def connect() -> sqlite3.Connection:
-        # mode=rw: never create a file, which a move of the database would leave behind
-        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS)
-
-    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
+    engine = create_engine("sqlite://", creator=partial(_connect, path), poolclass=NullPool)
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _: Any) -> None:
@@ -154,6 +154,21 @@ def _sqlite_engine(path: Path, *, create: bool) -> "Engine":
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open a database that exists. In a folder without write access, it can be read if no process writes it."""
+    uri = path.absolute().as_uri()
+    # mode=rw: never create a file, which a move of the database would leave behind
+    connection = sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=BUSY_SECONDS)
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.OperationalError:  # the file of WAL mode's index cannot be created
+        connection.close()
+        if os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists():
+            raise
+        return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
+    return connection
 
 
 def _create_file(path: Path) -> None:
@@ -180,7 +195,7 @@ def _create_file(path: Path) -> None:
 
 
 def _postgres_engine(address: str) -> "Engine":
-    from sqlalchemy import create_engine
+    from sqlalchemy import NullPool, create_engine
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -193,7 +208,7 @@ def _postgres_engine(address: str) -> "Engine":
     if url.get_backend_name() != "postgresql":
         raise LabelError(f"{masked(address)}: expected a file, or an address that starts with postgresql://")
     try:
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": BUSY_SECONDS})
+        return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": BUSY_SECONDS})
     except ImportError as error:
         raise LabelError(
             f"{masked(address)}: {error.name} is not installed; run pip install 'refract[train,retrain]'"

@@ -1,4 +1,4 @@
-"""Retraining with an MLflow server on PostgreSQL; skipped without PostgreSQL."""
+"""Retraining with an MLflow server on PostgreSQL, and a label history there; skipped without PostgreSQL."""
 
 import os
 import pwd
@@ -149,3 +149,43 @@ def test_the_nightly_run_goes_through_a_server_into_postgres(
         assert cursor.fetchone() == (2,)
     (file,) = tmp_path.glob("**/mlflow.db")
     assert file.read_bytes() == new_tracking.read_bytes(), "nothing went into a file here"
+
+
+def test_processes_share_a_label_history_in_postgres(postgres: str) -> None:
+    import multiprocessing
+
+    import psycopg2
+
+    from refract.pipeline.labels.decisions import Decision, LabelError
+    from refract.pipeline.labels.history import LabelHistory
+
+    def write(worker: int) -> None:
+        history = LabelHistory(postgres, create=True)
+        for number in range(10):
+            content = f"{worker:02}{number:062}"
+            history.append(
+                Decision(content=content, path="x.png", action="relabel", labels=("a",), reviewer=f"r{worker}")
+            )
+
+    with pytest.raises(LabelError, match="without a label history"):
+        LabelHistory(postgres)
+    processes = [multiprocessing.get_context("fork").Process(target=write, args=(worker,)) for worker in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    history = LabelHistory(postgres)
+    assert history.address == "postgresql+psycopg2://***@" + postgres.partition("@")[2]
+    assert [record.id for record in history.decisions()] == list(range(1, 41)) and len(history.state().images) == 40
+    undo = history.undo(40, reviewer="ann")
+    assert len(history.state().images) == 39 and history.decisions(since=40)[0].undoes == 40 and undo == 41
+    with psycopg2.connect(postgres.replace("+psycopg2", "")) as connection, connection.cursor() as cursor:
+        for statement in (
+            "UPDATE label_decisions SET reviewer = 'eve'",
+            "DELETE FROM label_decisions",
+            "TRUNCATE label_decisions CASCADE",
+        ):
+            with pytest.raises(psycopg2.errors.RaiseException, match="never changed or deleted"):
+                cursor.execute(statement)
+            connection.rollback()
+    assert history.file("/data/x.png") == "/data/x.png" and history.relative("/data/x.png") == "/data/x.png"
