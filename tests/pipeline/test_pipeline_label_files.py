@@ -227,7 +227,7 @@ def test_new_classes_need_the_option_and_an_error_records_nothing(root: Path, hi
     ("a.csv", "path,label,time\nred/001.png,blue,1.3.26 10:00\n", r"a.csv, line 2: time: '1.3.26 10:00' is not a time such as"),
     ("a.csv", "path,label,time\nred/001.png,blue,2026-03-01 10:00\n", r"has no time zone"),
     ("a.csv", "path,label,content\nred/001.png,blue,xyz\n", r"a.csv, line 2"),
-    ("a.csv", "file,colour\nred/001.png,blue\n", r"a.csv: no column 'label'"),
+    ("a.csv", "path,colour\nred/001.png,blue\n", r"a.csv: no column 'label'; columns: path, colour; needed: path,label"),
     ("a.json", "{}", r"a.json: expected a list of tasks, got dict"),
     ("a.json", "[", r"a.json: is not JSON"),
     ("a.json", '[{"id": 5, "image": "x.png", "choice": "blue"}]', r"a.json, task 5: no mapping 'data'; .* not as JSON-MIN"),
