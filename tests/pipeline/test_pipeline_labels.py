@@ -123,9 +123,11 @@ def test_decisions_that_are_known_are_not_recorded_again(history: LabelHistory) 
     assert history.extend_with_new([dated, undated]) == []
     history.undo(1, reviewer="ann")
     assert history.extend_with_new([dated]) == []  # the undo stands
+    history.append(decision("x", "cat"))
+    assert history.extend_with_new([dated]) == []  # an old file restores nothing
     history.append(decision("y", "dog"))
-    assert history.extend_with_new([undated]) == [5]  # ann changed her mind again
-    assert history.extend_with_new([decision("y", "cat", "bob")]) == [6]  # bob agrees
+    assert history.extend_with_new([undated]) == [6]  # ann changed her mind again
+    assert history.extend_with_new([decision("y", "cat", "bob")]) == [7]  # bob agrees
 
 
 def test_an_error_in_one_of_several_decisions_records_none(history: LabelHistory) -> None:
