@@ -85,7 +85,7 @@ def _add_set(commands: Any) -> None:
     parser = _command(commands, "set", _set, "Decide on images: set their labels, add or exclude them")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or with --data a name of the data set")
     parser.add_argument(
-        "--label", action="append", default=[], metavar="NAME", help="a label; repeat for several labels"
+        "--label", action="append", default=[], metavar="NAME", help="a label; repeat the option for more"
     )
     parser.add_argument("--exclude", action="store_true", help="exclude the images from the data")
     parser.add_argument("--new", action="store_true", help="add the images to the data, which lacks them")

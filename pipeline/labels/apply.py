@@ -154,7 +154,7 @@ def path_of(history: LabelHistory, sample: Sample) -> str:
 
 
 def _check_task(address: str, manifest: Manifest, applied: "Iterable[ImageState]", task: str) -> None:
-    """Raise ConfigError for a decision with no or several labels, unless the task is multilabel."""
+    """Raise ConfigError for a decision without exactly one label, unless the task is multilabel."""
     if manifest.task == "multilabel":
         return
     for decision in (one.applied for one in applied):

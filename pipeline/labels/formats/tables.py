@@ -1,6 +1,6 @@
 """CSV, TSV and Parquet files of labels: one row for each decision, with the columns of COLUMNS.
 
-Any manifest with the columns path and label is such a file. `label` holds `a;b` for several labels.
+Any manifest with the columns path and label is such a file. `label` holds `a;b` for two labels.
 """
 
 import io
