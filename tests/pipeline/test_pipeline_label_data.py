@@ -292,17 +292,18 @@ def test_a_retraining_snapshot_records_the_decisions_and_counts_them_apart(
     config = config_at(root)
     first = taken(config)
     held = {digest(Path(sample.path)): sample for sample in load_manifest(first.manifest).of("test")}
-    frozen = [file for file in files(root, "red") if digest(file) in held]
+    frozen, others = ([file for file in files(root, label) if digest(file) in held] for label in ("red", "blue"))
     trained = [file for file in files(root, "red") if digest(file) not in held]
     decide(history, trained[0], "relabel", "blue")
     decide(history, frozen[0], "relabel", "blue")
+    decide(history, others[0], "exclude")
     with caplog.at_level(logging.WARNING):
         second = taken(config)
-    assert "images of the frozen holdout with a decision, whose labels do not change: 1" in caplog.text
+    assert "images of the frozen holdout with a decision, whose labels do not change: 2" in caplog.text
     manifest = load_manifest(second.manifest)
     labels = {digest(Path(sample.path)): manifest.labels[sample.labels[0]] for sample in manifest.samples}
-    assert (labels[digest(trained[0])], labels[digest(frozen[0])]) == ("blue", "red")
-    assert second.digest != first.digest and second.labels["label_decisions"] == "2"
+    assert [labels[digest(file)] for file in (trained[0], frozen[0], others[0])] == ["blue", "red", "blue"]
+    assert second.digest != first.digest and second.labels["label_decisions"] == "3"
     assert read_snapshot(second.folder, second.record()) == second
     trained[1].rename(root / "images" / "blue" / "moved.png")  # not by a decision
     changes = label_changes(taken(config), first, IMAGES)
