@@ -278,6 +278,15 @@ def test_a_database_that_cannot_be_used_is_named(root: Path) -> None:
         ConfigError, match=r"data.labels: 'postgresql://\*\*\*@host/db' is not an address without a password"
     ):
         config_at(root, labels="postgresql://ann:secret@host/db")
+    with pytest.raises(ConfigError, match=r"db\?password=\*\*\*' is not an address without a password"):
+        config_at(root, labels="postgresql://ann@host/db?password=secret")
+
+
+def test_a_database_that_lacks_the_last_decision_of_a_run_is_refused(root: Path, history: LabelHistory) -> None:
+    decide(history, files(root, "red")[0], "relabel", "blue")
+    for number in (2, 10**30):  # an older copy, or a typing error
+        with pytest.raises(ConfigError, match=f"ends with decision 1, before decision {number}; restore the database"):
+            prepare_data(config_at(root, labels=f"{root}/labels.db@{number}"))
 
 
 def taken(config: Config) -> Snapshot:
