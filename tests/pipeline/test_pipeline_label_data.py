@@ -21,6 +21,7 @@ from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.retraining.label_checks import label_changes
 from refract.pipeline.retraining.snapshot import Snapshot, accept, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.workspace import workspace_of
+from refract.pipeline.training.fit import DECISIONS, with_decisions_of_rank_0
 
 IMAGES = frozenset({"images"})
 
@@ -251,6 +252,16 @@ def test_a_pinned_history_ignores_later_decisions(root: Path, history: LabelHist
     assert folds.of(1)[1]["label_state"] == before[1]["label_state"]
     assert split_address("postgresql://ann@host/db@7") == ("postgresql://ann@host/db", 7)
     assert split_address("postgresql://ann@host/db") == ("postgresql://ann@host/db", None)
+
+
+def test_the_ranks_that_rank_0_starts_use_its_decisions(
+    root: Path, history: LabelHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DECISIONS, "of an earlier training")
+    config = with_decisions_of_rank_0(config_at(root))
+    decide(history, files(root, "red")[0], "relabel", "blue")  # while rank 0 prepares the data
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert with_decisions_of_rank_0(config_at(root)) == config != pinned(config_at(root))
 
 
 def test_the_training_images_of_a_bundle_are_recognised_with_its_decisions(root: Path, history: LabelHistory) -> None:
