@@ -136,7 +136,10 @@ def _created_by(address: str) -> str:
 
 def _target(path: Path) -> Path:
     """Return the path, or the file that a symbolic link names: SQLite keeps the files of WAL mode next to that file."""
-    return path.resolve() if path.is_symlink() else path
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except RuntimeError:  # a link to itself, which cannot be opened
+        return path
 
 
 def _sqlite_engine(path: Path, *, create: bool) -> "Engine":
@@ -227,6 +230,10 @@ def _postgres_engine(address: str) -> "Engine":
         ) from error
     if url.get_backend_name() != "postgresql":
         raise LabelError(f"{masked(address)}: expected a file, or an address that starts with postgresql://")
+    if url.drivername == "postgresql":
+        url = url.set(
+            drivername="postgresql+psycopg2"
+        )  # which the extra retrain installs; SQLAlchemy prefers psycopg 3
     try:
         return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": BUSY_SECONDS})
     except ArgumentError as error:

@@ -175,6 +175,8 @@ def test_other_files_are_refused_and_not_changed(tmp_path: Path) -> None:
         LabelHistory("mysql://host/x")
     with pytest.raises(LabelError, match=r"\*\*\*@host:port/x: is not an address"):
         LabelHistory("postgresql://ann:secret@host:port/x")
+    with pytest.raises(LabelDatabaseError, match="postgresql://ann@127.0.0.1:1/labels: .*connection to server"):
+        LabelHistory("postgresql://ann@127.0.0.1:1/labels")  # with the driver that Refract installs
     with pytest.raises(LabelError, match="the driver is unknown"):
         LabelHistory("postgresql+nosuch://host/x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.db", "text.db"]
@@ -278,6 +280,9 @@ def test_a_symbolic_link_names_the_history_and_its_folder(history: LabelHistory,
     linked = LabelHistory(tmp_path / "project" / "labels.db")
     linked.append(decision("x", "dog"))
     assert applied(history, "x") == ("dog",) and linked.file("new.png") == str(tmp_path / "new.png")
+    (tmp_path / "loop.db").symlink_to(tmp_path / "loop.db")
+    with pytest.raises(LabelDatabaseError, match="unable to open"):
+        LabelHistory(tmp_path / "loop.db", create=True)
 
 
 def test_numbers_beyond_those_of_a_database_are_accepted(history: LabelHistory) -> None:
