@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from refract.pipeline.data.manifest import Manifest
     from refract.pipeline.labels.decisions import Decision, Record
     from refract.pipeline.labels.history import LabelHistory
+    from refract.pipeline.labels.lookup import ImageLookup
 
 FORMATS = "the suffix chooses the format: .csv, .tsv, .parquet, .json (Label Studio), .xml (CVAT for images 1.1)"
 
@@ -124,9 +125,12 @@ def _add_export(commands: Any) -> None:
 
 
 def _log(args: argparse.Namespace) -> int:
+    from refract.pipeline.labels.decisions import ACTIONS, LabelError
     from refract.pipeline.labels.difference import moment
     from refract.pipeline.labels.state import state_of, undone_by
 
+    if args.action not in (None, *ACTIONS):
+        raise LabelError(f"--action: {args.action!r} is not one of {', '.join(ACTIONS)}")
     history = _opened(args.database)
     records = history.decisions()
     undone, conflicts = undone_by(records), state_of(records).conflicts()
@@ -154,10 +158,14 @@ def _line(record: "Record", undone: int | None) -> str:
     what = f"undo {record.undoes}" if record.action == "undo" else f"{record.action} {';'.join(record.labels)}".strip()
     why = f"  ({record.reason})" if record.reason else ""
     off = f"  undone by {undone}" if undone is not None else ""
-    line = f"{record.id:>5}  {record.time:%Y-%m-%d %H:%M:%SZ}  {record.reviewer}  {what}  {record.path}{why}{off}"
-    return "".join(
-        c if c.isprintable() else repr(c)[1:-1] for c in line
-    )  # a name or reason may hold control characters
+    return _printable(
+        f"{record.id:>5}  {record.time:%Y-%m-%d %H:%M:%SZ}  {record.reviewer}  {what}  {record.path}{why}{off}"
+    )
+
+
+def _printable(line: str) -> str:
+    """Return the line without control characters, which a name or a reason may hold and a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _as_dict(record: "Record", undone: int | None, conflict: bool) -> dict[str, Any]:
@@ -175,8 +183,8 @@ def _diff(args: argparse.Namespace) -> int:
     data = None if args.data is None else _manifest(args.data)
     shown = difference(*states, data, None if data is None else contents_of(data))
     for image in shown.images:
-        print(f"{image.path}: {image.before or 'no label'} → {image.after or 'no label'}")
-    print(shown.text())
+        print(_printable(f"{image.path}: {image.before or 'no label'} → {image.after or 'no label'}"))
+    print(_printable(shown.text()))
     pairs = [{"before": old, "after": new, "images": count} for (old, new), count in shown.pairs.most_common()]
     output.result({"images": [vars(image) for image in shown.images], "pairs": pairs})
     return 0
@@ -185,6 +193,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _set(args: argparse.Namespace) -> int:
     from refract.pipeline.labels.formats.entry import label_names
     from refract.pipeline.labels.importing import check_labels
+    from refract.pipeline.labels.lookup import ImageLookup
 
     data = None if args.data is None else _manifest(args.data)
     history = _opened(args.database, create=True)
@@ -193,17 +202,19 @@ def _set(args: argparse.Namespace) -> int:
         known = state.labels() | set(() if data is None else data.labels)
         check_labels([("--label", label) for label in labels], known)
     last = {record.content: record.id for record in history.decisions()}
-    decisions = [_decision(history, data, image, args, labels, last) for image in args.images]
+    lookup = None if data is None or args.new else ImageLookup(data)
+    decisions = [_decision(history, lookup, image, args, labels, last) for image in args.images]
     ids = history.extend(decisions)
     for number, decision in zip(ids, decisions, strict=True):
-        print(f"decision {number}: {decision.action} {';'.join(decision.labels)} {decision.path}".replace("  ", " "))
+        labels_of = f" {';'.join(decision.labels)}" if decision.labels else ""
+        print(_printable(f"decision {number}: {decision.action}{labels_of} {decision.path}"))
     output.result({"recorded": ids})
     return 0
 
 
 def _decision(
     history: "LabelHistory",
-    data: "Manifest | None",
+    lookup: "ImageLookup | None",
     image: str,
     args: argparse.Namespace,
     labels: tuple[str, ...],
@@ -213,13 +224,12 @@ def _decision(
     from refract.pipeline.labels.apply import path_of
     from refract.pipeline.labels.decisions import Decision, LabelError
     from refract.pipeline.labels.importing import content_of
-    from refract.pipeline.labels.lookup import ImageLookup
 
-    sample = None if data is None or args.new else ImageLookup(data).find(image)
+    sample = None if lookup is None else lookup.find(image)
     try:
         content = sha256(image) if sample is None else content_of(sample)
     except OSError as error:
-        remedy = "" if data is not None else "; --data SOURCE finds images of a data set by name"
+        remedy = "" if args.data is not None else "; --data SOURCE finds images of a data set by name"
         raise LabelError(f"{image}: cannot be read ({error.strerror or error}){remedy}") from error
     return Decision(
         content=content,
@@ -234,7 +244,7 @@ def _decision(
 
 def _undo(args: argparse.Namespace) -> int:
     history = _opened(args.database)
-    ids = [history.undo(number, reviewer=args.reviewer, reason=args.reason) for number in args.ids]
+    ids = history.undo_all(args.ids, reviewer=args.reviewer, reason=args.reason)
     for undone, number in zip(args.ids, ids, strict=True):
         print(f"decision {number}: undo {undone}")
     output.result({"recorded": ids})
@@ -250,6 +260,10 @@ def _import(args: argparse.Namespace) -> int:
     print(f"recorded {_counted(len(done.recorded), 'decision')}; known before: {done.known:,}")
     _list("not found in the data", done.unknown)
     _list("without a label in the file", done.unlabelled)
+    _list("with another decision further down in the file, which applies", done.replaced)
+    _list(
+        "whose decision in the file is older than the one that applied; `refract labels undo` restores it", done.older
+    )
     output.result(vars(done))
     return 0
 
@@ -258,7 +272,7 @@ def _list(about: str, lines: Sequence[str]) -> None:
     """Print the number of lines and the first ones."""
     if lines:
         print(f"{_counted(len(lines), 'image')} {about}:")
-        print("\n".join(f"  {line}" for line in lines[:20]) + ("\n  …" if len(lines) > 20 else ""))
+        print("\n".join(f"  {_printable(line)}" for line in lines[:20]) + ("\n  …" if len(lines) > 20 else ""))
 
 
 def _counted(count: int, noun: str) -> str:

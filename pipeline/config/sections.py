@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from refract.models.credentials import masked
 from refract.models.fields import Checked, number
@@ -82,7 +82,7 @@ class DataConfig(Checked):
     def rules(self) -> Rules:
         yield "data.image_size", self.image_size, min(self.sides()) >= 8, "at least 8 pixels"
         yield "data.repeats", self.repeats, 1 <= self.repeats <= self.batch_size, "in 1…data.batch_size"
-        secret = self.labels is not None and "://" in self.labels and urlsplit(self.labels).password is not None
+        secret = self.labels is not None and "://" in self.labels and _has_password(self.labels)
         where = "an address without a password, which runs would store; set PGPASSWORD or write ~/.pgpass"
         yield "data.labels", masked(self.labels or ""), not secret, where
         yield "data.std", self.std, self.std is None or min(self.std) > 0, "positive"
@@ -304,3 +304,12 @@ def _is_model_name(name: str) -> bool:
 
 def _is_name(name: str) -> bool:
     return name not in ("", ".", "..") and Path(name).name == name
+
+
+def _has_password(address: str) -> bool:
+    """Return whether a database's address has a password, before the host or as a parameter."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # a host in brackets that is not an address; the label history rejects it
+        return False
+    return parts.password is not None or "password" in parse_qs(parts.query)

@@ -87,12 +87,17 @@ def apply_labels(
     assert address is not None
     history = opened(address)
     state = history.state(until=number)
+    if number is not None and state.last < number and not history.decisions(since=number):
+        raise ConfigError(
+            f"data.labels: {history.address} ends with decision {state.last}, before decision {number}; restore the database, or "
+            f"apply it as it is by data.labels: {history.address}"
+        )
     contents = {s.key: scanned.images[s.path] for s in manifest.samples if s.has_image and s.path in scanned.images}
     present = {*contents.values()}
     added, refused, scanned = _added(history, state, present, scanned, reads)
     applied = {content: one for content, one in state.images.items() if content in present or content in added}
     absent = [one for content, one in state.images.items() if content not in applied and content not in refused]
-    _check_task(address, manifest, applied.values(), config.data.task)
+    _check_task(address, manifest, applied.values())
     names, corrected, confirmed = _names(manifest, contents, applied)
     samples = [sample for sample in manifest.samples if sample.key in names]
     for content, sample in added.items():
@@ -153,7 +158,7 @@ def path_of(history: LabelHistory, sample: Sample) -> str:
     return history.relative(sample.path) if sample.data is None else sample.path
 
 
-def _check_task(address: str, manifest: Manifest, applied: "Iterable[ImageState]", task: str) -> None:
+def _check_task(address: str, manifest: Manifest, applied: "Iterable[ImageState]") -> None:
     """Raise ConfigError for a decision without exactly one label, unless the task is multilabel."""
     if manifest.task == "multilabel":
         return
@@ -161,8 +166,8 @@ def _check_task(address: str, manifest: Manifest, applied: "Iterable[ImageState]
         if decision.effect[0] and len(decision.labels) != 1:
             raise ConfigError(
                 f"data.labels: {address}, decision {decision.id}: {decision.path} has the labels "
-                f"{';'.join(decision.labels)!r}, but the task is {manifest.task}, with one label for each image; undo the decision"
-                + ("" if task == "multilabel" else ", or set data.task: multilabel")
+                f"{';'.join(decision.labels)!r}, but the task is {manifest.task}, with one label for each image; undo the decision, "
+                "or set data.task: multilabel"
             )
 
 

@@ -70,9 +70,11 @@ class Database:
         """address: a file, or a URL `postgresql://…`; create: create what does not exist. LabelError, LabelDatabaseError."""
         self.address = masked(address)
         self._is_file = "://" not in address
-        self.folder = Path(address).absolute().parent if self._is_file else None
+        self.folder: Path | None = None
         if self._is_file:
-            self._engine = _sqlite_engine(Path(address), create=create)
+            file = _target(Path(address))
+            self.folder = file.absolute().parent
+            self._engine = _sqlite_engine(file, create=create)
         else:
             self._engine = _postgres_engine(address)
         self._check_tables(create=create)
@@ -132,6 +134,14 @@ def _created_by(address: str) -> str:
     return f"`refract labels set` and `refract labels import` with {address} create one"
 
 
+def _target(path: Path) -> Path:
+    """Return the path, or the file that a symbolic link names: SQLite keeps the files of WAL mode next to that file."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except RuntimeError:  # a link to itself, which cannot be opened
+        return path
+
+
 def _sqlite_engine(path: Path, *, create: bool) -> "Engine":
     from sqlalchemy import NullPool, create_engine, event
 
@@ -186,10 +196,23 @@ def _create_file(path: Path) -> None:
         except FileExistsError:
             pass  # another process created it first
         except OSError:  # a file system without hard links
-            new.replace(path)
+            _move_if_new(new, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _move_if_new(new: Path, path: Path) -> None:
+    """Move a file to a path that does not exist. Processes that do so at once wait for each other: none replaces the file of another."""
+    import fcntl
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not path.exists():
+            new.replace(path)
     finally:
         os.close(folder)
 
@@ -201,14 +224,22 @@ def _postgres_engine(address: str) -> "Engine":
 
     try:
         url = make_url(address.replace("postgres://", "postgresql://", 1))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # ValueError for a port that is not a number
         raise LabelError(
             f"{masked(address)}: is not an address; expected postgresql://USER@HOST/DATABASE or a file"
         ) from error
     if url.get_backend_name() != "postgresql":
         raise LabelError(f"{masked(address)}: expected a file, or an address that starts with postgresql://")
+    if url.drivername == "postgresql":
+        url = url.set(
+            drivername="postgresql+psycopg2"
+        )  # which the extra retrain installs; SQLAlchemy prefers psycopg 3
     try:
         return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": BUSY_SECONDS})
+    except ArgumentError as error:
+        raise LabelError(
+            f"{masked(address)}: the driver is unknown; expected postgresql://USER@HOST/DATABASE"
+        ) from error
     except ImportError as error:
         raise LabelError(
             f"{masked(address)}: {error.name} is not installed; run pip install 'refract[train,retrain]'"

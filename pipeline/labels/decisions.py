@@ -85,9 +85,12 @@ class Record(Decision):
     time: datetime
     undoes: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check nothing: a decision is checked before it is recorded, and a history may have a million records."""
+
 
 def check_label(label: str) -> None:
-    """Raise LabelError for a text that is not a label: blank at an end, with `;` or control characters."""
+    """Raise LabelError for a text that is not a label: blank at an end, with `;` or NUL."""
     _check_text("labels", label, needed=True)
     if label != trimmed_name(label) or ";" in label:
         raise LabelError(f"labels: {label!r} is not a label; expected a name without ; and without spaces at its ends")

@@ -43,8 +43,13 @@ class Difference:
 
 
 def moment(history: LabelHistory, text: str) -> int:
-    """Return the ID of the last decision at a moment: an ID itself, or the last one recorded by a time in ISO 8601, UTC by default."""
-    if text.isdigit():
+    """Return the ID of the last decision at a moment: an ID itself, or the last one recorded by a time in ISO 8601, UTC by default.
+
+    LabelError for another text, and for an ID after the newest one.
+    """
+    if text.isdecimal() and len(text) < 20:
+        if int(text) and not history.decisions(since=int(text) - 1):
+            raise LabelError(f"{history.address}: there is no decision {text}; a date has the form 2026-01-31")
         return int(text)
     try:
         time = datetime.fromisoformat(text)

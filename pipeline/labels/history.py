@@ -1,7 +1,7 @@
 """The label history: append decisions, undo them, and read them and their state."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 _FIELDS = (
     "id", "recorded", "time", "content", "path", "action", "labels", "reviewer", "reason", "origin", "seen", "undoes"
 )  # fmt: skip
-_INSERT = f"INSERT INTO label_decisions ({', '.join(_FIELDS[1:])}) VALUES ({', '.join(f':{name}' for name in _FIELDS[1:])}) RETURNING id"
+_INSERT = (
+    f"INSERT INTO label_decisions ({', '.join(_FIELDS[1:])}) VALUES ({', '.join(f':{name}' for name in _FIELDS[1:])})"
+)
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM label_decisions"
+_LARGEST = 2**63 - 1
+"""The largest ID of a database."""
 
 
 class LabelHistory:
@@ -48,8 +52,9 @@ class LabelHistory:
 
     def extend(self, decisions: Iterable[Decision]) -> list[int]:
         """Record all decisions or, after an error, none. Returns their IDs."""
+        decisions = list(decisions)  # before the lock, for which others wait
         with self._database.writing() as connection:
-            return [_insert(connection, decision) for decision in decisions]
+            return _insert(connection, [_row(decision) for decision in decisions])
 
     def extend_with_new(self, decisions: Sequence[Decision]) -> list[int]:
         """Record the decisions that the history lacks, in one transaction. Returns their IDs.
@@ -61,33 +66,46 @@ class LabelHistory:
             records = _records(connection)
             known = {(*_said(record), record.time) for record in records}
             last = {(record.content, record.reviewer): _said(record) for record in records if record.action != "undo"}
-            ids = []
+            rows = []
             for decision in decisions:
                 who, said = (decision.content, decision.reviewer), _said(decision)
                 if (last.get(who) == said) if decision.time is None else ((*said, decision.time) in known):
                     continue
-                ids.append(_insert(connection, decision))
+                rows.append(_row(decision))
                 known.add((*said, decision.time))  # type: ignore[arg-type]
                 last[who] = said
-            return ids
+            return _insert(connection, rows)
 
     def undo(self, record: int, *, reviewer: str, reason: str = "", origin: str = "review") -> int:
         """Record that a decision, or an undo, no longer applies, and return the ID of the new record.
 
         LabelError if there is no such record, or if it is undone already.
         """
+        return self.undo_all([record], reviewer=reviewer, reason=reason, origin=origin)[0]
+
+    def undo_all(self, numbers: Iterable[int], *, reviewer: str, reason: str = "", origin: str = "review") -> list[int]:
+        """Undo the records with these IDs, one after another, or, after an error, none. Returns the IDs of the new records."""
         with self._database.writing() as connection:
             records = {one.id: one for one in _records(connection)}
-            if record not in records:
-                raise LabelError(f"{self.address}: there is no decision {record}; `refract labels log` lists them")
-            if by := undone_by(list(records.values())).get(record):
-                raise LabelError(f"{self.address}: decision {record} is undone already, by decision {by}")
-            one = records[record]
-            undo = Decision(
-                content=one.content, path=one.path, action="undo", labels=one.labels, reviewer=reviewer, reason=reason, origin=origin,
-                seen=max(other.id for other in records.values() if other.content == one.content),
-            )  # fmt: skip
-            return _insert(connection, undo, undoes=record)
+            undone = undone_by(list(records.values()))
+            newest = {one.content: one.id for one in records.values()}
+            ids = []
+            for number in numbers:
+                if number not in records:
+                    raise LabelError(f"{self.address}: there is no decision {number}; `refract labels log` lists them")
+                if by := undone.get(number):
+                    raise LabelError(f"{self.address}: decision {number} is undone already, by decision {by}")
+                one = records[number]
+                undo = Decision(
+                    content=one.content, path=one.path, action="undo", labels=one.labels, reviewer=reviewer, reason=reason,
+                    origin=origin, seen=newest[one.content],
+                )  # fmt: skip
+                (undone[number],) = _insert(connection, [_row(undo, undoes=number)])
+                newest[one.content] = undone[number]
+                if one.undoes is not None:
+                    del undone[one.undoes]  # it applies again
+                ids.append(undone[number])
+            return ids
 
     def decisions(self, *, since: int = 0, until: int | None = None) -> list[Record]:
         """Return the records with since < ID ≤ until, in the order of their IDs."""
@@ -112,13 +130,12 @@ class LabelHistory:
         return str(path.relative_to(folder)) if folder is not None and path.is_relative_to(folder) else str(path)
 
 
-def _insert(connection: "Connection", decision: Decision, *, undoes: int | None = None) -> int:
-    from sqlalchemy import text
-
+def _row(decision: Decision, *, undoes: int | None = None) -> dict[str, object]:
+    """Return the columns of a new record, but its ID."""
     if (decision.action == "undo") != (undoes is not None):
         raise LabelError("action: undo is recorded by LabelHistory.undo")
     now = datetime.now(UTC)
-    values = {
+    return {
         "recorded": _written(now),
         "time": _written(decision.time or now),
         "content": decision.content,
@@ -131,14 +148,26 @@ def _insert(connection: "Connection", decision: Decision, *, undoes: int | None 
         "seen": decision.seen,
         "undoes": undoes,
     }
-    return int(connection.execute(text(_INSERT), values).scalar_one())
+
+
+def _insert(connection: "Connection", rows: Sequence[Mapping[str, object]]) -> list[int]:
+    """Append records in one statement, and return their IDs. No other process writes until the transaction ends."""
+    from sqlalchemy import text
+
+    if not rows:
+        return []
+    last = connection.execute(text("SELECT coalesce(max(id), 0) FROM label_decisions")).scalar_one()
+    connection.execute(text(_INSERT), list(rows))
+    ids = connection.execute(text("SELECT id FROM label_decisions WHERE id > :last ORDER BY id"), {"last": last})
+    return list(ids.scalars())
 
 
 def _records(connection: "Connection", *, since: int = 0, until: int | None = None) -> list[Record]:
     from sqlalchemy import text
 
     end = "" if until is None else " AND id <= :until"
-    rows = connection.execute(text(f"{_SELECT} WHERE id > :since{end} ORDER BY id"), {"since": since, "until": until})
+    limits = {"since": min(since, _LARGEST), "until": None if until is None else min(until, _LARGEST)}
+    rows = connection.execute(text(f"{_SELECT} WHERE id > :since{end} ORDER BY id"), limits)
     return [
         Record(
             id=row.id,

@@ -16,6 +16,7 @@ from refract.pipeline.labels.formats import format_of
 from refract.pipeline.labels.formats.entry import Entry
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.labels.lookup import ImageLookup
+from refract.pipeline.labels.state import LabelState
 
 _LAST = datetime.max.replace(tzinfo=UTC)
 
@@ -23,12 +24,15 @@ _LAST = datetime.max.replace(tzinfo=UTC)
 @dataclass(frozen=True)
 class Imported:
     """recorded: IDs of the new decisions; known: number of decisions that the history has; unknown: place, name and reason of each image
-    that was not found; unlabelled: place and name of each image without a decision in the file."""
+    that was not found; unlabelled: place and name of each image without a decision in the file; replaced: place of each decision that a
+    later one of the same file contradicts, and its place; older: a line for each recorded decision that applies in place of a later one."""
 
     recorded: Sequence[int]
     known: int
     unknown: Sequence[str]
     unlabelled: Sequence[str]
+    replaced: Sequence[str] = ()
+    older: Sequence[str] = ()
 
 
 def import_labels(
@@ -46,7 +50,8 @@ def import_labels(
         check_labels(((entry.where, label) for entry in content.entries for label in entry.labels), known_labels)
     added = [Sample(history.file(one.added.path), ()) for one in state.images.values() if one.added is not None]
     lookup = ImageLookup(data, added)
-    decisions, unknown = [], []
+    decisions: list[tuple[str, Decision]] = []
+    unknown = []
     # A time is that of the decision, and the last decision of a file applies.
     for entry in sorted(content.entries, key=lambda entry: entry.time or _LAST):
         try:
@@ -54,9 +59,50 @@ def import_labels(
         except _UnknownImageError as error:
             unknown.append(f"{entry.where}: {entry.name}: {error}")
             continue
-        decisions.append(_decision(entry, path, digest, reviewer))
-    recorded = history.extend_with_new(decisions)
-    return Imported(recorded, len(decisions) - len(recorded), unknown, content.unlabelled)
+        decisions.append((entry.where, _decision(entry, path, digest, reviewer)))
+    last, replaced = _last_decisions(decisions)
+    recorded = history.extend_with_new(last)
+    older = _older(history, state, frozenset(recorded))
+    return Imported(recorded, len(last) - len(recorded), unknown, content.unlabelled, replaced, older)
+
+
+def _last_decisions(decisions: Sequence[tuple[str, Decision]]) -> tuple[list[Decision], list[str]]:
+    """Return (the decisions without those that a later one replaces, a line for each of these if the two differ).
+
+    decisions: (place, decision). Of the decisions of a reviewer on an image without a time, such as on two copies, the last one stays: a
+    repeated import could not distinguish the others from new ones. Decisions with a time all stay.
+    """
+    last: dict[tuple[str, str, bool], tuple[str, Decision]] = {}
+    for where, one in decisions:
+        if one.time is None and (one.action != "skip" or _key(one) not in last):  # a skip changes nothing
+            last[_key(one)] = where, one
+    lasting, replaced = [], []
+    for where, decision in decisions:
+        place, final = last.get(_key(decision), (where, decision))
+        if decision.time is not None or final is decision:
+            lasting.append(decision)
+        elif decision.action != "skip" and final.effect != decision.effect:
+            replaced.append(f"{where}: {decision.path}: another decision on the same image follows: {place}")
+    return lasting, replaced
+
+
+def _older(history: LabelHistory, before: LabelState, recorded: frozenset[int]) -> list[str]:
+    """Return a line for each recorded decision that was made before the one that applied in the state `before`, and differs from it."""
+    lines = []
+    for record in history.decisions(since=min(recorded) - 1) if recorded else ():
+        image = before.images.get(record.content)
+        if image is None or record.id not in recorded or record.action == "skip":
+            continue
+        if record.time < image.applied.time and record.effect != image.applied.effect:
+            lines.append(
+                f"decision {record.id}: {record.path}: applies in place of the later decision {image.applied.id}"
+            )
+    return lines
+
+
+def _key(decision: Decision) -> tuple[str, str, bool]:
+    """Return what a later decision shares with one that it replaces. An addition names a file, which a later relabel does not replace."""
+    return decision.content, decision.reviewer, decision.action == "add"
 
 
 def check_labels(labels: Iterable[tuple[str, str]], known: set[str]) -> None:
@@ -88,8 +134,9 @@ def _image(entry: Entry, lookup: ImageLookup, history: LabelHistory) -> tuple[st
             return entry.name, entry.content  # the image may have moved
         else:
             raise _UnknownImageError("no image of the data fits, or several do")
-    except OSError as error:
-        raise _UnknownImageError(f"cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # ValueError for a name with a NUL
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise _UnknownImageError(f"cannot be read ({why})") from error
     if entry.content and digest != entry.content:
         raise _UnknownImageError("its bytes have changed")
     return path, digest

@@ -19,13 +19,15 @@ class ImageLookup:
         root = Path(manifest.source)
         root = root if root.is_dir() else root.parent
         self._by_path: dict[str, Sample] = {}
-        self._by_name: dict[str, list[tuple[tuple[str, ...], Sample]]] = defaultdict(list)
+        self._by_end: dict[tuple[str, ...], list[tuple[tuple[str, ...], Sample]]] = defaultdict(list)
         for sample in (*manifest.samples, *added):
             if sample.has_image and sample.path not in self._by_path:
                 path = Path(sample.path)
-                relative = path.relative_to(root) if path.is_relative_to(root) else path
+                parts = (path.relative_to(root) if path.is_relative_to(root) else path).parts
                 self._by_path[sample.path] = sample
-                self._by_name[path.name].append((relative.parts, sample))
+                # By the name, and by the folder and the name: in some data sets, all images have the same name.
+                for end in (parts[-1:], ("", *parts)[-2:]):
+                    self._by_end[end].append((parts, sample))
 
     def find(self, name: str) -> Sample | None:
         """Return the sample of a name; None if no sample or several ones fit.
@@ -38,14 +40,16 @@ class ImageLookup:
         parts = _parts(name)
         if not parts:
             return None
-        found = self._ending(parts)
-        if not found and _UPLOAD.match(parts[-1]):  # an upload has lost its folders
-            found = self._ending((_UPLOAD.sub("", parts[-1], count=1),))
-        return found[0] if len(found) == 1 else None
+        samples = self._ending(parts)
+        if not samples and _UPLOAD.match(parts[-1]):  # an upload has lost its folders
+            samples = self._ending((_UPLOAD.sub("", parts[-1], count=1),))
+        return samples[0] if len(samples) == 1 else None
 
     def _ending(self, parts: tuple[str, ...]) -> Sequence[Sample]:
+        if len(parts) == 1:
+            return [sample for _, sample in self._by_end.get(parts, ())[:2]]  # two suffice: the name is ambiguous
         fitting = []
-        for path, sample in self._by_name.get(parts[-1], ()):
+        for path, sample in (*self._by_end.get(parts[-2:], ()), *self._by_end.get(("", parts[-1]), ())):
             length = min(len(path), len(parts))
             if path[-length:] == parts[-length:]:
                 fitting.append((length, sample))
@@ -55,7 +59,10 @@ class ImageLookup:
 
 def _parts(name: str) -> tuple[str, ...]:
     """Return the parts of the path in a name, which may be an address such as `/data/local-files/?d=cat/1.jpg`."""
-    address = urlsplit(name) if "://" in name or "?d=" in name else None
+    try:
+        address = urlsplit(name) if "://" in name or "?d=" in name else None
+    except ValueError:  # a host in brackets that is not an address
+        return ()
     if address is not None:
         name = next(iter(parse_qs(address.query).get("d", ())), unquote(address.path))
     path = PurePosixPath(name.replace("\\", "/"))

@@ -100,7 +100,7 @@ def take(
     held = [*(as_test_samples(current.manifest, labels) if current else []), *added]
     pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
     if current is not None and applied is not None:
-        _report_frozen(data, pool, scanned, applied)
+        _report_frozen(current, applied)
     whole = data.with_samples([*pool, *held])
     whole = _with_splits(config, whole, scanned, splits)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
@@ -112,10 +112,9 @@ def take(
     return _written(workspace, whole, current, scanned, applied)
 
 
-def _report_frozen(data: Manifest, pool: Sequence[Sample], scanned: Scan, applied: "AppliedLabels") -> None:
-    """Log the decisions on images of the frozen holdout, whose labels stay."""
-    trained = {sample.key for sample in pool}
-    frozen_images = {scanned.images.get(s.path) for s in data.samples if s.key not in trained} & applied.contents
+def _report_frozen(held: Holdout, applied: "AppliedLabels") -> None:
+    """Log how many images of the frozen holdout have a decision: they keep their labels, and excluded ones stay."""
+    frozen_images = {Path(s.path).stem for s in held.manifest.samples if s.has_image} & applied.contents
     if frozen_images:
         log.warning(
             "labels: images of the frozen holdout with a decision, whose labels do not change: %d",

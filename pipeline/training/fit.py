@@ -1,6 +1,7 @@
 """Train from a config: assemble data and module, and run Lightning's Trainer on them."""
 
 import logging
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from typing import Any
 from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
-from refract.pipeline.training.ranks import Ranks, current_ranks
+from refract.pipeline.training.ranks import Ranks, current_ranks, is_further_rank
 from refract.pipeline.training.source_model import SourceModel, source_model
 from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+
+DECISIONS = "REFRACT_LABELS"
+"""Environment variable with the value of data.labels in rank 0, for the ranks that it starts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ def assemble(
     from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
-    from refract.pipeline.labels.address import pinned
     from refract.pipeline.training.build import (
         check_recipe,
         check_task,
@@ -74,7 +77,7 @@ def assemble(
         )
     load(config.plugins)
     check_loss(config, "the config")
-    config = filled(config if prepared is not None else pinned(config))
+    config = filled(config if prepared is not None else with_decisions_of_rank_0(config))
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     ranks = current_ranks(config.trainer.devices, device)
@@ -258,3 +261,16 @@ def _strategy(ranks: int, mode: str) -> str:
     if ranks == 1:
         return "auto"
     return "ddp" if mode == "fine-tune" else "ddp_find_unused_parameters_true"
+
+
+def with_decisions_of_rank_0(config: Config) -> Config:
+    """Return the config with the last decision in `data.labels`. The ranks that rank 0 starts, some minutes later, use the same one."""
+    from refract.pipeline.labels.address import pinned
+
+    if config.data.labels is None:
+        return config
+    if is_further_rank() and DECISIONS in os.environ:
+        return config.changed({"data.labels": os.environ[DECISIONS]})
+    config = pinned(config)
+    os.environ[DECISIONS] = str(config.data.labels)
+    return config

@@ -27,6 +27,8 @@ from refract.plugins import load
 log = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "random", "grid", "coarse-to-fine")
+LABELS = "labels"
+"""The attribute of a study with the value of `data.labels` in its trials."""
 GRID = 4
 """Number of values of a numeric key in a grid."""
 FINE_FROM = 0.5
@@ -129,11 +131,10 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
     ConfigError for a trial with an invalid config, as the space is wrong.
     """
     from refract.pipeline.data.prepare import prepare_data
-    from refract.pipeline.labels.address import pinned
 
     load(config.plugins)
     count = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
-    config = pinned(config)
+    config = with_decisions(study, config)
     prepared = prepare_data(config)
     write_config(config, folder)
     start = time.monotonic()
@@ -155,6 +156,17 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
         else:
             study.tell(trial, score)
             log.info("trial %d scored %.4f, the best so far %.4f: %s", trial.number, score, study.best_value, values)
+
+
+def with_decisions(study: optuna.Study, config: Config) -> Config:
+    """Return the config with the last decision in `data.labels` of the first trial: later decisions change no trial of the study."""
+    from refract.pipeline.labels.address import pinned
+
+    if config.data.labels is None:
+        return config
+    if LABELS not in study.user_attrs:
+        study.set_user_attr(LABELS, pinned(config).data.labels)
+    return config.changed({"data.labels": study.user_attrs[LABELS]})
 
 
 def best_config(study: optuna.Study, config: Config) -> dict[str, Any]:

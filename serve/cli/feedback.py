@@ -128,10 +128,10 @@ def _rows(file: Path) -> Iterator[Row]:
 
 def _csv_rows(text: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    columns = set(reader.fieldnames or ())
-    if not {"id", "labels"} <= columns <= {"id", "labels", "index"}:
-        raise ValueError(f"line 1: the columns are {', '.join(sorted(columns))}; expected id, labels and perhaps index")
     try:
+        columns = list(reader.fieldnames or ())
+        if sorted(columns) not in (["id", "labels"], ["id", "index", "labels"]):
+            raise ValueError(f"line 1: the columns are {', '.join(columns)}; expected id, labels and perhaps index")
         for values in reader:
             if None in values or None in values.values():
                 raise ValueError(f"line {reader.line_num}: expected {len(columns)} fields")
@@ -141,7 +141,7 @@ def _csv_rows(text: str) -> Iterator[Row]:
                 raise ValueError(f"line {reader.line_num}: index {index!r} is not a whole number from 0")
             yield _row(reader.line_num, values["id"].strip(), labels, int(index) if index else None)
     except csv.Error as err:
-        raise ValueError(f"line {reader.line_num}: {err}") from err
+        raise ValueError(f"line {reader.reader.line_num}: {err}") from err
 
 
 def _json_rows(text: str) -> Iterator[Row]:
@@ -150,7 +150,7 @@ def _json_rows(text: str) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise ValueError(f"line {number}: not JSON: {err}") from err
         labels = values.get("labels") if isinstance(values, dict) else None
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
@@ -163,6 +163,8 @@ def _row(line: int, request_id: object, labels: list[str], index: object) -> Row
         raise ValueError(f"line {line}: id: expected the X-Request-Id of a response")
     if index is not None and (not isinstance(index, int) or isinstance(index, bool) or index < 0):
         raise ValueError(f"line {line}: index {index!r} is not a whole number from 0")
+    if any("\ud800" <= character <= "\udfff" for character in "".join([request_id, *labels])):
+        raise ValueError(f"line {line}: contains a surrogate, which is half of a character")
     return Row(line, request_id, labels, index)
 
 

@@ -93,8 +93,8 @@ class MultiLabel:
         return np.packbits(chosen).tobytes()
 
     def indices(self, value: Any) -> list[int]:
-        found: list[int] = np.flatnonzero(np.unpackbits(value, count=self._count)).tolist()
-        return found
+        indices: list[int] = np.flatnonzero(np.unpackbits(value, count=self._count)).tolist()
+        return indices
 
     def compare(self, predicted: np.ndarray, truth: np.ndarray) -> Scores:
         right = np.empty(len(truth))

@@ -24,7 +24,7 @@ class CapturedImage(NamedTuple):
 class FeedbackLog:
     """Appends feedback to `DIR/feedback-TIME-NAME.jsonl`, a new file for each process. OSError if the folder is not writable.
 
-    A line that `append` returned for outlives the process. After a crash only the last line of a file can be incomplete.
+    When `append` returns, its line outlives the process. After a crash only the last line of a file can be incomplete.
     """
 
     def __init__(self, folder: Path) -> None:

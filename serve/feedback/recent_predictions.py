@@ -49,6 +49,7 @@ class RecentPredictions:
         self._record = struct.Struct(f"<IIIIf?{values.format}{values.format}")
         self._buffer = bytearray(keep * self._record.size)
         self._records = np.frombuffer(self._buffer, dtype)
+        self._bytes = np.frombuffer(self._buffer, np.uint8).reshape(keep, -1)  # copied faster than records
         # Apart from the records, so that a search reads contiguous memory. A hash of 64 bits, seeded for each process, stands for the id.
         self._keys = np.zeros(keep, np.int64)
         self._models: dict[str, int] = {}  # grows by one with each new bundle of a hot swap
@@ -78,7 +79,9 @@ class RecentPredictions:
         image. If several requests had the id, the latest counts. RequestError 404 if the prediction is not retained, 422 for the index."""
         with self._lock:
             slot = self._slot(request_id, index or 0)
-            if slot is None and index and self._slot(request_id, 0) is not None:
+            outside = slot is None and index and self._slot(request_id, 0) is not None
+            # Python hashes 2**61 - 1 like 0, so that a record may be of another index.
+            if outside or (slot is not None and (index or 0) >= self._records[slot]["images"]):
                 raise RequestError(422, "invalid_request", f"index {index}: the request has fewer images")
             if slot is None:
                 raise RequestError(404, "unknown_prediction", self._unknown(request_id))
@@ -104,9 +107,12 @@ class RecentPredictions:
         """Estimate the accuracy of each of at most MOST_MODELS models from its judged predictions, the model of the latest one first."""
         with self._lock:
             judged = np.flatnonzero(self._fresh() & self._records["judged"][: self._length])
-            age = (self._count - 1 - judged) % self.keep
-            records, digests = self._records[judged[np.argsort(age)]], list(self._models)
-        models = list(dict.fromkeys(records["model"].tolist()))[:MOST_MODELS]
+            copies, count, digests = self._bytes.take(judged, axis=0), self._count, list(self._models)
+        # Without the lock, for which predictions wait.
+        records = copies.view(self._records.dtype)[:, 0]
+        youngest = np.full(len(digests), self.keep)
+        np.minimum.at(youngest, records["model"], (count - 1 - judged) % self.keep)
+        models = [model for model in youngest.argsort().tolist()[:MOST_MODELS] if youngest[model] < self.keep]
         return [self._estimate(digests[model], records[records["model"] == model]) for model in models]
 
     @property

@@ -21,6 +21,7 @@ from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.retraining.label_checks import label_changes
 from refract.pipeline.retraining.snapshot import Snapshot, accept, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.workspace import workspace_of
+from refract.pipeline.training.fit import DECISIONS, with_decisions_of_rank_0
 
 IMAGES = frozenset({"images"})
 
@@ -253,6 +254,16 @@ def test_a_pinned_history_ignores_later_decisions(root: Path, history: LabelHist
     assert split_address("postgresql://ann@host/db") == ("postgresql://ann@host/db", None)
 
 
+def test_the_ranks_that_rank_0_starts_use_its_decisions(
+    root: Path, history: LabelHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DECISIONS, "of an earlier training")
+    config = with_decisions_of_rank_0(config_at(root))
+    decide(history, files(root, "red")[0], "relabel", "blue")  # while rank 0 prepares the data
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert with_decisions_of_rank_0(config_at(root)) == config != pinned(config_at(root))
+
+
 def test_the_training_images_of_a_bundle_are_recognised_with_its_decisions(root: Path, history: LabelHistory) -> None:
     decide(history, files(root, "red")[0], "relabel", "blue")
     config = pinned(config_at(root))
@@ -278,6 +289,15 @@ def test_a_database_that_cannot_be_used_is_named(root: Path) -> None:
         ConfigError, match=r"data.labels: 'postgresql://\*\*\*@host/db' is not an address without a password"
     ):
         config_at(root, labels="postgresql://ann:secret@host/db")
+    with pytest.raises(ConfigError, match=r"db\?password=\*\*\*' is not an address without a password"):
+        config_at(root, labels="postgresql://ann@host/db?password=secret")
+
+
+def test_a_database_that_lacks_the_last_decision_of_a_run_is_refused(root: Path, history: LabelHistory) -> None:
+    decide(history, files(root, "red")[0], "relabel", "blue")
+    for number in (2, 10**30):  # an older copy, or a typing error
+        with pytest.raises(ConfigError, match=f"ends with decision 1, before decision {number}; restore the database"):
+            prepare_data(config_at(root, labels=f"{root}/labels.db@{number}"))
 
 
 def taken(config: Config) -> Snapshot:
@@ -292,17 +312,18 @@ def test_a_retraining_snapshot_records_the_decisions_and_counts_them_apart(
     config = config_at(root)
     first = taken(config)
     held = {digest(Path(sample.path)): sample for sample in load_manifest(first.manifest).of("test")}
-    frozen = [file for file in files(root, "red") if digest(file) in held]
+    frozen, others = ([file for file in files(root, label) if digest(file) in held] for label in ("red", "blue"))
     trained = [file for file in files(root, "red") if digest(file) not in held]
     decide(history, trained[0], "relabel", "blue")
     decide(history, frozen[0], "relabel", "blue")
+    decide(history, others[0], "exclude")
     with caplog.at_level(logging.WARNING):
         second = taken(config)
-    assert "images of the frozen holdout with a decision, whose labels do not change: 1" in caplog.text
+    assert "images of the frozen holdout with a decision, whose labels do not change: 2" in caplog.text
     manifest = load_manifest(second.manifest)
     labels = {digest(Path(sample.path)): manifest.labels[sample.labels[0]] for sample in manifest.samples}
-    assert (labels[digest(trained[0])], labels[digest(frozen[0])]) == ("blue", "red")
-    assert second.digest != first.digest and second.labels["label_decisions"] == "2"
+    assert [labels[digest(file)] for file in (trained[0], frozen[0], others[0])] == ["blue", "red", "blue"]
+    assert second.digest != first.digest and second.labels["label_decisions"] == "3"
     assert read_snapshot(second.folder, second.record()) == second
     trained[1].rename(root / "images" / "blue" / "moved.png")  # not by a decision
     changes = label_changes(taken(config), first, IMAGES)

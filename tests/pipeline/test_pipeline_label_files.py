@@ -54,7 +54,13 @@ LABEL_STUDIO = [
     {
         "id": 12,
         "annotations": [
-            {"id": 22, "completed_by": 7, "result": [], "was_cancelled": True, "created_at": "2026-03-09T22:18:00Z"}
+            {
+                "id": 22,
+                "completed_by": {"id": 7},
+                "result": [],
+                "was_cancelled": True,
+                "created_at": "2026-03-09T22:18:00Z",
+            }
         ],
         "data": {"image": "s3://bucket/images/red/002.png"},
     },
@@ -241,7 +247,10 @@ def test_new_classes_need_the_option_and_an_error_records_nothing(root: Path, hi
     ("a.xml", "<annotations><version>2.0</version></annotations>", r"version '2.0' of the format; expected 1.1"),
     ("a.xml", "<annotations><track id='0'/></annotations>", r"CVAT for video"),
     ("a.xml", "<annotations><image id='3'/></annotations>", r"a.xml, image 3: no attribute 'name'"),
-    ("a.xml", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotations/>", r"declares entities"),
+    ("a.xml", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotations/>", r"declares a document type"),
+    ("a.xml", "<?xml version='1.0' encoding='nosuch'?><annotations/>", r"a.xml: is not XML in UTF-8"),
+    pytest.param("a.json", "[" * 100_000, r"a.json: is not JSON", id="nested lists"),
+    ("a.csv", "path,label,time\nred/001.png,blue,0001-01-01T00:00+14:00\n", r"a.csv, line 2: time: .* is before the year 1"),
     ("a.txt", "x", r"a.txt: .txt is not a format of labels; expected .csv \(CSV\)"),
 ])  # fmt: skip
 def test_errors_name_the_place(root: Path, history: LabelHistory, name: str, text: str, message: str) -> None:
@@ -254,6 +263,74 @@ def test_errors_name_the_place(root: Path, history: LabelHistory, name: str, tex
     assert history.decisions() == []
 
 
+def test_a_document_type_is_refused_in_any_encoding(root: Path, history: LabelHistory) -> None:
+    entities = (
+        '<!DOCTYPE a [<!ENTITY b "cccc"><!ENTITY d "&b;&b;&b;&b;">]><annotations><version>&d;</version></annotations>'
+    )
+    Path("a.xml").write_bytes(f'<?xml version="1.0" encoding="utf-16"?>{entities}'.encode("utf-16"))
+    with pytest.raises(LabelError, match="a.xml: declares a document type"):
+        imported(history, "a.xml")
+
+
+def test_column_names_may_be_capitalised(root: Path, history: LabelHistory) -> None:
+    Path("m.csv").write_text("Path,Label,Action,Reviewer\nred/001.png,,exclude,ann\n")
+    imported(history, "m.csv")
+    assert said(history) == [("001.png", "exclude", "", "ann")]
+
+
+def test_of_several_rows_on_one_image_the_last_applies_and_the_others_are_listed(
+    root: Path, history: LabelHistory
+) -> None:
+    Path("images/green/copy.png").write_bytes(Path("images/red/001.png").read_bytes())
+    rows = ["red/001.png,blue,", "green/copy.png,green,", "red/001.png,,skip", "red/002.png,blue,", "red/002.png,blue,"]
+    Path("m.csv").write_text("\n".join(["path,label,action", *rows]))
+    done = imported(history, "m.csv")
+    assert [(name, labels) for name, _, labels, _ in said(history)] == [("copy.png", "green"), ("002.png", "blue")]
+    line = "m.csv, line 2: images/red/001.png: another decision on the same image follows: m.csv, line 3"
+    assert done.replaced == [line]
+    assert imported(history, "m.csv").known == 2 and len(history.decisions()) == 2
+
+
+def test_an_older_decision_that_replaces_a_later_one_is_listed(
+    root: Path, history: LabelHistory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    populate(history)  # ann relabels red/001.png as blue
+    rows = ["red/001.png,green,2020-01-01T00:00Z", "red/003.png,green,2020-01-01T00:00Z"]
+    Path("m.csv").write_text("\n".join(["path,label,time", *rows]))
+    _, out, _ = labels("import", "labels.db", "m.csv", "--data", "images", "--reviewer", "ann", capsys=capsys)
+    assert "recorded 2 decisions" in out and "1 image whose decision in the file is older" in out
+    assert out.endswith("  decision 6: images/red/001.png: applies in place of the later decision 1\n")
+    assert main(["labels", "undo", "labels.db", "6"]) == 0 and imported(history, "m.csv", reviewer="ann").known == 2
+
+
+def test_names_with_control_characters_are_not_found_and_printed_harmlessly(
+    root: Path, history: LabelHistory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added = {"image": "a\0\x1b[2J.png", "refract_decision": {"action": "add", "labels": ["blue"]}}
+    chosen = [{"type": "choices", "value": {"choices": ["blue"]}}]
+    tasks = [{"data": added, "annotations": []}, {"data": {"image": "\ud800.png"}, "annotations": [{"result": chosen}]}]
+    Path("p.json").write_text(json.dumps(tasks))
+    code, out, err = labels("import", "labels.db", "p.json", "--data", "images", capsys=capsys)
+    assert (code, err) == (0, "") and "2 images not found in the data" in out and history.decisions() == []
+    assert "a\\x00\\x1b[2J.png: cannot be read" in out and "\\ud800.png" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("log", "--since", "2"), "labels.db: there is no decision 2; a date has the form 2026-01-31"),
+    (("log", "--since", "20260131"), "there is no decision 20260131; a date has the form"),
+    (("diff", "--from", "9" * 30), "is neither the ID of a decision nor a time"),
+    (("diff", "--to", "²"), "'²' is neither the ID of a decision nor a time"),
+    (("log", "--action", "rename"), "--action: 'rename' is not one of confirm, relabel"),
+    (("undo", "1", "9" * 30), "there is no decision 999"),
+])  # fmt: skip
+def test_options_that_name_nothing_are_refused(
+    root: Path, history: LabelHistory, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    history.append(Decision(content="0" * 64, path="x.png", action="relabel", labels=("blue",), reviewer="ann"))
+    code, _, err = labels(arguments[0], "labels.db", *arguments[1:], capsys=capsys)
+    assert code == 2 and message in err and len(history.decisions()) == 1
+
+
 def test_images_are_found_by_the_names_of_other_tools(root: Path) -> None:
     lookup = ImageLookup(load_manifest("images"))
     for name in (
@@ -262,8 +339,25 @@ def test_images_are_found_by_the_names_of_other_tools(root: Path) -> None:
     ):  # fmt: skip
         sample = lookup.find(name)
         assert sample is not None and sample.path == "images/red/001.png", name
-    for name in ("001.png", "dog/001.png", "images/red/9.png", "", "/data/upload/1/0a1b2c3d-001.png"):
+    for name in (
+        "001.png",
+        "dog/001.png",
+        "images/red/9.png",
+        "",
+        "/data/upload/1/0a1b2c3d-001.png",
+        "http://[x/only.png",
+    ):
         assert lookup.find(name) is None, name  # several images are called so, or none
+    Path("images/top.png").write_bytes(b"")  # outside the class folders, as a row of a table may name it
+    (Path("images") / "m.csv").write_text("path,label\ntop.png,red\nred/001.png,red\ngreen/001.png,green\n")
+    table = ImageLookup(load_manifest("images/m.csv"))
+    for name, path in (
+        ("/mnt/top.png", "images/top.png"),
+        ("top.png", "images/top.png"),
+        ("x/red/001.png", "images/red/001.png"),
+    ):
+        sample = table.find(name)
+        assert sample is not None and sample.path == path, name
     Path("images/red/only.png").write_bytes(b"")
     upload = ImageLookup(load_manifest("images")).find("/data/upload/1/0a1b2c3d-only.png")
     assert upload is not None and upload.path == "images/red/only.png"

@@ -173,6 +173,12 @@ def test_other_files_are_refused_and_not_changed(tmp_path: Path) -> None:
         assert other.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     with pytest.raises(LabelError, match="starts with postgresql://"):
         LabelHistory("mysql://host/x")
+    with pytest.raises(LabelError, match=r"\*\*\*@host:port/x: is not an address"):
+        LabelHistory("postgresql://ann:secret@host:port/x")
+    with pytest.raises(LabelDatabaseError, match="postgresql://ann@127.0.0.1:1/labels: .*connection to server"):
+        LabelHistory("postgresql://ann@127.0.0.1:1/labels")  # with the driver that Refract installs
+    with pytest.raises(LabelError, match="the driver is unknown"):
+        LabelHistory("postgresql+nosuch://host/x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.db", "text.db"]
 
 
@@ -239,3 +245,46 @@ def test_a_kill_loses_no_acknowledged_decision(tmp_path: Path) -> None:
     assert {content(image) for image in known} <= stored
     pairs = [(f"{turn}-{n}", f"{turn}-{n}b") for turn in range(5) for n in range(0, 300, 3)]
     assert all((content(one) in stored) == (content(two) in stored) for one, two in pairs)  # both or none
+
+
+def test_several_undos_are_recorded_together_or_not_at_all(history: LabelHistory) -> None:
+    first, second = history.append(decision("x", "dog")), history.append(decision("x", "cat"))
+    with pytest.raises(LabelError, match="no decision 99"):
+        history.undo_all([second, 99], reviewer="bob")
+    assert applied(history, "x") == ("cat",)
+    undo, _ = history.undo_all([second, first], reviewer="bob")
+    assert not history.state().images
+    redo, again = history.undo_all([undo, second], reviewer="bob")  # the undo, then the decision that applies again
+    assert undone_by(history.decisions()) == {undo: redo, second: again, first: undo + 1}
+
+
+def test_creation_without_hard_links_replaces_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process creates the database and records a decision just before this one moves its own to the path."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    def other_is_first(*_: object) -> None:
+        monkeypatch.setattr(os, "link", refused)
+        LabelHistory(tmp_path / "labels.db", create=True).append(decision("x", "dog"))
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", other_is_first)
+    assert applied(LabelHistory(tmp_path / "labels.db", create=True), "x") == ("dog",)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.db"]
+
+
+def test_a_symbolic_link_names_the_history_and_its_folder(history: LabelHistory, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "labels.db").symlink_to(tmp_path / "labels.db")
+    linked = LabelHistory(tmp_path / "project" / "labels.db")
+    linked.append(decision("x", "dog"))
+    assert applied(history, "x") == ("dog",) and linked.file("new.png") == str(tmp_path / "new.png")
+    (tmp_path / "loop.db").symlink_to(tmp_path / "loop.db")
+    with pytest.raises(LabelDatabaseError, match="unable to open"):
+        LabelHistory(tmp_path / "loop.db", create=True)
+
+
+def test_numbers_beyond_those_of_a_database_are_accepted(history: LabelHistory) -> None:
+    history.append(decision("x", "dog"))
+    assert len(history.decisions(until=10**30)) == 1 and history.decisions(since=10**30) == []

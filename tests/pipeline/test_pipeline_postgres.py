@@ -174,8 +174,8 @@ def test_processes_share_a_label_history_in_postgres(postgres: str) -> None:
         process.start()
     for process in processes:
         process.join()
-    history = LabelHistory(postgres)
-    assert history.address == "postgresql+psycopg2://***@" + postgres.partition("@")[2]
+    history = LabelHistory(postgres.replace("+psycopg2", ""))
+    assert history.address == "postgresql://***@" + postgres.partition("@")[2]
     assert [record.id for record in history.decisions()] == list(range(1, 41)) and len(history.state().images) == 40
     undo = history.undo(40, reviewer="ann")
     assert len(history.state().images) == 39 and history.decisions(since=40)[0].undoes == 40 and undo == 41

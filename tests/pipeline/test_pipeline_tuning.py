@@ -12,9 +12,11 @@ from mlflow import MlflowClient
 from small_data import Run
 
 from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.labels.decisions import Decision
+from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.training.run_directory import run_lock
 from refract.pipeline.tuning.space import applies, read_space, with_values
-from refract.pipeline.tuning.study import Search, _narrowed, open_study, trial_folder
+from refract.pipeline.tuning.study import Search, _narrowed, open_study, trial_folder, with_decisions
 
 CONFIG = """
 data: {source: images, image_size: 24, workers: 0, batch_size: 16}
@@ -111,6 +113,19 @@ def test_a_trial_that_was_killed_is_drawn_anew(tmp_path: Path) -> None:
         again = open_study(search, space, Config(), tmp_path)
     assert [trial.state.name for trial in again.trials] == ["RUNNING", "FAIL", "WAITING"]
     assert again.trials[2].system_attrs["fixed_params"] == again.trials[1].params
+
+
+def test_a_resumed_search_ignores_later_decisions_on_labels(tmp_path: Path) -> None:
+    history = LabelHistory(tmp_path / "labels.db", create=True)
+    config, space = (
+        Config().changed({"data.labels": str(tmp_path / "labels.db")}),
+        space_of(tmp_path, "optim.lr: [1, 2]"),
+    )
+    search = Search("s", "random", 3, None, f"journal:{tmp_path}/j.log", 0)
+    first = with_decisions(open_study(search, space, config, tmp_path), config)
+    history.append(Decision(content="0" * 64, path="x.png", action="relabel", labels=("dog",), reviewer="ann"))
+    resumed = with_decisions(open_study(search, space, config, tmp_path), config)
+    assert first.data.labels == resumed.data.labels == f"{tmp_path}/labels.db@0"
 
 
 @pytest.mark.slow

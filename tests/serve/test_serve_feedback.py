@@ -72,6 +72,8 @@ def test_an_image_of_several_needs_its_index(client, make_image) -> None:
     assert problem(client, id=request_id, labels=labels[:1]) == (422, "invalid_request", message)
     status, code, detail = problem(client, id=request_id, labels=labels[:1], index=3)
     assert (status, code) == (422, "invalid_request") and "index 3" in detail
+    for index in (2**61 - 1, 2**61, 10**30):  # Python hashes the first two like 0 and 1
+        assert problem(client, id=request_id, labels=labels[:1], index=index)[:2] == (422, "invalid_request")
 
 
 def test_the_latest_request_with_an_id_counts(client, make_image) -> None:

@@ -19,18 +19,9 @@ VERSION = "1.1"
 
 def read(path: Path) -> LabelFile:
     """Read an annotation file. LabelError names the line or the image that cannot be read."""
+    root = _root(path)
     entries: list[Entry] = []
     unlabelled: list[str] = []
-    try:
-        data = path.read_bytes()
-        if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-            raise LabelError(f"{path}: declares entities, which CVAT's files do not; export the task again")
-        root = ElementTree.fromstring(data)
-    except ElementTree.ParseError as error:
-        line, column = error.position
-        raise LabelError(
-            f"{path}, line {line}, column {column + 1}: is not XML ({error.msg}); unpack a ZIP first"
-        ) from error
     if root.tag != "annotations":
         raise LabelError(f"{path}: the root is <{root.tag}>; expected <annotations>, as in 'CVAT for images 1.1'")
     version = (root.findtext("version") or "").strip()
@@ -52,6 +43,32 @@ def read(path: Path) -> LabelFile:
         else:
             unlabelled.append(f"{where}: {name}")
     return LabelFile(entries, unlabelled)
+
+
+def _root(path: Path) -> ElementTree.Element:
+    """Return the root of an XML file. LabelError for other files."""
+    try:
+        return ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_Builder(path)))
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        raise LabelError(
+            f"{path}, line {line}, column {column + 1}: is not XML ({error.msg}); unpack a ZIP first"
+        ) from error
+    except LabelError:
+        raise
+    except (LookupError, ValueError) as error:  # an encoding that Python lacks, or that XML cannot have
+        raise LabelError(f"{path}: is not XML in UTF-8 ({error}); export the task again") from error
+
+
+class _Builder(ElementTree.TreeBuilder):
+    """Builds the tree of a file without a document type, whose entities could expand to gigabytes, in any encoding."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise LabelError(f"{self._path}: declares a document type, which CVAT's files do not; export the task again")
 
 
 def write(path: Path, entries: Sequence[Entry]) -> int:

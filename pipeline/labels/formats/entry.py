@@ -61,7 +61,12 @@ def time_of(text: str, where: str) -> datetime | None:
         ) from error
     if time.tzinfo is None:
         raise LabelError(f"{where}: time: {text!r} has no time zone; add one, such as +00:00")
-    return time.astimezone(UTC)
+    try:
+        return time.astimezone(UTC)
+    except OverflowError as error:
+        raise LabelError(
+            f"{where}: time: {text!r} is before the year 1 or after 9999 in UTC; correct or remove it"
+        ) from error
 
 
 def time_text(time: datetime | None) -> str:

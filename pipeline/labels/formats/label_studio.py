@@ -26,7 +26,7 @@ def read(path: Path) -> LabelFile:
     """Read an export. LabelError names the task and the key that cannot be read."""
     try:
         tasks = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LabelError(f"{path}: is not JSON ({error}); export the project from Label Studio as JSON") from error
     if not isinstance(tasks, list):
         raise LabelError(f"{path}: expected a list of tasks, got {type(tasks).__name__}; export the project as JSON")
@@ -34,9 +34,9 @@ def read(path: Path) -> LabelFile:
     unlabelled: list[str] = []
     for index, task in enumerate(tasks):
         where = f"{path}, task {task['id'] if isinstance(task, dict) and 'id' in task else index + 1}"
-        found = list(_entries(task, where))
-        entries += found
-        if not found:
+        of_task = list(_entries(task, where))
+        entries += of_task
+        if not of_task:
             unlabelled.append(f"{where}: {_image(task, where)}")
     return LabelFile(entries, unlabelled)
 
@@ -97,7 +97,9 @@ def _choices(results: Sequence[Any], where: str) -> tuple[str, ...]:
 
 def _annotator(value: Any) -> str:
     if isinstance(value, dict):
-        return str(value.get("email") or value.get("id") or "")
+        if value.get("email"):
+            return str(value["email"])
+        value = value.get("id")
     return "" if value is None else f"annotator {value}"
 
 

@@ -20,7 +20,8 @@ def read(path: Path) -> LabelFile:
     for column in ("path", "label"):
         if column not in table.columns:
             raise table.lacks(column, needed="path,label[,action,reviewer,time,reason,origin,content]")
-    columns = {column: table.texts(column) for column in COLUMNS}
+    named = {name.casefold(): name for name in table.columns} | {name: name for name in table.columns}
+    columns = {column: table.texts(named.get(column, column)) for column in COLUMNS}
     entries, unlabelled = [], []
     for row, name in enumerate(columns["path"]):
         where = table.where(row)
