@@ -110,8 +110,8 @@ def _neighbours(rows: Tensor, train: np.ndarray) -> Iterator[_Neighbours]:
     best, indices = rows.new_zeros(len(rows), 0), torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
     for start in range(0, len(train), COLUMNS):
         block = F.normalize(torch.from_numpy(train[start : start + COLUMNS]).to(rows.device), dim=1)
-        places = torch.arange(start, start + len(block), device=rows.device).expand(len(rows), -1)
-        cosines, indices = torch.cat([best, rows @ block.T], dim=1), torch.cat([indices, places], dim=1)
+        cosines, places = (rows @ block.T).topk(min(FARTHEST, len(block)), dim=1)  # few, before the indices take memory
+        cosines, indices = torch.cat([best, cosines], dim=1), torch.cat([indices, start + places], dim=1)
         best, order = cosines.topk(min(FARTHEST, cosines.shape[1]), dim=1)
         indices = indices.gather(1, order)
     for columns, cosines in zip(indices.tolist(), (best >= LEAST_COSINE).sum(dim=1).tolist(), strict=True):
@@ -162,6 +162,8 @@ def _aligned_correlation(image: np.ndarray, other: np.ndarray) -> float:
     try:
         cv2.findTransformECC(image, other, warp, cv2.MOTION_AFFINE, STEPS, EVERYWHERE, BLUR)
     except cv2.error:  # no alignment, or an image without structure
+        return -1.0
+    if not np.isfinite(warp).all():
         return -1.0
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     inside = cv2.warpAffine(np.ones_like(other), warp, (SIDE, SIDE), flags=flags) > 0.99

@@ -108,6 +108,11 @@ def test_images_on_an_empty_ground_are_not_compared() -> None:
     assert similar_pairs(again, DIRECTIONS[:1], train, DIRECTIONS[:1], torch.device("cpu")) == []
 
 
+def test_a_diverged_alignment_shows_no_near_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "findTransformECC", lambda image, other, warp, *_: warp.fill(np.nan))
+    assert pairs([sample(scene(0), "again")], DIRECTIONS[:1]) == []
+
+
 def test_a_training_reports_flipped_training_images_in_the_test_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
