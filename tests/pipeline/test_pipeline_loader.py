@@ -7,7 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from refract.pipeline.data import loader
 from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.loader import Loader, LoaderError, exit_message, plan_workers
 from refract.pipeline.data.prepare import prepare_data
+from refract.pipeline.inference.batch.local_workers import score_in_processes
+from refract.pipeline.training.callbacks.stopping import Stop
 from tests.pipeline.small_data import config_of
 
 MANY = "data: {source: images, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
@@ -75,6 +80,39 @@ def test_a_worker_that_dies_between_epochs_or_within_a_message_does_not_block() 
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
     with pytest.raises(LoaderError, match="reduce --data.workers \\(now 2\\)"):
         list(loader)
+
+
+class Part(NamedTuple):
+    number: int = 0
+    start: int = 0
+    rows: tuple[()] = ()
+
+
+class Report(NamedTuple):
+    number: int
+    blocked: frozenset[int]
+
+
+@dataclass(frozen=True)
+class ReportsBlocked:
+    """A job that reports which signals its process blocks."""
+
+    device: str = "cpu"
+
+    def worker(self) -> Callable[[Iterable[Part]], Iterator[Report]]:
+        return lambda parts: (
+            Report(part.number, frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ()))) for part in parts
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_scoring_after_a_training_leaves_signals_to_the_parent_process() -> None:
+    """The loader's fork server blocks none, and the worker processes of the scoring come from it too."""
+    iterator = iter(loader_of(Numbered()))
+    next(iterator)
+    done = list(score_in_processes([Part()], ReportsBlocked(), ["cpu"], Stop("")))
+    assert done[-1] is not None and {signal.SIGINT, signal.SIGTERM} <= done[-1].blocked
 
 
 UNFINISHED = """

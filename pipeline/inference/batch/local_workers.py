@@ -25,6 +25,9 @@ AHEAD = 2
 TRIES = 3
 """Number of scorer deaths with a shard assigned after which the scoring fails."""
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+"""The signals by which a user or a supervisor stops the command."""
+
 
 class ScoringError(ServiceError):
     """The scoring cannot continue; finished parts are kept. The message states the cause and the next step."""
@@ -73,7 +76,7 @@ class _Scorer(Generic[S, D]):
         self.process = context.Process(target=_work, args=(child_pipe, job), daemon=True)
         # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes. The parent decides, so children start with both blocked.
         resource_tracker.ensure_running()  # its start would unblock the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             self.process.start()
         finally:
@@ -163,6 +166,7 @@ def _lost_shards(scorer: _Scorer[S, D], tries: Counter[int]) -> list[S]:
 
 def _work(pipe: Connection, job: Job[Any]) -> None:
     """Run the worker process. It sends None when it is ready, Done for each written part, and a message if it fails."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a running fork server may have started with both unblocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         scorer = job.worker()
