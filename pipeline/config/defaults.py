@@ -1,5 +1,7 @@
 """The values that replace null in a config: learning rates by optimiser and training mode, and frozen batch norms."""
 
+import os
+
 from refract.models.training.optimizers import OPTIMIZERS
 from refract.pipeline.config.config import Config
 from refract.pipeline.training.initial_weights import loads_weights
@@ -42,6 +44,7 @@ def why_no_probe(config: Config) -> str | None:
     """Return why `linear-then-fine-tune` cannot fit its head on embeddings, as a key and what it would need, None if it can.
 
     The head of a bundle or a run is fitted already. With several ranks, one would embed the images while the others wait.
+    `refract.pipeline.features.training.why_not_fitted` checks the network.
     """
     if names_model(config.model.weights):
         return f"model.weights: {config.model.weights} has a head already"
@@ -51,6 +54,8 @@ def why_no_probe(config: Config) -> str | None:
         return f"text.name: {config.text.name} reads texts, and embeddings are those of images alone"
     if config.trainer.devices > 1:
         return f"trainer.devices: {config.trainer.devices} is not 1"
+    if "LOCAL_WORLD_SIZE" in os.environ and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        return f"torchrun started {ranks} processes"
     return None
 
 

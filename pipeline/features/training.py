@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from refract.models.classifier import Classifier
 from refract.models.head import called_head, head_inputs
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
@@ -127,15 +128,10 @@ def _named(metrics: dict[str, float], monitor: str) -> dict[str, float]:
 def install_head(network: nn.Module, head: nn.Module, name: str) -> None:
     """Give the network the fitted head, in place. name: of the network. ConfigError if its last layer is of another kind."""
     old = called_head(network)
-    if (
-        isinstance(old, nn.Conv2d)
-        and isinstance(head, nn.Linear)
-        and old.kernel_size == (1, 1)
-        and old.bias is not None
-    ):
+    if isinstance(old, nn.Conv2d) and isinstance(head, nn.Linear) and _is_linear(old):
         with torch.no_grad():
             old.weight.copy_(head.weight[:, :, None, None])
-            old.bias.copy_(head.bias)
+            old.get_parameter("bias").copy_(head.bias)
     elif type(old) is type(head) and {*old.state_dict()} == {*head.state_dict()}:
         place = next(path for path, module in network.named_modules() if module is old)
         parent, _, child = place.rpartition(".")
@@ -147,6 +143,12 @@ def install_head(network: nn.Module, head: nn.Module, name: str) -> None:
         )
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether the layer is a linear function of its features, with a bias, as the fitted head is."""
+    pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
+    return (pointwise or type(layer) is nn.Linear) and {*layer.state_dict()} == {"weight", "bias"}
+
+
 def _check(classifier: Any, head: nn.Module, assembly: "Assembly", samples: Sequence[Sample]) -> None:
     """Raise ConfigError if the network does more after its head, so that the fitted head would predict something else."""
     pixels = np.stack([assembly.data.preprocess(sample.read()) for sample in samples])
@@ -154,8 +156,38 @@ def _check(classifier: Any, head: nn.Module, assembly: "Assembly", samples: Sequ
     with torch.inference_mode(), head_inputs(classifier.network) as features:
         logits = classifier(images).float().cpu()
         expected = head(features[0].to(assembly.device)).float().cpu()
-    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+    if not _agree(logits, expected):
         raise ConfigError(
             f"model.mode: {assembly.config.model.name} computes more after its last layer, so its head cannot be fitted on embeddings; "
             "set model.mode: feature-extract"
         )
+
+
+def _agree(logits: Tensor, expected: Tensor) -> bool:
+    same = logits.shape == expected.shape
+    return same and torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def why_not_fitted(classifier: Classifier, size: tuple[int, int]) -> str | None:
+    """Return why a linear layer that is fitted on embeddings cannot be the head, as the end of a sentence on the network, None if it can.
+
+    classifier: for images alone, on the CPU; it is left as it was. size: of the images. A new head has zeros, so the check gives it random
+    weights: they show what follows the head.
+    """
+    head, training = called_head(classifier.network), classifier.training
+    if not _is_linear(head):
+        return f"has a {type(head).__name__} as its last layer, not a linear layer with a bias"
+    before = [parameter.detach().clone() for parameter in head.parameters()]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for parameter in head.parameters():
+            parameter.normal_()
+        images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+        with head_inputs(classifier.network) as features:
+            logits = classifier.eval()(images).float()
+        weight = head.get_parameter("weight").flatten(1)
+        fits = features[0].shape[1] == weight.shape[1]
+        fits = fits and _agree(logits, torch.nn.functional.linear(features[0], weight, head.get_parameter("bias")))
+        for parameter, value in zip(head.parameters(), before, strict=True):
+            parameter.copy_(value)
+    classifier.train(training)
+    return None if fits else "computes more after its last layer"

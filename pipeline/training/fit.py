@@ -22,6 +22,10 @@ CHECKPOINTS = "checkpoints"
 DECISIONS = "REFRACT_LABELS"
 """Environment variable with the value of data.labels in rank 0, for the ranks that it starts."""
 
+LARGEST_FIT, FEW_LABELS = 10_000_000, 50
+"""The most training samples × labels, at least FEW_LABELS, for which a head is fitted on embeddings by default: the processor fits it, and
+holds all embeddings in memory."""
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -77,6 +81,7 @@ def assemble(
         )
     load(config.plugins)
     check_loss(config, "the config")
+    asked = config.model.unfreeze_epochs
     config = filled(config if prepared is not None else with_decisions_of_rank_0(config))
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
@@ -101,6 +106,8 @@ def assemble(
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = with_normalisation(local, preprocess, manifest)
     module, text = make_module(local, manifest, augmenter, preprocess, arrays, source)
+    if config.model.starts_from_probe:
+        config = _with_fitted_head(config, module, manifest, asked)
     data = ImageDataModule(
         manifest,
         augmenter=augmenter,
@@ -116,6 +123,32 @@ def assemble(
         reads_images="images" in module.classifier.reads,
     )
     return Assembly(config, manifest, identity, module, data, device, precision, ranks, text, source)
+
+
+def _with_fitted_head(config: Config, module: Any, manifest: Any, asked: int | None) -> Config:
+    """Return the config of a training that fits its head on embeddings, with an epoch of the head alone where that is impossible or slow.
+
+    module: gets the same epoch; asked: `model.unfreeze_epochs` of the user. ConfigError if the user asked for a head that cannot be fitted.
+    """
+    from refract.pipeline.features.training import why_not_fitted
+
+    name, train = config.model.name, len(manifest.of("train"))
+    reason = why_not_fitted(module.classifier, config.data.sides())
+    if asked is not None:
+        if reason is not None:
+            raise ConfigError(
+                f"model.unfreeze_epochs: 0 fits the head on embeddings, but {name} {reason}; set model.unfreeze_epochs: 1"
+            )
+        return config
+    if reason is not None:
+        reason = f"{name} {reason}"
+    elif train * max(len(manifest.labels), FEW_LABELS) > LARGEST_FIT:
+        reason = f"fitting it on the embeddings of {train:,} images would take long (model.unfreeze_epochs: 0 does so)"
+    else:
+        return config
+    log.info("the head is trained alone for one epoch: %s", reason)
+    module.unfreeze_epochs = 1
+    return config.changed({"model.unfreeze_epochs": 1})
 
 
 def fit(

@@ -121,6 +121,10 @@ def unfinished(config: Config, name: str) -> Path | None:
             record, stored = read_record(path), stored_config(path)
             if source := record.get("start", {}).get("source"):  # with its alias, where the stored config has a version
                 stored = stored.changed({"model.weights": source})
+            if (
+                config.model.unfreeze_epochs is None and stored.model.unfreeze_epochs == 1
+            ):  # the network cannot have a fitted head
+                stored = stored.changed({"model.unfreeze_epochs": None})
             address, decision = split_address(config.data.labels)
             if (
                 decision is None and split_address(stored.data.labels)[0] == address

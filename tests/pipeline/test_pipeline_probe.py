@@ -15,6 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from refract import cli
 from refract.models.bundle.bundle import load_bundle
+from refract.models.classifier import Classifier
 from refract.models.head import HEADS
 from refract.models.registry import build
 from refract.pipeline.config.config import ConfigError, load_config
@@ -25,9 +26,12 @@ from refract.pipeline.features import heads
 from refract.pipeline.features.heads import Part, fit_head
 from refract.pipeline.features.out_of_fold import predict_out_of_fold
 from refract.pipeline.features.store import FeatureStore, stored_models
-from refract.pipeline.features.training import install_head
+from refract.pipeline.features.training import install_head, why_not_fitted
 from refract.pipeline.inference.scoring import preprocess_of
+from refract.pipeline.training import fit
+from refract.pipeline.training.fit import assemble
 from refract.pipeline.training.run import Result, train
+from refract.pipeline.training.run_directory import new_run, unfinished
 
 MODES = ("probe", "knn", "prototype")
 
@@ -248,6 +252,73 @@ def test_no_epochs_of_the_head_alone_are_refused_where_nothing_fits_it(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trained(folder, **{"model.unfreeze_epochs": 0, **values})
+
+
+def test_torchrun_trains_the_head_by_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, ["--model.mode=linear-then-fine-tune"])
+    assert filled(config).model.unfreeze_epochs == 0
+    for key, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    assert filled(config).model.unfreeze_epochs == 1
+
+
+def test_the_head_of_large_data_is_trained_by_epochs_unless_the_user_fits_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"data.source": folder, "data.workers": 0, "data.image_size": 24, "model.mode": "linear-then-fine-tune"}
+    config = load_config(None, [f"--{key}={value}" for key, value in values.items()])
+    assembly = assemble(config)
+    assert assembly.config.model.unfreeze_epochs == 0
+    monkeypatch.setattr(fit, "LARGEST_FIT", len(assembly.manifest.of("train")) * fit.FEW_LABELS - 1)
+    assert assemble(config).config.model.unfreeze_epochs == 1
+    assert assemble(config.changed({"model.unfreeze_epochs": 0})).module.unfreeze_epochs == 0
+
+
+def test_a_network_that_cannot_have_a_fitted_head_trains_it_by_epochs(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fastnet's head has no bias, and its logits are scaled."""
+    settings = {
+        "data.source": folder, "data.workers": 0, "data.image_size": 24, "model.name": "fastnet",
+        "model.mode": "linear-then-fine-tune", "trainer.device": "cpu", "tracking.enabled": "false",
+    }  # fmt: skip
+    config = load_config(None, [f"--{key}={value}" for key, value in settings.items()])
+    with caplog.at_level(logging.INFO, "refract.pipeline"):
+        assembly = assemble(config)
+    assert assembly.config.model.unfreeze_epochs == assembly.module.unfreeze_epochs == 1
+    assert "the head is trained alone for one epoch: fastnet has a Linear as its last layer" in caplog.text
+    run = new_run(assembly.config, "fast", {"fingerprint": "f", "versions": {}})
+    assert unfinished(config, "fast") == run.path, "--resume auto finds it"
+    with pytest.raises(ConfigError, match="but fastnet has a Linear as its last layer.*set model.unfreeze_epochs: 1"):
+        assemble(config.changed({"model.unfreeze_epochs": 0}))
+
+
+class Scaled(torch.nn.Linear):
+    """A layer that is not linear in the sense of a fitted head, although its class is derived from one."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(values)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ([torch.nn.Flatten(), torch.nn.Linear(192, 5)], None),
+        ([torch.nn.Conv2d(3, 5, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()], None),
+        ([torch.nn.Flatten(), torch.nn.Linear(192, 5), torch.nn.LogSoftmax(1)], "computes more after its last layer"),
+        ([torch.nn.Flatten(), torch.nn.Linear(192, 5), torch.nn.Softplus()], "computes more after its last layer"),
+        ([torch.nn.Flatten(), torch.nn.Linear(192, 5, bias=False)], "has a Linear as its last layer, not a linear"),
+        ([torch.nn.Flatten(), Scaled(192, 5)], "has a Scaled as its last layer"),
+        ([torch.nn.Conv2d(3, 5, 8), torch.nn.Flatten()], "has a Conv2d as its last layer"),
+    ],
+)
+def test_a_head_is_fitted_only_if_it_is_linear_and_last(layers: list[torch.nn.Module], reason: str | None) -> None:
+    network = torch.nn.Sequential(*layers)
+    for parameter in network.parameters():
+        torch.nn.init.zeros_(parameter)  # as those of a new head
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).train()
+    assert str(why_not_fitted(classifier, (8, 8))).startswith(str(reason))
+    assert classifier.training and all((parameter == 0).all() for parameter in network.parameters())
 
 
 def test_the_labels_of_all_images_are_checked(folder: Path) -> None:
