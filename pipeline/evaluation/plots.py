@@ -28,7 +28,13 @@ DPI = 110
 
 def save(figure: "Figure", target: Any, **options: Any) -> None:
     """Lay the figure out and save it, and log one warning per process if letters are missing from all installed fonts."""
-    with warnings.catch_warnings(record=True) as caught:
+    import matplotlib
+
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        # Without an engine, a figure takes the one of the user's matplotlibrc.
+        matplotlib.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}),
+    ):
         warnings.simplefilter("always")
         figure.set_dpi(DPI)
         if (engine := figure.get_layout_engine()) is not None:

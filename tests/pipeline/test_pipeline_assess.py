@@ -289,6 +289,17 @@ def test_the_multi_label_report_has_galleries_of_errors_and_near_duplicates(tmp_
     assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())
 
 
+def test_charts_keep_their_layout_whatever_the_users_matplotlibrc_sets(tmp_path: Path) -> None:
+    import matplotlib
+
+    charts = []
+    for settings in ({}, {"figure.autolayout": True}):
+        with matplotlib.rc_context(settings):
+            plots.confusion_plot(np.eye(3, dtype=int), ["red", "green", "blue"], tmp_path / "chart.png")
+        charts.append((tmp_path / "chart.png").read_bytes())
+    assert charts[0] == charts[1]
+
+
 def test_labels_with_dollar_signs_are_drawn_literally(tmp_path: Path) -> None:
     from refract.pipeline.evaluation.plots import confusion_plot
 
