@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
 
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
     from refract.pipeline.config.config import ConfigError, load_config
-    from refract.pipeline.retraining.steps import Outcome, begin, join_training, unfinished, worth_resuming
+    from refract.pipeline.retraining.run import begin, unfinished, worth_resuming
+    from refract.pipeline.retraining.steps import Outcome, join_training
     from refract.pipeline.retraining.workspace import RUN_RECORD, read_run, workspace_of
     from refract.pipeline.tracking.address import check_address, tracking_uri
     from refract.pipeline.training.ranks import is_further_rank
@@ -94,7 +95,8 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
 
 def _run(run_folder: Path) -> str:
     """Run the remaining steps; print the error of one that fails. Returns how they ended, for the message."""
-    from refract.pipeline.retraining.steps import note_stop, run_steps
+    from refract.pipeline.retraining.run import note_stop
+    from refract.pipeline.retraining.steps import run_steps
     from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
 
     def stop(*_: Any) -> None:

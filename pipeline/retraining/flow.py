@@ -62,7 +62,7 @@ class Retrain(FlowSpec):
 
 def _new_run(config_file: str) -> Path:
     from refract.pipeline.config.config import load_config
-    from refract.pipeline.retraining.steps import begin
+    from refract.pipeline.retraining.run import begin
 
     return begin(load_config(config_file), force=False)
 

@@ -8,28 +8,23 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from refract.errors import ServiceError
 from refract.models.credentials import masked
-from refract.pipeline.config.config import Config, ConfigError, config_from_dict
-from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests
+from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.retraining.registry import client_of, download
-from refract.pipeline.retraining.workspace import Check, Record, Workspace, read_run, workspace_of, write, write_run
+from refract.pipeline.retraining.run import run_config
+from refract.pipeline.retraining.workspace import Check, Record, read_run, workspace_of, write, write_run
 from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
 NOTIFY_SECONDS = 60
 """The time limit of the command `retrain.notify`, so that it cannot block a run."""
-
-ATTEMPTS = 3
-"""Attempts after which `--resume-or-begin` starts a new run: repeating does not cure a run that keeps failing."""
 
 
 class Outcome(IntEnum):
@@ -45,41 +40,6 @@ class RetrainingError(ServiceError):
     """A step cannot finish. The message says why, and what to do before `refract retrain --resume`."""
 
 
-def begin(config: Config, *, force: bool) -> Path:
-    """Make the folder of a new run, with its config and record, and return it. force: train even if nothing has changed."""
-    from refract.pipeline.config.config import ConfigError
-    from refract.pipeline.training.run_directory import write_config
-
-    if config.trainer.folds:
-        raise ConfigError(
-            f"trainer.folds: {config.trainer.folds}, but a retraining run trains one model; set trainer.folds: 0"
-        )
-    workspace, now = workspace_of(config), datetime.now(UTC)
-    workspace.migrate()
-    for attempt in range(100):
-        folder = workspace.run_folder(f"{now:%Y%m%d-%H%M%S}-{attempt:02}")
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-    write_config(config, folder)
-    write_run(folder, {"run": folder.name, "force": force, "began": now.isoformat(timespec="seconds")})
-    return folder
-
-
-def unfinished(workspace: Workspace) -> Path | None:
-    """Return the newest run's folder if it has no outcome."""
-    runs = workspace.runs()
-    return runs[-1] if runs and "outcome" not in read_run(runs[-1]) else None
-
-
-def worth_resuming(folder: Path, config: Config) -> bool:
-    """Whether an unfinished run has this config and had less than ATTEMPTS attempts, so that resuming it may finish it."""
-    same = [each.to_dict() | {"plugins": plugin_digests(each.plugins)} for each in (_config(folder), config)]
-    return read_run(folder).get("attempts", 0) < ATTEMPTS and same[0] == same[1]
-
-
 def run_steps(folder: Path) -> None:
     """Run the steps of a run that are not finished. Raises what a step raises.
 
@@ -93,18 +53,12 @@ def run_steps(folder: Path) -> None:
             step(folder)
 
 
-def note_stop(folder: Path) -> None:
-    """Do not count the last attempt: a signal stopped it, so that it did not fail."""
-    record = read_run(folder)
-    write_run(folder, {**record, "attempts": record.get("attempts", 1) - 1})
-
-
 def join_training(folder: Path) -> None:
     """Train as a further rank of the training that rank 0 has started in the run's step `train`. Raises what a training raises."""
     from refract.pipeline.training.run import train as train_run
     from refract.pipeline.training.run_directory import stored_config
 
-    run = _latest_run(folder, _config(folder))
+    run = _latest_run(folder, run_config(folder))
     train_run(stored_config(run), resume=run)
 
 
@@ -137,7 +91,7 @@ class Step(NamedTuple):
         from refract.pipeline.tracking.address import tracking_uri
         from refract.pipeline.tracking.store import first_line
 
-        config = _config(folder)
+        config = run_config(folder)
         load(config.plugins)
         try:
             result = self.work(folder, config, record)
@@ -145,20 +99,6 @@ class Step(NamedTuple):
             address = masked(tracking_uri(config.tracking))
             raise RetrainingError(f"step {self.name}: MLflow at {address} failed: {first_line(error)}") from error
         write_run(folder, {**record, **result})
-
-
-def _config(folder: Path) -> Config:
-    path = folder / "config.yaml"
-    config = _parsed(path.read_text("utf-8"), str(path))
-    return replace(config, plugins=absolute_paths(config.plugins, folder))
-
-
-@lru_cache(maxsize=2)
-def _parsed(text: str, where: str) -> Config:
-    """Parse a run's config. Each step of the run needs it, and parsing takes a fifth of a second."""
-    import yaml
-
-    return config_from_dict(yaml.safe_load(text), where=where)
 
 
 def _training_run(folder: Path, config: Config, start: str = "") -> Path:

@@ -21,8 +21,9 @@ from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.drift.thresholds import Threshold
 from refract.pipeline.retraining.data_checks import disagreed, lowered_if_drifted, new_samples
 from refract.pipeline.retraining.label_checks import LabelChanges, _more_errors, label_changes, listed
+from refract.pipeline.retraining.run import begin
 from refract.pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
-from refract.pipeline.retraining.steps import STEPS, Outcome, begin
+from refract.pipeline.retraining.steps import STEPS, Outcome
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write
 
 IMAGES, TEXTS = frozenset({"images"}), frozenset({"texts"})

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,10 @@ def content(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def decision(image: str, label: str, reviewer: str = "ann", **values: object) -> Decision:
+def decision(image: str, label: str, reviewer: str = "ann", **values: Any) -> Decision:
     return Decision(
         content=content(image), path=f"{image}.png", action="relabel", labels=(label,), reviewer=reviewer, **values
-    )  # type: ignore[arg-type]
+    )
 
 
 @pytest.fixture
@@ -151,10 +152,16 @@ def test_an_error_in_one_of_several_decisions_records_none(history: LabelHistory
     ({"reason": "r" * 5000}, "reason: has 5,000 characters"),
     ({"time": datetime(2026, 1, 1)}, "has no time zone"),
 ])  # fmt: skip
-def test_invalid_decisions_are_named(values: dict[str, object], message: str) -> None:
-    valid = {"content": content("x"), "path": "x.png", "action": "relabel", "labels": ("dog",), "reviewer": "ann"}
+def test_invalid_decisions_are_named(values: dict[str, Any], message: str) -> None:
+    valid: dict[str, Any] = {
+        "content": content("x"),
+        "path": "x.png",
+        "action": "relabel",
+        "labels": ("dog",),
+        "reviewer": "ann",
+    }
     with pytest.raises(LabelError, match=message):
-        Decision(**(valid | values))  # type: ignore[arg-type]
+        Decision(**(valid | values))
 
 
 def test_other_files_are_refused_and_not_changed(tmp_path: Path) -> None:

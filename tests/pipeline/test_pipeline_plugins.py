@@ -24,7 +24,7 @@ from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import ConfigError, check_loss, load_config
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.evaluation.custom_metrics import custom_metrics
-from refract.pipeline.retraining import steps
+from refract.pipeline.retraining.run import begin, run_config, worth_resuming
 from refract.pipeline.training.run_directory import unfinished
 from refract.plugins import PluginError, load
 
@@ -257,11 +257,11 @@ def test_a_config_finds_its_plugins_next_to_itself(tmp_path: Path) -> None:
 def test_a_retraining_run_stores_copies_and_resumes_only_with_the_same_content(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(METRIC.format(name="mine", value=1))
     (tmp_path / "c.yaml").write_text("plugins: [m.py]\ntracking: {model_name: m}\n")
-    folder = steps.begin(load_config("c.yaml"), force=False)
-    assert steps._config(folder).plugins == (str(folder.absolute() / "plugins" / "m.py"),)
-    assert steps.worth_resuming(folder, load_config("c.yaml"))
+    folder = begin(load_config("c.yaml"), force=False)
+    assert run_config(folder).plugins == (str(folder.absolute() / "plugins" / "m.py"),)
+    assert worth_resuming(folder, load_config("c.yaml"))
     (tmp_path / "m.py").write_text(METRIC.format(name="mine", value=2))
-    assert not steps.worth_resuming(folder, load_config("c.yaml"))
+    assert not worth_resuming(folder, load_config("c.yaml"))
 
 
 def test_an_unknown_loss_is_refused_before_the_plugins_only_without_plugins() -> None:

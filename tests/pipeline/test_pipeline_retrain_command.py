@@ -12,7 +12,8 @@ from mlflow.exceptions import MlflowException
 
 from refract.pipeline.cli import retrain
 from refract.pipeline.config.config import Config, load_config
-from refract.pipeline.retraining.steps import Outcome, RetrainingError, begin, run_steps
+from refract.pipeline.retraining.run import begin
+from refract.pipeline.retraining.steps import Outcome, RetrainingError, run_steps
 from refract.pipeline.retraining.workspace import read_run, workspace_of
 from refract.pipeline.training.run_directory import write_config
 

@@ -25,8 +25,9 @@ from refract.pipeline.drift.measure import reference_of
 from refract.pipeline.drift.thresholds import THRESHOLDS, Threshold
 from refract.pipeline.retraining.data_checks import compared_with_champion, drift_of_new, new_samples
 from refract.pipeline.retraining.overlap import trained_on
+from refract.pipeline.retraining.run import begin
 from refract.pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
-from refract.pipeline.retraining.steps import STEPS, Outcome, begin
+from refract.pipeline.retraining.steps import STEPS, Outcome
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write
 
 snapshot, validate = STEPS[:2]

@@ -11,9 +11,10 @@ from small_data import COLORS, make_image, paint, write_image
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.data.manifest import Manifest, load_manifest
 from refract.pipeline.retraining.exact_duplicates import contents
+from refract.pipeline.retraining.run import begin
 from refract.pipeline.retraining.snapshot import read_snapshot
 from refract.pipeline.retraining.start_from import checked
-from refract.pipeline.retraining.steps import STEPS, begin, run_steps
+from refract.pipeline.retraining.steps import STEPS, run_steps
 from refract.pipeline.retraining.workspace import Record, read_run
 from refract.pipeline.training.run_directory import read_record, stored_config
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from small_data import paint, to_former_layout
 
 from refract.pipeline.config.config import config_from_dict
-from refract.pipeline.retraining.steps import STEPS, begin, unfinished, worth_resuming
+from refract.pipeline.retraining.run import begin, unfinished, worth_resuming
+from refract.pipeline.retraining.steps import STEPS
 from refract.pipeline.retraining.workspace import Workspace, read, read_run, workspace_of, write, write_run
 
 
