@@ -24,7 +24,7 @@ from benchmarks.report import environment, write
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.near_duplicates import near_pairs
 from refract.pipeline.data.validation import scan
-from refract.pipeline.evaluation.assess import calibrated
+from refract.pipeline.evaluation.assess import calibrated_probabilities
 from refract.pipeline.evaluation.label_errors import likely_label_errors
 from refract.pipeline.features.embed import Options, embed, source_name
 from refract.pipeline.features.heads import MODES, Part, fit_head, outputs
@@ -185,17 +185,17 @@ def _methods(mode: str, data: Embedded, given: np.ndarray, seed: int) -> dict[st
     fitted = fit_head(mode, Part(*(values[train] for values in part)), Part(*(values[val] for values in part)),
                       multilabel=False)  # fmt: skip
     logits = outputs(fitted.head, data.vectors).numpy()
-    on_test = calibrated(logits[test], given[test], "multiclass")
+    on_test = calibrated_probabilities(logits[test], given[test], "multiclass")
     samples = [Sample(str(row), (int(given[row]),)) for row in known]
     held_out = predict_out_of_fold(
         mode, fitted.choice, Part(*(values[known] for values in part)), samples, [sample.path for sample in samples],
         multilabel=False, balanced=False, seed=seed,
     )  # fmt: skip
     checked = np.array([int(sample.path) for sample in held_out.samples])
-    crossed = calibrated(held_out.logits, given[checked], "multiclass")
+    crossed = calibrated_probabilities(held_out.logits, given[checked], "multiclass")
     return {
         "test set of a single run": (test, on_test),
-        "a single run on all images": (np.arange(len(given)), calibrated(logits, given, "multiclass")),
+        "a single run on all images": (np.arange(len(given)), calibrated_probabilities(logits, given, "multiclass")),
         "cross-validated": (np.concatenate([checked, test]), np.concatenate([crossed, on_test])),
     }
 

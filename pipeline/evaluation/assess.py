@@ -155,15 +155,15 @@ def _checked_on_embeddings(
 def _with_held_out(evaluation: Evaluation, held_out: "OutOfFold") -> Predictions:
     """Return the predictions `held_out`, then those on the test set."""
     truth = truth_of(held_out.samples, evaluation.task, evaluation.probabilities.shape[1])
-    given = calibrated(held_out.logits, truth, evaluation.task)
+    calibrated = calibrated_probabilities(held_out.logits, truth, evaluation.task)
     return Predictions(
         [*held_out.samples, *evaluation.samples],
-        np.concatenate([given, evaluation.probabilities]),
+        np.concatenate([calibrated, evaluation.probabilities]),
         np.concatenate([truth, evaluation.truth]),
     )
 
 
-def calibrated(logits: np.ndarray, truth: np.ndarray, task: str) -> np.ndarray:
+def calibrated_probabilities(logits: np.ndarray, truth: np.ndarray, task: str) -> np.ndarray:
     """Return probabilities float32 (N, C) at the temperature that fits the truth best. A single wrong prediction bounds it."""
     import torch
 
@@ -239,13 +239,13 @@ def _choose_decision(
     truth = truth_of(samples, manifest.task, len(manifest.labels))
     soft = probabilities_of(classifier, preprocess, samples, task=manifest.task, temperature=SOFT)
     temperature = _fitted_temperature(soft, truth, multilabel)
-    given = measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel)
+    calibrated = measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel)
     if not multilabel:
-        return Decision(temperature, (), measures.abstain_below(given, truth, config.precision))
-    given = given.astype(np.float32)  # the server's dtype
-    thresholds = _thresholds(given, truth, manifest.labels, config)
-    errors = set_errors(predicted_labels(given, manifest.task, thresholds), truth)
-    curve = measures.risk_curve(confidences(given, manifest.task, thresholds), errors)
+        return Decision(temperature, (), measures.abstain_below(calibrated, truth, config.precision))
+    calibrated = calibrated.astype(np.float32)  # the server's dtype
+    thresholds = _thresholds(calibrated, truth, manifest.labels, config)
+    errors = set_errors(predicted_labels(calibrated, manifest.task, thresholds), truth)
+    curve = measures.risk_curve(confidences(calibrated, manifest.task, thresholds), errors)
     return Decision(temperature, thresholds, measures.lowest_confidence(curve, config.precision))
 
 

@@ -231,9 +231,8 @@ def _postgres_engine(address: str) -> "Engine":
     if url.get_backend_name() != "postgresql":
         raise LabelError(f"{masked(address)}: expected a file, or an address that starts with postgresql://")
     if url.drivername == "postgresql":
-        url = url.set(
-            drivername="postgresql+psycopg2"
-        )  # which the extra retrain installs; SQLAlchemy prefers psycopg 3
+        # The driver that the extra `retrain` installs. SQLAlchemy prefers psycopg 3.
+        url = url.set(drivername="postgresql+psycopg2")
     try:
         return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": BUSY_SECONDS})
     except ArgumentError as error:
