@@ -79,8 +79,22 @@ def prepare_folds(config: Config) -> FoldedData:
     return FoldedData(manifest, fold_of, scanned, identity)
 
 
-def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
-    """Return (the split manifest without bad samples, its scan, the identity without a fingerprint)."""
+@dataclass(frozen=True)
+class ReadSamples:
+    """The readable samples of a config's data, before they are split.
+
+    source: with the labels of the source; manifest: with the decisions of `data.labels`; scanned: of the manifest's samples; identity: of
+    the data, without a fingerprint.
+    """
+
+    source: Manifest
+    manifest: Manifest
+    scanned: Scan
+    identity: Mapping[str, str]
+
+
+def read_samples(config: Config) -> ReadSamples:
+    """Read and decode all samples, and apply the decisions of `data.labels`. DataError for data that cannot be trained on."""
     source = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
     log.info("checking %s samples of %s", f"{len(source.samples):,}", source.source)
     check_inputs(config, source)
@@ -88,10 +102,16 @@ def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
     source = drop_bad(source, scanned, config.data.on_bad_file)
     manifest, scanned, applied = with_labels(config, source, scanned)
     identity = {"content": scanned.content(manifest)} | ({} if applied is None else applied.identity())
-    before = manifest
-    manifest = drop_contradictory(manifest, scanned, config.data.on_bad_file)
+    return ReadSamples(source, manifest, scanned, identity)
+
+
+def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
+    """Return (the split manifest without bad samples, its scan, the identity without a fingerprint)."""
+    samples = read_samples(config)
+    before, scanned = samples.manifest, samples.scanned
+    manifest = drop_contradictory(before, scanned, config.data.on_bad_file)
     _log_skipped("whose copies have other labels", before, manifest)
-    manifest = _split(config, source, manifest, scanned)
+    manifest = _split(config, samples.source, manifest, scanned)
     before = manifest
     manifest = drop_shared(manifest, scanned, config.data.on_bad_file)
     _log_skipped("whose copies are in another split", before, manifest)
@@ -99,7 +119,7 @@ def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
         log.warning("data: skipped %d unreadable images", len(scanned.bad))
     for line in remark_lines(scanned.remarks):
         log.warning("data: %s", line)
-    return manifest, scanned, identity
+    return manifest, scanned, dict(samples.identity)
 
 
 def with_labels(config: Config, manifest: Manifest, scanned: Scan) -> tuple[Manifest, Scan, "AppliedLabels | None"]:

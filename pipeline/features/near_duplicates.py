@@ -127,7 +127,7 @@ def _matches(
     wanted = {
         sample.path: sample for image, near in compared for sample in (image, *(train[j] for j in near.candidates))
     }
-    thumbnails = dict(zip(wanted, pool.map(_thumbnail, wanted.values()), strict=True))
+    thumbnails = dict(zip(wanted, pool.map(thumbnail, wanted.values()), strict=True))
 
     def match(image: Sample, near: _Neighbours) -> int | None:
         if (first := thumbnails.get(image.path)) is None:
@@ -144,7 +144,7 @@ def _matches(
 
 def _control(image: np.ndarray, others: Sequence[Sample]) -> float:
     """Return the largest correlation with the controls, 0 without a positive one."""
-    thumbnails = (_thumbnail(other) for other in others)
+    thumbnails = (thumbnail(other) for other in others)
     return max([0.0, *(correlation(image, other) for other in thumbnails if other is not None)])
 
 
@@ -179,7 +179,7 @@ def _details(pixels: np.ndarray) -> np.ndarray:
     return pixels - cv2.GaussianBlur(pixels, (0, 0), DETAIL)
 
 
-def _thumbnail(sample: Sample) -> np.ndarray | None:
+def thumbnail(sample: Sample) -> np.ndarray | None:
     """Return the grey image, float32 SIDE×SIDE, None for an image with too little structure, see `difference_hash`."""
     pixels = _shrink(sample.read())
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32) if difference_hash(pixels) else None

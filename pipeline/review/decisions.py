@@ -1,0 +1,155 @@
+"""The decisions of reviewers as a session sees them, in step with the label history that other processes extend."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from refract.pipeline.labels.decisions import Record
+from refract.pipeline.labels.history import LabelHistory
+from refract.pipeline.labels.state import ImageState, state_of, undone_by
+
+ORIGIN = "review/"
+"""The start of the origin of a decision; the name of the queue follows."""
+
+SETTLING = ("confirm", "relabel", "add", "exclude")
+
+
+class Decisions:
+    """The records of a label history by image, updated by each call of `refresh`. It may be used from several threads."""
+
+    def __init__(self, history: LabelHistory) -> None:
+        self.history, self._lock, self._last = history, threading.RLock(), 0
+        self._records: dict[str, list[Record]] = defaultdict(list)
+        self._by_reviewer: dict[str, list[Record]] = defaultdict(list)
+        self._valid: dict[str, tuple[Record, ...]] = {}
+        self._states: dict[str, ImageState] = {}
+        self._settled: dict[str, dict[str, Record]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the records that were appended since the last call, also by other processes."""
+        with self._lock:
+            changed = set()
+            for record in self.history.decisions(since=self._last):
+                self._records[record.content].append(record)
+                self._by_reviewer[record.reviewer].append(record)
+                self._last = record.id
+                changed.add(record.content)
+            for content in changed:  # an undo has the content of the decision that it undoes
+                self._update(content)
+
+    def _update(self, content: str) -> None:
+        records = self._records[content]
+        undone = undone_by(records)
+        self._valid[content] = tuple(one for one in records if one.id not in undone and one.action != "undo")
+        self._settled.pop(content, None)
+        for record in self._valid[content]:
+            if record.action in SETTLING:
+                self._settled.setdefault(content, {})[record.reviewer] = record
+        state = state_of(records).images.get(content)
+        if state is None:
+            self._states.pop(content, None)
+        else:
+            self._states[content] = state
+
+    def state(self, content: str) -> ImageState | None:
+        return self._states.get(content)
+
+    def newest(self, content: str) -> int | None:
+        """Return the ID of the image's newest record, None without one."""
+        records = self._records.get(content)
+        return records[-1].id if records else None
+
+    def conflicts(self) -> list[str]:
+        """Return the images with a conflict, in the order of the decisions that apply."""
+        with self._lock:
+            disputed = [(state.applied.id, content) for content, state in self._states.items() if state.conflicts]
+        return [content for _, content in sorted(disputed)]
+
+    def of_reviewer(self, content: str, reviewer: str) -> Record | None:
+        """Return the reviewer's last decision on the image, a skip included, that is not undone."""
+        valid = self._valid.get(content, ())
+        return next((record for record in reversed(valid) if record.reviewer == reviewer), None)
+
+    def latest(self, reviewer: str) -> Iterator[Record]:
+        """Yield the reviewer's decisions of a review that are not undone, the latest first."""
+        with self._lock:
+            records = list(self._by_reviewer.get(reviewer, ()))
+        for record in reversed(records):
+            if record.origin.startswith(ORIGIN) and record in self._valid[record.content]:
+                yield record
+
+    def settled(self) -> dict[str, dict[str, Record]]:
+        """Return image → reviewer → the last decision other than a skip."""
+        with self._lock:
+            return {content: dict(records) for content, records in self._settled.items()}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The random audit. decided: audited images with a decision; wrong: those whose label was changed or that were excluded; low, high:
+    95 % interval of the fraction of wrong labels (Wilson 1927), 0…1."""
+
+    decided: int
+    wrong: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        return self.wrong / self.decided
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Images that two or more reviewers decided on. agreed: those on which the first two agree; kappa: Cohen's kappa of these decisions
+    (Cohen 1960), None where it is undefined."""
+
+    images: int
+    agreed: int
+    kappa: float | None
+
+
+def audit_of(settled: Mapping[str, Mapping[str, Record]], origin: str) -> Audit | None:
+    """Estimate the fraction of wrong labels from the decisions with this origin. The last decision on an image counts. None without one."""
+    import numpy as np
+
+    from refract.models.intervals import wilson
+
+    last = [
+        max(audited, key=lambda record: record.id)
+        for decisions in settled.values()
+        if (audited := [record for record in decisions.values() if record.origin == origin])
+    ]
+    if not last:
+        return None
+    wrong = sum(record.action != "confirm" for record in last)
+    low, high = wilson(np.array([wrong]), np.array([len(last)]))[0].tolist()
+    return Audit(len(last), wrong, low, high)
+
+
+def agreement_of(settled: Mapping[str, Mapping[str, Record]]) -> Agreement | None:
+    """Compare the last decisions of the first two reviewers of each image. None if no image has two."""
+    pairs = [
+        tuple(_said(record) for record in sorted(decisions.values(), key=lambda record: record.id)[:2])
+        for decisions in settled.values()
+        if len(decisions) > 1
+    ]
+    if not pairs:
+        return None
+    return Agreement(len(pairs), sum(first == second for first, second in pairs), _kappa(pairs))
+
+
+def _said(record: Record) -> str:
+    included, labels = record.effect
+    return ";".join(labels) if included else "\0excluded"
+
+
+def _kappa(pairs: list[tuple[str, ...]]) -> float | None:
+    observed = sum(first == second for first, second in pairs) / len(pairs)
+    values = {value for pair in pairs for value in pair}
+    by_chance = sum(
+        sum(first == value for first, _ in pairs) * sum(second == value for _, second in pairs) for value in values
+    ) / len(pairs) ** 2  # fmt: skip
+    return None if by_chance >= 1 else round((observed - by_chance) / (1 - by_chance), 4)

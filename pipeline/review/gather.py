@@ -1,0 +1,296 @@
+"""Gather the images of a review: the data set of a config or bundle, captured images of a server, and unlabelled images."""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from refract.models.bundle.bundle import Bundle
+from refract.models.familiarity import Reduced
+from refract.pipeline.config.config import Config
+from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
+from refract.pipeline.data.near_duplicates import near_duplicates_among
+from refract.pipeline.data.prepare import read_samples
+from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.features.embed import Options, embed, source_name
+from refract.pipeline.features.heads import Part, fit_head, outputs
+from refract.pipeline.features.model import EmbeddingModel
+from refract.pipeline.features.out_of_fold import predict_out_of_fold
+from refract.pipeline.features.store import FeatureStore
+from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
+from refract.pipeline.labels.history import LabelHistory
+from refract.pipeline.review.captured import CapturedImage, captured_images
+from refract.pipeline.review.data import Captured, Predictions, ReviewData, listed
+from refract.pipeline.review.items import Item
+from refract.pipeline.review.queues.served import familiarities
+from refract.pipeline.training.callbacks.stopping import Stop
+from refract.progress import tracked
+
+log = logging.getLogger(__name__)
+
+SHOWN = 5
+"""Predictions that an item keeps."""
+
+CHOSEN_ON = 4000
+"""Items, drawn at random, on which the head's regularisation is chosen, which bounds the time."""
+
+REFERENCE = 2000
+"""Images of the data set whose distances to each other define what is familiar."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a review shows besides the data of the config.
+
+    captured: folder of a server's `--sample`; feedback: folder of its `--feedback-dir`; unlabelled: a source of new images;
+    splits: path of a run's `splits.csv`, which says what the bundle was not trained on; bundle, challenger: None without.
+    """
+
+    captured: Path | None = None
+    feedback: Path | None = None
+    unlabelled: str | None = None
+    splits: Path | None = None
+    bundle: Bundle | None = None
+    challenger: Bundle | None = None
+
+
+@dataclass(frozen=True)
+class _New:
+    """A new image. content: SHA-256 of its bytes; captured: None for an image of the unlabelled source."""
+
+    sample: Sample
+    content: str
+    captured: Captured | None = None
+
+
+def gather(config: Config, model: EmbeddingModel, sources: Sources, history: LabelHistory, stop: Stop) -> ReviewData:
+    """Read, embed and predict all images.
+
+    config: its `data.labels` is the history; model: whose embeddings the head of the predictions reads. Embeddings come from the store
+    `data.features` where it has them. DataError for unusable data, Stopped after a stop signal; finished embeddings stay in the store.
+    """
+    read = read_samples(config.changed({"data.on_bad_file": "skip"}))
+    manifest, contents = read.manifest, read.scanned.images
+    samples, contradictory = _distinct(manifest, contents)
+    new = _new_images(sources, set(contents.values()))
+    vectors, embedded = _embedded(model, config, manifest, samples, new, stop)
+    samples = [sample for sample, known in zip(samples, embedded, strict=False) if known]
+    new = [one for one, known in zip(new, embedded[len(embedded) - len(new) :], strict=True) if known]
+    if len(samples) < 2:
+        raise DataError(f"{manifest.source}: no two images can be embedded, so there is nothing to review")
+    targets = np.zeros((len(samples), len(manifest.labels)), bool)
+    for row, sample in zip(targets, samples, strict=True):
+        row[list(sample.labels)] = True
+    part = Part(vectors[: len(samples)], targets)
+    multilabel = manifest.task == "multilabel"
+    choice = _choice(part, multilabel=multilabel)
+    out_of_fold = _out_of_fold(choice, part, samples, contents, multilabel=multilabel)
+    splits = _splits(sources, samples)
+    items = [
+        Item(
+            index,
+            contents[sample.path],
+            sample,
+            _path(history, sample),
+            _names(manifest, sample),
+            splits.get(index, ""),
+        )
+        for index, sample in enumerate(samples)
+    ]
+    items += [
+        Item(len(samples) + i, one.content, one.sample, _path(history, one.sample), ()) for i, one in enumerate(new)
+    ]
+    fresh = items[len(samples) :]
+    predicted = _predicted(sources.bundle, fresh, vectors[len(samples) :], part, manifest, choice)
+    folded = Reduced.on(torch.device("cpu"), vectors.shape[1])(torch.from_numpy(vectors)).numpy()
+    held = [index for index, split in splits.items() if split in ("val", "test")]
+    measured = [*(items[index] for index in sorted(held)), *fresh]
+    data = ReviewData(
+        tuple(items), tuple(manifest.labels), len(samples), folded, targets, out_of_fold, predicted,
+        multilabel=multilabel,
+        contradictory={i: contradictory[s.path] for i, s in enumerate(samples) if s.path in contradictory},
+        alike=near_duplicates_among(samples, read.scanned.difference_hashes),
+        captured={item.index: one.captured for item, one in zip(fresh, new, strict=True) if one.captured is not None},
+        champion=_of_bundle(sources.bundle, measured, "predictions of the bundle"),
+        challenger=_of_bundle(sources.challenger, measured, "predictions of the challenger"),
+    )  # fmt: skip
+    return replace(data, items=_described(data))
+
+
+def _distinct(manifest: Manifest, contents: Mapping[str, str]) -> tuple[list[Sample], dict[str, str]]:
+    """Return (one sample with an image for each content, path → a sentence on its copies with other labels)."""
+    copies: dict[str, list[Sample]] = defaultdict(list)
+    for sample in manifest.samples:
+        if sample.has_image and sample.path in contents:
+            copies[contents[sample.path]].append(sample)
+    if not copies:
+        raise DataError(f"{manifest.source}: has no images; a review needs images")
+    contradictory = {}
+    for same in copies.values():
+        names = {listed(_names(manifest, sample)): sample.path for sample in same}
+        if len(names) > 1:
+            named = ", ".join(f"{label} ({path})" for label, path in names.items())
+            contradictory[same[0].path] = f"Copies of this image have different labels: {named}."
+    return [same[0] for same in copies.values()], contradictory
+
+
+def _names(manifest: Manifest, sample: Sample) -> tuple[str, ...]:
+    return tuple(manifest.labels[i] for i in sample.labels)
+
+
+def _path(history: LabelHistory, sample: Sample) -> str:
+    return history.relative(sample.path) if sample.data is None else sample.path
+
+
+def _new_images(sources: Sources, known: set[str]) -> list[_New]:
+    """Return the captured and the unlabelled images, each content once and none of the data set."""
+    new: list[_New] = []
+    captured: Sequence[CapturedImage] = ()
+    if sources.captured is not None:
+        captured = captured_images(sources.captured, sources.feedback)
+    samples = [Sample(str(one.file), ()) for one in captured]
+    if sources.unlabelled is not None:
+        found = read_data(sources.unlabelled, (), multilabel=False, unlabelled=True).samples
+        samples += [sample for sample in found if sample.has_image]
+    facts = [*(one.captured for one in captured), *[None] * (len(samples) - len(captured))]
+    unreadable = 0
+    for sample, about in zip(samples, facts, strict=True):
+        try:
+            content = hashlib.sha256(sample.read()).hexdigest()
+        except OSError:
+            unreadable += 1
+            continue
+        if content not in known:
+            known.add(content)
+            new.append(_New(sample, content, about))
+    if unreadable:
+        log.warning("review: %d new images cannot be read and are skipped", unreadable)
+    return new
+
+
+def _embedded(
+    model: EmbeddingModel,
+    config: Config,
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    new: Sequence[_New],
+    stop: Stop,
+) -> tuple[np.ndarray, list[bool]]:
+    """Return (embeddings float32 (K, D), whether each of the samples and new images has one)."""
+    store = FeatureStore(Path(config.data.features), model.key, model.record)
+    options = Options(device="auto" if torch.cuda.is_available() else "cpu")
+    names = [_names(manifest, sample) for sample in samples]
+    done = embed(model, samples, names, store, source_name(manifest.source), options, stop)
+    keys = list(done.keys)
+    failed = done.failed
+    if new:
+        others = [one.sample for one in new]
+        further = embed(model, others, [()] * len(others), store, f"review of {manifest.source}", options, stop)
+        keys += further.keys
+        failed = failed | further.failed
+    if failed:
+        path, reason = next(iter(failed.items()))
+        log.warning("review: images without an embedding are skipped: %d, such as %s: %s", len(failed), path, reason)
+    known = [key for key in keys if key is not None]
+    vectors = store.vectors(known) if known else np.zeros((0, 1), np.float32)
+    return vectors, [key is not None for key in keys]
+
+
+def _choice(part: Part, *, multilabel: bool) -> str:
+    """Choose the regularisation of the head on a fifth of the items."""
+    order = np.random.default_rng(0).permutation(len(part.features))[:CHOSEN_ON]
+    cut = max(1, len(order) // 5)
+    train, val = (Part(part.features[rows], part.targets[rows]) for rows in (order[cut:], order[:cut]))
+    return fit_head("probe", train, val, multilabel=multilabel).choice
+
+
+def _out_of_fold(
+    choice: str, part: Part, samples: Sequence[Sample], contents: Mapping[str, str], *, multilabel: bool
+) -> np.ndarray:
+    """Return each item's probabilities by heads that were not fitted on it, NaN rows where a label occurs in one fold alone."""
+    predictions = predict_out_of_fold(
+        "probe", choice, part, samples, [contents[sample.path] for sample in samples],
+        multilabel=multilabel, balanced=False, seed=0,
+    )  # fmt: skip
+    rows = np.full(part.targets.shape, np.nan, np.float32)
+    row_of = {sample.path: row for row, sample in enumerate(samples)}
+    places = [row_of[sample.path] for sample in predictions.samples]
+    rows[places] = _probabilities(torch.from_numpy(predictions.logits), multilabel=multilabel)
+    return rows
+
+
+def _probabilities(logits: torch.Tensor, *, multilabel: bool) -> np.ndarray:
+    return (logits.sigmoid() if multilabel else logits.softmax(dim=1)).numpy()
+
+
+def _splits(sources: Sources, samples: Sequence[Sample]) -> dict[int, str]:
+    """Return item → its split in the run that `sources.splits` is of."""
+    if sources.splits is None:
+        return {}
+    rows = load_manifest(str(sources.splits), to_train=False).samples
+    split_of = {str(Path(row.path).resolve()) if row.data is None else row.path: row.split for row in rows}
+    found = {}
+    for index, sample in enumerate(samples):
+        name = str(Path(sample.path).resolve()) if sample.data is None else sample.path
+        if name in split_of:
+            found[index] = split_of[name]
+    return found
+
+
+def _predicted(
+    bundle: Bundle | None, fresh: Sequence[Item], vectors: np.ndarray, part: Part, manifest: Manifest, choice: str
+) -> Predictions:
+    """Predict the new items: by the bundle, else by a head that is fitted on the data set."""
+    from refract.pipeline.features.heads import fit_candidate
+
+    if bundle is not None and (predictions := _of_bundle(bundle, fresh, "predictions of new images")) is not None:
+        return predictions
+    indices = tuple(item.index for item in fresh)
+    if not fresh:
+        return Predictions(tuple(manifest.labels), indices, np.zeros((0, len(manifest.labels)), np.float32))
+    multilabel = manifest.task == "multilabel"
+    head = fit_candidate("probe", choice, part, multilabel=multilabel)
+    rows = _probabilities(outputs(head, vectors), multilabel=multilabel)
+    return Predictions(tuple(manifest.labels), indices, rows)
+
+
+def _of_bundle(bundle: Bundle | None, items: Sequence[Item], title: str) -> Predictions | None:
+    """Predict the items by a bundle, None without one. An item that cannot be scored is absent."""
+    if bundle is None or not items:
+        return None
+    info = bundle.info
+    inputs = [SampleInput(partial(item.sample.read), item.sample.text, item.sample.has_image) for item in items]
+    outcomes = score(
+        bundle.classifier(), preprocess_of(info), inputs, task=info.task, temperature=info.temperature
+    )  # fmt: skip
+    pairs = [
+        (item.index, row)
+        for item, row in zip(items, tracked(outcomes, title, len(items), unit="images"), strict=True)
+        if isinstance(row, np.ndarray)
+    ]
+    if not pairs:
+        return None
+    return Predictions(info.labels, tuple(index for index, _ in pairs), np.stack([row for _, row in pairs]))
+
+
+def _described(data: ReviewData) -> tuple[Item, ...]:
+    """Return the items with their predictions, and the new ones with their familiarity."""
+    items = list(data.items)
+    known = Predictions(data.labels, tuple(range(data.labelled)), data.out_of_fold)
+    for index in np.flatnonzero(~np.isnan(data.out_of_fold).any(axis=1)).tolist():
+        items[index] = replace(items[index], predictions=known.most_probable(index, SHOWN))
+    if len(items) > data.labelled:
+        fresh = list(range(data.labelled, len(items)))
+        reference = np.random.default_rng(0).permutation(data.labelled)[:REFERENCE]
+        values = familiarities(data.distances(fresh), data.distances(reference.tolist()))
+        for index, value in zip(fresh, values.tolist(), strict=True):
+            items[index] = replace(items[index], familiarity=round(float(value), 4))
+    for row, index in enumerate(data.predicted.items):
+        items[index] = replace(items[index], predictions=data.predicted.most_probable(row, SHOWN))
+    return tuple(items)
