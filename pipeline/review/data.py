@@ -89,7 +89,10 @@ class ReviewData:
         if item < self.labelled:
             similarities[item] = -np.inf
         count = min(count, self.labelled - (item < self.labelled))
-        order = np.argsort(-similarities, kind="stable")[: max(0, count)]
+        if count < 1:
+            return []
+        best = np.argpartition(-similarities, count - 1)[:count]
+        order = best[np.lexsort((best, -similarities[best]))]
         return [(int(other), round(float(similarities[other]), 4)) for other in order]
 
     def distances(self, items: Sequence[int]) -> np.ndarray:

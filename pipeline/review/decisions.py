@@ -53,6 +53,11 @@ class Decisions:
         else:
             self._states[content] = state
 
+    def contents(self) -> list[str]:
+        """Return the images with a record."""
+        with self._lock:
+            return list(self._records)
+
     def state(self, content: str) -> ImageState | None:
         return self._states.get(content)
 

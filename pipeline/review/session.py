@@ -56,6 +56,9 @@ class ReviewSession:
         self.multilabel = data.multilabel
         self.queues = (*ranked(data), DISPUTED)
         self._by_name = {queue.name: queue for queue in self.queues}
+        self._contents = {
+            queue.name: frozenset(self.items[entry.item].content for entry in queue.entries) for queue in self.queues
+        }
         self._item_of = {item.content: item.index for item in data.items}
         self._collected = collected
         self._new_labels: set[str] = set()
@@ -78,17 +81,25 @@ class ReviewSession:
         return list(islice(self._open(queue, reviewer), start, start + count))
 
     def open_count(self, queue: str, reviewer: str) -> int:
-        return sum(1 for _ in self._open(queue, reviewer))
+        if queue == CONFLICTS:
+            return sum(1 for _ in self._disputed())
+        contents = self._contents[queue]
+        closed = sum(one in contents and not self._is_open(queue, one, reviewer) for one in self._decisions.contents())
+        return len(contents) - closed
 
     def _open(self, name: str, reviewer: str) -> Iterator[Entry]:
         if name == CONFLICTS:
             yield from self._disputed()
             return
         for entry in self._by_name[name].entries:
-            content = self.items[entry.item].content
-            own = self._decisions.of_reviewer(content, reviewer)
-            if own is None and (not (state := self._decisions.state(content)) or self._audited(name, state.applied)):
+            if self._is_open(name, self.items[entry.item].content, reviewer):
                 yield entry
+
+    def _is_open(self, queue: str, content: str, reviewer: str) -> bool:
+        if self._decisions.of_reviewer(content, reviewer) is not None:
+            return False
+        state = self._decisions.state(content)
+        return state is None or self._audited(queue, state.applied)
 
     @staticmethod
     def _audited(queue: str, applied: Record) -> bool:

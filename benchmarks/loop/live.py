@@ -1,17 +1,13 @@
-"""Measure the loop from serving to feedback. It has one stage, `live`.
+"""How often the 95 % intervals of a server's live accuracy contain the true values. It measures no speed.
 
-python -m benchmarks.loop --stage live --json benchmarks/results/loop_live.json
-
-`live` counts how often the 95 % intervals of the live accuracy contain the true values. A repetition draws 100,000 predictions of a model
-whose accuracies are known, records them in the server's own store, and gives feedback on 1 %, drawn at random. The confidence of class c is
-0.5 + 0.5 X, with X from Beta(STRENGTHS[c], 1); a prediction is right with a probability of its confidence minus 0.05. So the accuracy of
-class c is 0.45 + 0.5 a / (a + 1), and confidence minus accuracy is 0.05. The stage measures no speed.
+A repetition draws predictions of a model whose accuracies are known, records them in the server's own store, and gives feedback on a
+fraction, drawn at random. The confidence of class c is 0.5 + 0.5 X, with X from Beta(STRENGTHS[c], 1); a prediction is right with a
+probability of its confidence minus 0.05. So the accuracy of class c is 0.45 + 0.5 a / (a + 1), and confidence minus accuracy is 0.05.
 """
 
 import argparse
 import dataclasses
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,15 +99,8 @@ def live(count: int, fraction: float, repetitions: int, seed: int) -> dict[str, 
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["live"], default="live")
-    parser.add_argument("--predictions", type=int, default=100_000)
-    parser.add_argument("--fraction", type=float, default=0.01, help="fraction of the predictions with feedback")
-    parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> int:
+    """Run the stage, print and write its result. Returns 1 if the coverage of the accuracy is outside of 93 to 97 %."""
     rows = live(args.predictions, args.fraction, args.repetitions, args.seed)
     for name, row in rows.items():
         print(
@@ -121,7 +110,3 @@ def main() -> int:
         options = {"predictions": args.predictions, "fraction": args.fraction, "seed": args.seed}
         write(args.json, {**environment("numpy"), "stage": args.stage, **options, "coverage": rows})
     return 0 if 0.93 <= rows["accuracy"]["coverage"] <= 0.97 else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

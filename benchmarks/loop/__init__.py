@@ -1,0 +1,1 @@
+"""Measure the loop of review, correction and feedback: `python -m benchmarks.loop --stage STAGE`."""
