@@ -32,7 +32,7 @@ def embedded(data: Path, store_folder: Path) -> tuple[tuple[str, ...], Split, Sp
     with TemporaryDirectory() as folder:
         model = open_model(NAME, str(lite0_weights(Path(folder) / "lite0.safetensors")))
         store = FeatureStore(store_folder, model.key, model.record)
-        keys = embed(model, samples, names, store, source_name(str(data)), Options(device="cpu"), Stop()).keys
+        keys = embed(model, samples, names, store, source_name(str(data)), Options(device="cpu"), Stop("at once")).keys
     splits = []
     for split in ("train", "test"):
         rows = [

@@ -32,11 +32,13 @@ def predict_out_of_fold(
     multilabel: bool,
     balanced: bool,
     seed: int,
+    doubted: np.ndarray | None = None,
 ) -> OutOfFold:
     """Divide the samples into FOLDS folds, and predict each fold by a head that is fitted on the others.
 
-    mode, choice: see `refract.pipeline.features.heads`; part: of the samples; contents: of each sample. The folds are stratified by label,
-    and samples of the same content are in one fold. A sample has no prediction if one of its labels occurs in its fold alone.
+    mode, choice: see `refract.pipeline.features.heads`; part: of the samples; contents: of each sample; doubted: bool (N,), samples on
+    which no head is fitted. The folds are stratified by label, and samples of the same content are in one fold. A sample has no prediction
+    if one of its labels occurs in its fold alone.
     """
     groups = groups_of(contents)
     folds = min(FOLDS, len(groups))
@@ -45,6 +47,7 @@ def predict_out_of_fold(
     known = np.zeros(len(samples), bool)
     for fold in range(1, folds + 1):
         held, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+        others = others if doubted is None else others[~doubted[others]]
         if not len(held) or not len(others):
             continue
         others = others[:: -(-len(others) // MOST_FITTED)]

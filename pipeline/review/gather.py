@@ -19,15 +19,15 @@ from refract.pipeline.data.near_duplicates import near_duplicates_among
 from refract.pipeline.data.prepare import read_samples
 from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.features.embed import Options, embed, source_name
-from refract.pipeline.features.heads import Part, fit_head, outputs
+from refract.pipeline.features.heads import Part
 from refract.pipeline.features.model import EmbeddingModel
-from refract.pipeline.features.out_of_fold import predict_out_of_fold
 from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.review.captured import CapturedImage, captured_images
 from refract.pipeline.review.data import Captured, Predictions, ReviewData, listed
 from refract.pipeline.review.items import Item
+from refract.pipeline.review.predict import choose, predict, robust_out_of_fold
 from refract.pipeline.review.queues.served import familiarities
 from refract.pipeline.training.callbacks.stopping import Stop
 from refract.progress import tracked
@@ -36,9 +36,6 @@ log = logging.getLogger(__name__)
 
 SHOWN = 5
 """Predictions that an item keeps."""
-
-CHOSEN_ON = 4000
-"""Items, drawn at random, on which the head's regularisation is chosen, which bounds the time."""
 
 REFERENCE = 2000
 """Images of the data set whose distances to each other define what is familiar."""
@@ -89,8 +86,9 @@ def gather(config: Config, model: EmbeddingModel, sources: Sources, history: Lab
         row[list(sample.labels)] = True
     part = Part(vectors[: len(samples)], targets)
     multilabel = manifest.task == "multilabel"
-    choice = _choice(part, multilabel=multilabel)
-    out_of_fold = _out_of_fold(choice, part, samples, contents, multilabel=multilabel)
+    choice = choose(part, multilabel=multilabel)
+    digests = [contents[sample.path] for sample in samples]
+    out_of_fold = robust_out_of_fold(choice, part, samples, digests, multilabel=multilabel)
     splits = _splits(sources, samples)
     items = [
         Item(
@@ -202,33 +200,6 @@ def _embedded(
     return vectors, [key is not None for key in keys]
 
 
-def _choice(part: Part, *, multilabel: bool) -> str:
-    """Choose the regularisation of the head on a fifth of the items."""
-    order = np.random.default_rng(0).permutation(len(part.features))[:CHOSEN_ON]
-    cut = max(1, len(order) // 5)
-    train, val = (Part(part.features[rows], part.targets[rows]) for rows in (order[cut:], order[:cut]))
-    return fit_head("probe", train, val, multilabel=multilabel).choice
-
-
-def _out_of_fold(
-    choice: str, part: Part, samples: Sequence[Sample], contents: Mapping[str, str], *, multilabel: bool
-) -> np.ndarray:
-    """Return each item's probabilities by heads that were not fitted on it, NaN rows where a label occurs in one fold alone."""
-    predictions = predict_out_of_fold(
-        "probe", choice, part, samples, [contents[sample.path] for sample in samples],
-        multilabel=multilabel, balanced=False, seed=0,
-    )  # fmt: skip
-    rows = np.full(part.targets.shape, np.nan, np.float32)
-    row_of = {sample.path: row for row, sample in enumerate(samples)}
-    places = [row_of[sample.path] for sample in predictions.samples]
-    rows[places] = _probabilities(torch.from_numpy(predictions.logits), multilabel=multilabel)
-    return rows
-
-
-def _probabilities(logits: torch.Tensor, *, multilabel: bool) -> np.ndarray:
-    return (logits.sigmoid() if multilabel else logits.softmax(dim=1)).numpy()
-
-
 def _splits(sources: Sources, samples: Sequence[Sample]) -> dict[int, str]:
     """Return item → its split in the run that `sources.splits` is of."""
     if sources.splits is None:
@@ -247,16 +218,12 @@ def _predicted(
     bundle: Bundle | None, fresh: Sequence[Item], vectors: np.ndarray, part: Part, manifest: Manifest, choice: str
 ) -> Predictions:
     """Predict the new items: by the bundle, else by a head that is fitted on the data set."""
-    from refract.pipeline.features.heads import fit_candidate
-
     if bundle is not None and (predictions := _of_bundle(bundle, fresh, "predictions of new images")) is not None:
         return predictions
     indices = tuple(item.index for item in fresh)
     if not fresh:
         return Predictions(tuple(manifest.labels), indices, np.zeros((0, len(manifest.labels)), np.float32))
-    multilabel = manifest.task == "multilabel"
-    head = fit_candidate("probe", choice, part, multilabel=multilabel)
-    rows = _probabilities(outputs(head, vectors), multilabel=multilabel)
+    rows = predict(choice, part, vectors, multilabel=manifest.task == "multilabel")
     return Predictions(tuple(manifest.labels), indices, rows)
 
 

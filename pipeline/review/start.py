@@ -102,7 +102,10 @@ def _model(config: Config, bundle: "Bundle | None", subject: str) -> "EmbeddingM
             f"{subject}: model.weights is none, so the network has no features yet; train it and name its run, or name a network with "
             "--model.weights default"
         )
-    return open_model(config.model.name, config.model.weights, config.data.sides())
+    try:
+        return open_model(config.model.name, config.model.weights, config.data.sides())
+    except DataError as error:
+        raise DataError(f"{subject}: model: {str(error).removeprefix(f'--model {config.model.name}: ')}") from error
 
 
 def _beside(source: str) -> str:
