@@ -1,7 +1,7 @@
 """Compute probabilities for encoded images and texts. Threads decode and preprocess one batch ahead of the network."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,7 +16,7 @@ from refract.models.bundle.info import BundleError, BundleInfo
 from refract.models.classifier import Classifier, probabilities
 from refract.models.familiarity import Familiarity
 from refract.models.head import head_inputs
-from refract.models.multimodal.tokens import pad_rows
+from refract.models.multimodal.tokens import pad_rows, trimmed
 
 TASK_IMAGES = 4
 """Largest number of images in one task of a thread. For small images the overhead per task matters."""
@@ -112,6 +112,23 @@ def _scored(computed: np.ndarray, embedding: torch.Tensor | None, familiarity: F
     if familiarity is None:
         return map(Scored, computed, embedding.numpy())
     return map(Scored, computed, embedding.numpy(), familiarity(embedding).tolist())
+
+
+def problem_of(outcome: Scored | Exception, reads: Collection[str], has_image: bool, text: str) -> str | None:
+    """Return the reason why a sample has no prediction, None if it has one.
+
+    outcome: of `score_outputs`; reads: the inputs of the network, images, texts or both; has_image, text: of the sample.
+    """
+    has_text = bool(trimmed(text))
+    if not has_image and not has_text:
+        return "the row has neither an image nor a text"
+    if not has_image and "texts" not in reads:
+        return "the row has no image, and the bundle reads only images"
+    if not has_text and "images" not in reads:
+        return "the row has no text, and the bundle reads only texts"
+    if isinstance(outcome, Scored):
+        return None if np.isfinite(outcome.probabilities).all() else "the network's output is not finite"
+    return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
 
 
 class _Prepared(NamedTuple):

@@ -1,10 +1,13 @@
 """Access to MLflow's model registry for promotion and retraining."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.tracking.address import absolute, tracking_uri, with_credentials
+
+if TYPE_CHECKING:
+    from refract.pipeline.tracking.model_card import ModelFacts
 
 
 def client_of(uri: str) -> Any:
@@ -35,3 +38,12 @@ def download(client: Any, name: str, version: str, folder: Path) -> Path:
 
     source = client.get_model_version_download_uri(name, version)
     return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=client.tracking_uri))
+
+
+def add_gate(client: Any, name: str, version: str, facts: "ModelFacts") -> None:
+    """Add the gate's result to a version's description, in place of an earlier one. What users added before it stays."""
+    from refract.pipeline.tracking.model_card import version_description, with_gate
+
+    stored = client.get_model_version(name, version).description
+    text = version_description(facts) if not stored or facts.gate is None else with_gate(stored, facts.gate)
+    client.update_model_version(name, version, text)

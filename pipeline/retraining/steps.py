@@ -16,7 +16,7 @@ from typing import NamedTuple
 from refract.errors import ServiceError
 from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.retraining.registry import client_of, download
+from refract.pipeline.retraining.registry import add_gate, client_of, download
 from refract.pipeline.retraining.run import run_config
 from refract.pipeline.retraining.workspace import Check, Record, read_run, workspace_of, write, write_run
 from refract.plugins import load
@@ -243,15 +243,17 @@ def register(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.start_from import described
     from refract.pipeline.tracking.address import absolute, tracking_uri
     from refract.pipeline.tracking.journal import Journal
+    from refract.pipeline.tracking.model_card import read_facts
     from refract.pipeline.tracking.store import LONGEST_TAG, Store, first_line
-    from refract.pipeline.tracking.tracker import deliver_one
+    from refract.pipeline.tracking.tracker import deliver_one, registration
 
     run = Path(record["training_run"])
     journal = Journal(run)
     store = Store(absolute(journal.delivered.get("uri") or tracking_uri(config.tracking)), run)
     journal.for_server(store.uri)
     if not any(journal.of("register")):
-        journal.append({"do": "register", "model": config.tracking.model_name, "alias": "challenger"})
+        facts = read_facts(run, record["snapshot"].get("labels", {}))
+        journal.append(registration(str(config.tracking.model_name), "challenger", facts))
     try:
         for entry in journal.waiting():
             deliver_one(journal, store, entry)
@@ -279,6 +281,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.aliases import CHAMPION, aliases
     from refract.pipeline.retraining.gate import Verdict, gate
     from refract.pipeline.retraining.overlap import holdout_line
+    from refract.pipeline.tracking.model_card import Gate, read_facts, write_card
 
     name, client, workspace = str(config.tracking.model_name), client_of(record["mlflow"]), workspace_of(config)
     champion = aliases(client, name).get(CHAMPION)
@@ -303,6 +306,11 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
     client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
     client.log_text(record["mlflow_run"], verdict.text() + "\n", "gate.txt")
+    facts = read_facts(
+        Path(record["training_run"]), record["snapshot"].get("labels", {}), Gate(verdict.to_dict(), champion)
+    )
+    client.log_artifact(record["mlflow_run"], str(write_card(Path(record["training_run"]), facts)))
+    add_gate(client, name, record["version"], facts)
     return {"champion": champion, "gate": verdict.to_dict()}
 
 

@@ -1,6 +1,8 @@
 """Deliver a journal's entries to MLflow. Delivery is idempotent, so that an interrupted one can be repeated."""
 
 import json
+import logging
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +14,13 @@ from refract.pipeline.tracking.address import artifact_folder, check_address, wi
 from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Entry
 
+log = logging.getLogger(__name__)
+
 KEY = "refract.key"
 """The tag that identifies a run after the response to its creation was lost."""
+
+LOGGED_MODELS = "mlflow.log-model.history"
+"""The tag by which MLflow's pages show that a folder of a run is a model."""
 
 LONGEST = 6000
 """The longest value of a parameter, in characters, that all of MLflow's stores accept."""
@@ -112,8 +119,26 @@ class Store:
     def _files(self, entry: Entry, known: Mapping[str, Any]) -> None:
         for name in entry["files"]:
             self._client.log_artifact(known["run_id"], str(self.run_dir / name))
+        for name in entry.get("folders", ()):
+            self._client.log_artifacts(known["run_id"], str(self.run_dir / name), name)
         if entry["bundle"] is not None:
-            self._client.log_artifacts(known["run_id"], str(self.run_dir / entry["bundle"]), "bundle")
+            bundle = self.run_dir / entry["bundle"]
+            self._client.log_artifacts(known["run_id"], str(bundle), "bundle")
+            self._log_model_files(bundle, known["run_id"])
+
+    def _log_model_files(self, bundle: Path, run_id: str) -> None:
+        """Add the files that make the bundle an MLflow model. For a damaged bundle, log a warning."""
+        from refract.models.bundle.info import BundleError
+        from refract.pipeline.tracking.mlflow_model import write_model_files
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                description = write_model_files(bundle, Path(folder), run_id)
+            except BundleError as error:
+                log.warning("MLflow cannot load the bundle: %s", error)
+                return
+            self._client.log_artifacts(run_id, folder, "bundle")
+        self._client.set_tag(run_id, LOGGED_MODELS, json.dumps([description]))
 
     def _register(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
         """Register the run's `bundle` as a version of the model, and set its alias.
@@ -125,8 +150,12 @@ class Store:
         registered = [v for v in self._client.search_model_versions(of_model(model)) if v.run_id == run_id]
         if not registered:
             source = f"{known['artifacts']}/bundle"
+            tags = {name: value[:LONGEST_TAG] for name, value in entry.get("tags", {}).items()}
+            description = entry.get("description") or None
             registered = [
-                self._client.create_model_version(model, source=source, run_id=run_id, tags={FIRST: entry["alias"]})
+                self._client.create_model_version(
+                    model, source=source, run_id=run_id, tags={**tags, FIRST: entry["alias"]}, description=description
+                )
             ]
         version = str(registered[0].version)
         return {"version": version} | name_version(self._client, model, version, first=entry["alias"])

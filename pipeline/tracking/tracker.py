@@ -7,13 +7,16 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.errors import ServiceError
 from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking.address import DEFAULT_URI, absolute, is_local
 from refract.pipeline.tracking.journal import Entry, Journal
 from refract.pipeline.tracking.store import Refused, Store, first_line, now
+
+if TYPE_CHECKING:
+    from refract.pipeline.tracking.model_card import ModelFacts
 
 log = logging.getLogger(__name__)
 
@@ -109,16 +112,20 @@ class Tracker:
         if tags:
             self._add({"do": "tags", "tags": dict(tags)})
 
-    def log_files(self, files: Sequence[Path], bundle: Path | None = None) -> None:
-        """Track files of the run's folder, and the bundle's folder as `bundle` if there is one, as artifacts."""
+    def log_files(self, files: Sequence[Path], bundle: Path | None = None, folders: Sequence[Path] = ()) -> None:
+        """Track files and folders of the run's folder, and the bundle's folder as `bundle` if there is one, as artifacts."""
         if not any(self.journal.of("files")):
-            names = [path.name for path in files]
-            self._add({"do": "files", "files": names, "bundle": None if bundle is None else bundle.name})
+            names, folder_names = [path.name for path in files], [path.name for path in folders]
+            bundle_name = None if bundle is None else bundle.name
+            self._add({"do": "files", "files": names, "bundle": bundle_name, "folders": folder_names})
 
-    def register(self, model: str, alias: str) -> None:
-        """Register the run's bundle as a version of the model. alias: for the model's first version; later ones become `challenger`."""
+    def register(self, model: str, alias: str, facts: "ModelFacts | None" = None) -> None:
+        """Register the run's bundle as a version of the model. alias: for the model's first version; later ones become `challenger`.
+
+        facts: for the description and the tags of the version.
+        """
         if not any(self.journal.of("register")):
-            self._add({"do": "register", "model": model, "alias": alias})
+            self._add(registration(model, alias, facts))
 
     def finish(self, status: str) -> int:
         """Finish the run, and wait for the server as long as it responds. status: FINISHED, FAILED or KILLED.
@@ -164,6 +171,14 @@ class Tracker:
                 pause = min(2 * pause, LONGEST_PAUSE)
             elif not self.journal.waiting():
                 self._wake.wait()
+
+
+def registration(model: str, alias: str, facts: "ModelFacts | None") -> Entry:
+    """Return the journal's entry of `Tracker.register`."""
+    from refract.pipeline.tracking.model_card import version_description, version_tags
+
+    entry = {"do": "register", "model": model, "alias": alias}
+    return entry if facts is None else {**entry, "description": version_description(facts), "tags": version_tags(facts)}
 
 
 def deliver_one(journal: Journal, store: Store, entry: Entry) -> None:

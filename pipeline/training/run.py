@@ -70,6 +70,7 @@ def train(
     """
     from refract.models.allocator import keep_freed_memory
     from refract.pipeline.doctor.run import make_doctor
+    from refract.pipeline.tracking.model_card import label_state, read_facts, write_card
     from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
     from refract.pipeline.training.cost import Cost
     from refract.pipeline.training.run_directory import run_lock, source_digest
@@ -100,11 +101,13 @@ def train(
                 if tracker is not None:
                     _track_metrics(assembly, tracker, assessment, epochs=len(history))
                 package(assembly, run.path, assessment)
+            facts = read_facts(run.path, label_state(tags))
+            write_card(run.path, facts)
             if tracker is not None:
                 log.info("sending the report and the bundle to MLflow")
                 _upload(assembly, run, tracker, cost)
                 if registers and config.tracking.model_name:
-                    tracker.register(config.tracking.model_name, config.tracking.alias)
+                    tracker.register(config.tracking.model_name, config.tracking.alias, facts)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return _result(run, tracker, metrics)
@@ -273,6 +276,7 @@ def _write_report(
     from refract.pipeline.data.splits import write_splits
     from refract.pipeline.doctor.stored import write_findings
     from refract.pipeline.evaluation.assess import write_predictions
+    from refract.pipeline.evaluation.error_images import write_error_images
     from refract.pipeline.evaluation.plots import confusion_plot, curves_plot
     from refract.pipeline.preview import preview_grid, shown_samples
 
@@ -283,6 +287,7 @@ def _write_report(
         confusion_plot(assessment.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
     assessment.report.write(run_dir)
     write_predictions(run_dir, assessment.evaluation, history)
+    write_error_images(assessment.report, assessment.evaluation.samples, run_dir)
     write_findings(run_dir, assessment.findings, doctor.record)
     doctor.report(assessment.findings)
     preview_grid(shown_samples(manifest, 6), assembly.data.train_set.augmenter).save(run_dir / "preview.png")
@@ -346,13 +351,16 @@ def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:
 
 def _upload(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:
     """Upload the run's files to MLflow, with the bundle and the costs."""
+    from refract.pipeline.evaluation.error_images import FOLDER
+
     costs = {f"cost_{name}": value for name, value in cost.totals().items()}
     tracker.log_metrics({**costs, "cost_peak_memory_mib": peak_memory()}, step=0)
     tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
     files = [
         file for file in sorted(run.path.iterdir()) if file.is_file() and not file.name.startswith((".", "journal"))
     ]
-    tracker.log_files(files, run.path / "bundle")
+    errors = run.path / FOLDER
+    tracker.log_files(files, run.path / "bundle", [errors] if errors.is_dir() else [])
 
 
 def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float]) -> Result:

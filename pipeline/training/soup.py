@@ -27,6 +27,7 @@ from refract.pipeline.evaluation.compare import against, flattened, read_run
 from refract.pipeline.evaluation.measures import Difference
 from refract.pipeline.files import write_atomically
 from refract.pipeline.inference.scoring import preprocess_of
+from refract.pipeline.tracking.model_card import read_facts, write_card
 from refract.pipeline.training.averages import AverageScorer, WeightSum
 from refract.pipeline.training.device import choose_device
 from refract.pipeline.training.fit import Assembly
@@ -210,4 +211,5 @@ def _write(assembly: Assembly, run_dir: Path, averaged: str) -> dict[str, float]
     assessment.report.write(run_dir)
     write_predictions(run_dir, assessment.evaluation, [])
     package(assembly, run_dir, assessment)
+    write_card(run_dir, read_facts(run_dir))
     return assessment.evaluation.metrics | assessment.more

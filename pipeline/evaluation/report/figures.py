@@ -40,17 +40,25 @@ def pair_thumbnail(left: bytes, right: bytes) -> str:
     return _address(np.hstack(padded))
 
 
-def _small(data: bytes) -> np.ndarray:
+def small_jpeg(data: bytes, side: int) -> bytes:
+    """Return encoded image bytes as a JPEG with a longer side of `side` pixels. ImageError for bytes that cannot be decoded."""
+    return _jpeg(_small(data, side))
+
+
+def _small(data: bytes, side: int = THUMBNAIL) -> np.ndarray:
     pixels = decode(data, color_profile="convert")  # the page is shown in sRGB
-    factor = THUMBNAIL / max(pixels.shape[:2])
+    factor = side / max(pixels.shape[:2])
     interpolation = cv2.INTER_NEAREST if factor >= 2 else cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
     return cv2.resize(pixels, (width, height), interpolation=interpolation)
 
 
 def _address(pixels: np.ndarray) -> str:
-    encoded = cv2.imencode(".jpg", pixels[:, :, ::-1])[1]
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(_jpeg(pixels)).decode()
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".jpg", pixels[:, :, ::-1])[1].tobytes()
 
 
 def reliability_chart(bins: Sequence[tuple[float, float, int]]) -> str:

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
-import numpy as np
 import pyarrow as pa
 import torch
 
 from refract.models.allocator import keep_freed_memory
 from refract.models.bundle.bundle import BundleError, load_bundle
 from refract.models.familiarity import Familiarity
-from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data import storage
 from refract.pipeline.inference.batch.listing import Row, Shard
 from refract.pipeline.inference.batch.part_files import write_part
 from refract.pipeline.inference.batch.rows import schema_of, table_of
-from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score_outputs
+from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, problem_of, score_outputs
 from refract.plugins import LoadedPlugins
 
 
@@ -124,16 +122,8 @@ class Scorer:
 
     def _answer(self, row: Row, outcome: Scored | Exception) -> Scored | str:
         """Return the outputs of the row, or the error message."""
-        reads, text = self.classifier.reads, bool(trimmed(row.text or ""))
-        if row.path is None and not text:
-            return "the row has neither an image nor a text"
-        if row.path is None and "texts" not in reads:
-            return "the row has no image, and the bundle reads only images"
-        if not text and "images" not in reads:
-            return "the row has no text, and the bundle reads only texts"
-        if isinstance(outcome, Scored):
-            return outcome if np.isfinite(outcome.probabilities).all() else "the network's output is not finite"
-        return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
+        problem = problem_of(outcome, self.classifier.reads, row.path is not None, row.text or "")
+        return outcome if problem is None and isinstance(outcome, Scored) else str(problem)
 
 
 def _bytes(path: str) -> bytes:
