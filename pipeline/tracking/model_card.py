@@ -9,6 +9,8 @@ from typing import Any
 
 from refract.models.bundle.bundle import load_bundle
 from refract.models.bundle.info import BundleInfo
+from refract.models.factory import NO_IMAGES
+from refract.pipeline.evaluation.error_images import FOLDER
 from refract.pipeline.files import write_atomically
 
 CARD = "model_card.md"
@@ -47,13 +49,17 @@ class Gate:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a run's folder says about its model. familiar: whether the bundle has training features; report: the content of `report.json`;
-    labels: the label state, empty without a label history; gate: None before the gate."""
+    """What a run's folder says about its model.
+
+    digest: of the bundle; familiar: whether the bundle has training features; errors: whether the folder has a gallery of errors; report:
+    the content of `report.json`; labels: the label state, empty without a label history; gate: None before the gate.
+    """
 
     name: str
     info: BundleInfo
     digest: str
     familiar: bool
+    errors: bool
     report: Mapping[str, Any]
     labels: Mapping[str, str] = field(default_factory=dict)
     gate: Gate | None = None
@@ -73,7 +79,8 @@ def read_facts(run_dir: Path, labels: Mapping[str, str] | None = None, gate: Gat
     report = json.loads((run_dir / "report.json").read_text("utf-8"))
     source = {key: value for key, value in bundle.info.data.items() if key in LABEL_STATE} | dict(labels or {})
     familiar = bundle.training_features() is not None
-    return ModelFacts(run_dir.name, bundle.info, bundle.digest, familiar, report, source, gate)
+    errors = (run_dir / FOLDER).is_dir()
+    return ModelFacts(run_dir.name, bundle.info, bundle.digest, familiar, errors, report, source, gate)
 
 
 def label_state(tags: Mapping[str, str]) -> dict[str, str]:
@@ -95,9 +102,9 @@ def version_description(facts: ModelFacts) -> str:
     tested = sum(data.get("counts", {}).get("test", {}).values()) if info.task != "multilabel" else None
     sentences = [
         f"`{info.network['name']}` for {len(info.labels):,} labels ({info.task}).",
-        f"Trained on {_quoted(data.get('source', 'unknown data'))}, {_sizes(data)}{_state(facts.labels)}.",
+        f"Trained on {_quoted(data.get('source', 'unknown data'))}, {_sizes(info)}{_state(facts.labels)}.",
         f"On the test set{'' if tested is None else f' of {tested:,} samples'}: {metrics}." if metrics else "",
-        f"Files of the run `{facts.name}`: `{CARD}`, `report.html`, `errors/` and `bundle/`.",
+        f"Files of the run `{facts.name}`: `{CARD}`, `report.html`, {'`errors/`, ' if facts.errors else ''}`bundle/`.",
     ]
     paragraph = " ".join(filter(None, sentences))
     return paragraph if facts.gate is None else with_gate(paragraph, facts.gate)
@@ -138,7 +145,7 @@ def model_card(facts: ModelFacts) -> str:
 
 def _intended_use(facts: ModelFacts) -> list[str]:
     info = facts.info
-    reads = "texts" if info.network["name"] == "none" else "images" if info.text is None else "images with texts"
+    reads = "texts" if info.network["name"] == NO_IMAGES else "images" if info.text is None else "images with texts"
     shown = ", ".join(map(_cell, info.labels[:SHOWN_LABELS]))
     rest = len(info.labels) - SHOWN_LABELS
     chosen = {"multilabel": "any number of", "binary": "one of"}.get(info.task, "one of")
@@ -247,7 +254,9 @@ def _gate(gate: Gate | None) -> list[str]:
 
 
 def _loading(facts: ModelFacts) -> list[str]:
-    example = 'pandas.DataFrame({"image": [open("image.jpg", "rb").read()]})'
+    columns = [] if facts.info.network["name"] == NO_IMAGES else ['"image": [open("image.jpg", "rb").read()]']
+    columns += [] if facts.info.text is None else ['"text": ["the text"]']
+    example = f"pandas.DataFrame({{{', '.join(columns)}}})"
     return [
         f"The SHA-256 of the bundle's manifest is `{facts.digest}`. NAME and VERSION are those of the registered model.",
         "As a server:",
@@ -259,11 +268,10 @@ def _loading(facts: ModelFacts) -> list[str]:
     ]
 
 
-def _sizes(data: Mapping[str, Any]) -> str:
-    counts = data.get("counts", {})
-    return (
-        ", ".join(f"{sum(labels.values()):,} {split} labels" for split, labels in counts.items()) or "of unknown size"
-    )
+def _sizes(info: BundleInfo) -> str:
+    counts, unit = info.data.get("counts", {}), "labels" if info.task == "multilabel" else "samples"
+    sizes = ", ".join(f"{sum(labels.values()):,} {split}" for split, labels in counts.items())
+    return f"{sizes} {unit}" if sizes else "of unknown size"
 
 
 def _state(labels: Mapping[str, str]) -> str:
