@@ -185,6 +185,13 @@ def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
     assert {"margin", "interval"} <= {line["name"] for line in fourth["gate"]["lines"] if not line["passed"]}
     assert retraining.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
     assert "failed at margin" in fourth["why"]
+    described = retraining.client.get_model_version("colors", fourth["version"])
+    champion = retraining.client.get_model_version("colors", third["version"])
+    assert "The promotion gate failed against version 2, on " in described.description, described.description
+    assert "The promotion gate passed against version 1, on " in champion.description
+    assert described.tags["metric.accuracy"].startswith("0.")
+    card = Path(retraining.client.download_artifacts(described.run_id, "model_card.md")).read_text("utf-8")
+    assert "The promotion gate failed against version 2" in card and "| margin | failed | " in card
 
     shutil.rmtree(images)
     shutil.copytree(backup, images)
