@@ -1,4 +1,4 @@
-"""The bundle as an MLflow model: MLflow imports this module by its name, which an `MLmodel` file beside the bundle's files has.
+"""The bundle as an MLflow model: MLflow imports this module by its name, which an `MLmodel` file next to the bundle's files has.
 
 MLflow calls `_load_pyfunc` in `mlflow.pyfunc.load_model`, in `mlflow models serve` and in each worker of a Spark UDF. Nothing is unpickled.
 """

@@ -1,4 +1,4 @@
-"""Describe a bundle as an MLflow model: files that lie beside the bundle's own in MLflow, which neither change nor copy these.
+"""Describe a bundle as an MLflow model: files that lie next to the bundle's own in MLflow, which neither change nor copy these.
 
 A bundle's reader ignores them, as the bundle's manifest does not list them.
 """
