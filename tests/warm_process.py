@@ -30,6 +30,7 @@ IMPORTED = (
     "torch", "torchvision", "timm", "refract.models.training.lightning_imports", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
     "mlflow.store.tracking.sqlalchemy_workspace_store", "sqlalchemy.dialects.sqlite", "alembic.command",
     "mlflow.store.model_registry.sqlalchemy_workspace_store",  # with the line above, 3 s of each tracked run
+    "mlflow.pyfunc", "refract.pipeline.tracking.mlflow_model",
     "pyarrow.parquet", "pyarrow.pandas_compat", "matplotlib.figure", "matplotlib.backends.backend_agg", "jsonargparse", "cv2", "jinja2",
     "scipy.stats", "sklearn.datasets", "tqdm", "httpx",
     "refract.augment", "refract.models.bundle.bundle", "refract.pipeline.training.run", "refract.pipeline.training.build",

@@ -3,7 +3,6 @@
 A bundle's reader ignores them, as the bundle's manifest does not list them.
 """
 
-import logging
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -35,7 +34,6 @@ def write_model_files(bundle_folder: Path, folder: Path, run_id: str) -> dict[st
     `mlflow.log-model.history`. BundleError for a damaged bundle, OSError for a folder that cannot be written.
     """
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # else MLflow copies the lock file of the current folder
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     import mlflow.pyfunc
     from mlflow.models import Model
 
