@@ -34,7 +34,15 @@ from refract.pipeline.inference.pyfunc import _load_pyfunc
 from refract.pipeline.labels.decisions import Decision
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.tracking.mlflow_model import LARGEST_EXAMPLE, requirements, write_model_files
-from refract.pipeline.tracking.model_card import Gate, model_card, read_facts, version_description, with_gate
+from refract.pipeline.tracking.model_card import (
+    Gate,
+    label_state,
+    model_card,
+    read_facts,
+    version_description,
+    version_tags,
+    with_gate,
+)
 from refract.pipeline.training.run import train
 from tests.pipeline.test_pipeline_score import expected, make_bundle
 
@@ -351,6 +359,15 @@ def test_the_model_card(registered: Registered) -> None:
     assert "- Robustness: not measured." in card and "- Familiarity: the model compares" in card
     for command in ("refract serve models:/", "mlflow.pyfunc.load_model(", "refract.load_bundle("):
         assert command in card
+
+
+def test_a_retraining_run_passes_the_label_state_of_its_snapshot(registered: Registered) -> None:
+    """The snapshot holds the corrected labels, so the bundle's data have no label state; the run's tags have it."""
+    tags = {"data.label_state": "abc", "data.label_decisions": "7", "data.source": "x"}
+    facts = read_facts(registered.run, label_state(tags))
+    assert facts.labels["label_state"] == "abc" and "source" not in facts.labels
+    assert "with the label state `abc` of 7 decisions" in version_description(facts)
+    assert version_tags(facts)["data.label_decisions"] == "7"
 
 
 def test_the_gate_is_added_to_card_and_description(registered: Registered) -> None:

@@ -117,6 +117,21 @@ def test_a_delivery_that_was_cut_short_counts_once(tmp_path: Path, new_tracking:
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 1
 
 
+def test_entries_of_an_earlier_version_are_delivered(tmp_path: Path, new_tracking: Path) -> None:
+    """Their journals have no folders of images, and no description of the registered version."""
+    uri = f"sqlite:///{shutil.copy(new_tracking, tmp_path / 'mlflow.db')}"
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    (tmp_path / "run" / "curves.png").write_bytes(b"an image")
+    one = tracked(tmp_path / "run", uri)
+    one._add({"do": "files", "files": ["curves.png"], "bundle": "bundle"})
+    one._add({"do": "register", "model": "animals", "alias": "champion"})
+    assert one.finish("FINISHED") == 0
+    client = MlflowClient(uri)
+    version = client.get_model_version("animals", "1")
+    assert not version.description
+    assert [file.path for file in client.list_artifacts(version.run_id)] == ["bundle", "curves.png"]
+
+
 def test_a_server_that_refuses_the_run_is_reported(tmp_path: Path, new_tracking: Path) -> None:
     database = f"sqlite:///{shutil.copy(new_tracking, tmp_path)}"
     client = MlflowClient(database)
