@@ -57,6 +57,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             ),
         },
         "Labels": {
+            "review": ("refract.pipeline.cli.review", "Review labels in the browser, the likely errors first"),
             "labels": (
                 "refract.pipeline.cli.labels",
                 "List, compare, record, import and export decisions on labels",

@@ -46,8 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def _review(args: argparse.Namespace) -> int:
-    from refract.pipeline.review.app import serve_review
-
+    from refract.pipeline.review.server import serve_review
     from refract.pipeline.review.start import ReviewOptions, start_review
 
     options = ReviewOptions(

@@ -130,6 +130,10 @@ class ReviewSession:
             return None
         return self._heat_maps(self.items[item].sample.read())
 
+    def in_data(self, item: int) -> bool:
+        """Whether the data set has the image, so that its labels can be confirmed."""
+        return self.items[item].index < self._data.labelled
+
     def state(self, item: int) -> ItemState:
         content = self.items[item].content
         state = self._decisions.state(content)
@@ -163,7 +167,7 @@ class ReviewSession:
         return record
 
     def _checked(self, item: Item, action: Action, labels: tuple[str, ...]) -> tuple[Action, tuple[str, ...]]:
-        in_data = item.index < self._data.labelled
+        in_data = self.in_data(item.index)
         if action == "undo":
             raise LabelError("action: undo takes the ID of a record; expected confirm, relabel, add, exclude or skip")
         if action == "confirm":

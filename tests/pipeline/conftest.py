@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from review_browser import browser, review  # noqa: F401  fixtures of the tests of a review's page
 from small_data import COLORS, Run, Training, make_image, write_image
 from warm_process import Started, WarmProcess, shared
 
