@@ -1,7 +1,8 @@
-"""Draws the screenshots of the web page, the report and MLflow, in light and dark: python docs/make_screenshots.py
+"""Draws the screenshots of the web pages, the report and MLflow, in light and dark: python docs/make_screenshots.py
 
-The script paints a small data set, trains a classifier on it, starts `refract serve` and MLflow's server on free ports, and takes
-docs/page.png, docs/report.png and docs/mlflow.png with Chromium (Debian's package chromium). NAME-dark.png is the dark form of NAME.png.
+The script paints a small data set, trains a classifier on it, starts `refract serve`, `refract review` and MLflow's server on free ports,
+and takes docs/page.png, docs/review.png, docs/report.png and docs/mlflow.png with Chromium (Debian's package chromium). NAME-dark.png is
+the dark form of NAME.png.
 """
 
 import io
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +27,10 @@ from PIL import Image
 from refract.pipeline.cli.demo import served
 from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.files import write_atomically
+from refract.pipeline.review.app import create_app
+from refract.pipeline.review.server import ReviewServer, listen
+from refract.pipeline.review.server import url as review_url
+from refract.pipeline.review.start import ReviewOptions, start_review
 from refract.pipeline.training.run import train
 
 DOCS = Path(__file__).resolve().parent
@@ -85,6 +91,27 @@ def mlflow_server() -> Iterator[str]:
         process.wait(30)
 
 
+@contextmanager
+def reviewed(run: Path) -> Iterator[str]:
+    """Serve a review of the painted data set with some labels changed, by the model of the run; yield the URL."""
+    shutil.copytree("scenes", "album")
+    for number, (label, wrong) in enumerate((("house", "boat"), ("fruit", "house"), ("boat", "fruit"))):
+        for image in sorted(Path("album", label).iterdir())[number : number + 3]:
+            image.rename(Path("album", wrong, f"new-{image.name}"))
+    session, _ = start_review(ReviewOptions(str(run), data="album"))
+    ready = threading.Event()
+    with listen("127.0.0.1", 0) as bound:
+        server = ReviewServer(create_app(session, reviewer="ann"), on_ready=ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        ready.wait()
+        try:
+            yield review_url(bound)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5):
@@ -113,6 +140,21 @@ def photograph_page(page: Any, url: str, images: list[Path]) -> None:
         if page.is_visible("#heat"):
             return
     raise RuntimeError("no prediction has a heat map; train on other images")
+
+
+def photograph_review(page: Any, url: str) -> None:
+    """Open the review at the likely label errors, and pass images until one has a heat map. Raises RuntimeError if none has."""
+    page.goto(url)
+    for _ in range(9):
+        page.wait_for_function("() => document.querySelector('#thumbs figure:last-child img')?.naturalWidth > 0")
+        page.wait_for_function(
+            "() => !['', 'Computing …'].includes(document.getElementById('explanation-text').textContent)"
+        )
+        if page.is_visible("#small-heat"):
+            page.evaluate("say('')")
+            return
+        page.keyboard.press("j")
+    raise RuntimeError("no likely label error has a heat map; train on other images")
 
 
 def photograph_mlflow(page: Any, url: str) -> None:
@@ -146,7 +188,12 @@ def take_screenshots(chromium: str) -> None:
         paint().save(f"{paint.__name__}.jpg", quality=90)
     sent = [Path("house.jpg"), Path("fruit.jpg"), Path("boat.jpg"), *sorted(Path("scenes/house").iterdir())]
     report = (result.run_dir / "report.html").resolve().as_uri()
-    with served(f"models:/scenes/{result.version}") as server, mlflow_server() as mlflow, sync_playwright() as play:
+    with (
+        served(f"models:/scenes/{result.version}") as server,
+        reviewed(result.run_dir) as review,
+        mlflow_server() as mlflow,
+        sync_playwright() as play,
+    ):
         mlflow += run_page("scenes", result.version)
         browser = play.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         for scheme, suffix in (("light", ""), ("dark", "-dark")):
@@ -154,6 +201,9 @@ def take_screenshots(chromium: str) -> None:
             page.set_default_timeout(60_000)
             photograph_page(page, server, sent)
             write(f"page{suffix}.png", page.screenshot())
+            page.set_viewport_size({"width": 1100, "height": 700})
+            photograph_review(page, review)
+            write(f"review{suffix}.png", page.screenshot())
             page.set_viewport_size({"width": 1000, "height": 800})
             page.goto(report)
             write(f"report{suffix}.png", page.screenshot())
