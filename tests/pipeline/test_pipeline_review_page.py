@@ -81,6 +81,7 @@ def test_moving_without_a_decision_returns_to_what_was_passed(review, tmp_path: 
     page.keyboard.press("j")
     assert title(page) == "007.png" and "007.png, label green" in page.inner_text("#status")
     page.keyboard.press("Enter")
+    assert page.inner_text("#status").startswith("Confirmed green. Next: 011.png, label red. Models trained on other")
     page.keyboard.press("Enter")
     page.wait_for_function("() => current()?.path === '003.png'")  # passed before
     page.keyboard.press("ArrowRight")

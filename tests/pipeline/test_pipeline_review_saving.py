@@ -111,6 +111,23 @@ def test_a_held_key_decides_once(review, tmp_path: Path) -> None:
     saved(page, 1, tmp_path)
 
 
+def test_an_image_on_which_somebody_decided_is_not_shown_any_more(review, tmp_path: Path) -> None:
+    one = review("unlabelled", new=24)
+    page, entries = one.page, one.session.queues[3].entries
+    paths = [one.session.items[entry.item].path for entry in entries]
+    body = {"item": entries[6].item, "action": "add", "labels": ["red"], "queue": "unlabelled", "reviewer": "bob"}
+    one.client.post("/api/decisions", json=body)
+    shown = []
+    for number in range(11):
+        page.wait_for_function("path => current() && current().path !== path", arg=shown[-1] if shown else "")
+        # The page learns it while the reviewer looks at the images before.
+        page.wait_for_function("place => place < 4 || entries.length === 11", arg=number)
+        shown.append(title(page))
+        page.keyboard.press("1")
+    assert shown == [path for path in paths if path != paths[6]]
+    saved(page, 12, tmp_path)
+
+
 def test_a_conflict_that_arises_while_deciding_is_reported(review, tmp_path: Path) -> None:
     one = review()
     page = one.page
