@@ -93,8 +93,11 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Audit:
-    """The random audit. decided: audited images with a decision; wrong: those whose label was changed or that were excluded; low, high:
-    95 % interval of the fraction of wrong labels (Wilson 1927), 0…1."""
+    """The random audit of the images that no other queue settled.
+
+    decided: audited images with a decision; wrong: those whose label was changed or that were excluded; low, high: 95 % interval of the
+    fraction of wrong labels (Wilson 1927), 0…1.
+    """
 
     decided: int
     wrong: int

@@ -212,7 +212,7 @@ class ReviewSession:
         ]
 
     def audit(self) -> Audit | None:
-        """Estimate the fraction of wrong labels in the data set, None before the first decision of the audit."""
+        """Estimate the fraction of wrong labels among the images that no other queue settled, None before an audited image."""
         return audit_of(self._decisions.settled(), ORIGIN + AUDIT)
 
     def agreement(self) -> Agreement | None:
