@@ -115,12 +115,13 @@ def _latest_run(folder: Path, config: Config) -> Path:
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
     """Take a snapshot of the data. The run ends here if they cannot be used, or if nothing has changed."""
     from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.labels.address import pinned, split_address
     from refract.pipeline.retraining.champion_data import data_of_first_champion
     from refract.pipeline.retraining.snapshot import inputs_digest, take
     from refract.pipeline.retraining.start_from import checked, plan
     from refract.pipeline.training.provenance import code_state, versions
 
-    workspace = workspace_of(config)
+    workspace, config = workspace_of(config), pinned(config)
     try:
         start, splits = plan(config)
         taken = take(config, workspace, data_of_first_champion(config, workspace), splits)
@@ -131,6 +132,8 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     result: Record = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
     if start:
         result["start"] = checked(start, splits, taken)
+    if (decision := split_address(config.data.labels)[1]) is not None:
+        result["label_decision"] = decision
     last = workspace.last()
     if last is not None and last["inputs"] == inputs and not record["force"]:
         why = f"data, config and code are those of run {last['run']}; train anyway with --force"
@@ -341,7 +344,8 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     outcome = record["ends"]
     workspace = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
-        kept = {key: record.get(key) for key in ("run", "snapshot", "snapshot_folder", "inputs", "version")}
+        keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
+        kept = {key: record.get(key) for key in keys}
         write(workspace.root / "last.json", kept | {"outcome": outcome})
     if config.retrain.notify:
         import json

@@ -31,7 +31,8 @@ class Record(TypedDict, total=False):
     """The record of a retraining run (run.json). Each step adds its keys.
 
     begin: run, force, began, attempts (without those that a signal stopped). snapshot: snapshot (digest, holdout, task, …),
-    snapshot_folder, inputs (digest of data, config and code), unchanged, start (the initial weights, see `start_from.Start`).
+    snapshot_folder, inputs (digest of data, config and code), unchanged, start (the initial weights, see `start_from.Start`),
+    label_decision (ID of the last decision of the label history that the run takes in).
     validate: labels (check → result), drift. train: training_run (folder of the run of `refract train`), start. register: version,
     mlflow (address), mlflow_run. gate: champion (version or None), gate.
     promote: undecided. announce: outcome, ended. The step that ends the run: ends (an Outcome), why.
@@ -46,6 +47,7 @@ class Record(TypedDict, total=False):
     inputs: str
     unchanged: bool
     start: dict[str, Any]
+    label_decision: int
     labels: dict[str, Check]
     drift: Check
     training_run: str
