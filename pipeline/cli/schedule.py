@@ -15,6 +15,7 @@ from refract.pipeline.cli import console
 if TYPE_CHECKING:
     from refract.pipeline.schedule.store import Schedule, ScheduleStore, TriggerState
     from refract.pipeline.schedule.triggers import Trigger
+    from refract.pipeline.webhooks.outbox import Outbox
 
 STATE = Path("runs/schedule")
 SHOWN = 5
@@ -145,6 +146,7 @@ def _schedule(args: argparse.Namespace) -> int:
         _triggers(config, arguments, checks=command is RETRAIN),
         args.check_s,
         args.min_interval_s,
+        _outbox(config) if command is RETRAIN else None,
     )
     return run_scheduler(plan, store)
 
@@ -159,6 +161,14 @@ def _arguments_of_triggers(args: argparse.Namespace, store: "ScheduleStore", con
     if given or args.cron is not None:
         return given
     return {one.name: one.argument for one in store.triggers(str(config))}
+
+
+def _outbox(config_file: Path) -> "Outbox | None":
+    """Return the outbox whose waiting events the scheduler delivers."""
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.retraining.notification import outbox
+
+    return outbox(load_config(config_file, []))
 
 
 def _triggers(config_file: Path, arguments: Mapping[str, str], *, checks: bool) -> "list[Trigger]":

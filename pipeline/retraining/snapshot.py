@@ -302,7 +302,10 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
     for section, keys in {
         "trainer": ("run_name", "runs_dir"),
         # Thresholds of the label checks refuse a run or have no effect. A run that a user accepted is not repeated without them.
-        "retrain": ("folder", "notify", "relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
+        "retrain": (
+            *("folder", "notify", "webhook", "webhook_on"),
+            *("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
+        ),
         "data": ("source", "labels"),  # the snapshot has their content
     }.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}

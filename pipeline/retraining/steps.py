@@ -340,7 +340,9 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
 
 
 def announce(folder: Path, config: Config, record: Record) -> Record:
-    """Report the outcome to the command `retrain.notify`, and record it for the next runs."""
+    """Report the outcome to the command `retrain.notify` and to the webhook, and record it for the next runs."""
+    from refract.pipeline.retraining.notification import notify
+
     outcome = record["ends"]
     workspace = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
@@ -357,6 +359,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
                 log.warning("retrain.notify: the command exited with %d", done.returncode)
         except subprocess.TimeoutExpired:
             log.warning("retrain.notify: the command was killed after %d s", NOTIFY_SECONDS)
+    notify(folder, config, record, outcome, record["why"])
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

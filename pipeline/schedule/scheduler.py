@@ -22,6 +22,7 @@ from apscheduler.triggers.base import BaseTrigger
 from refract.pipeline.files import locked
 from refract.pipeline.schedule.store import DECIDED, NO_MARKS, Run, Schedule, ScheduleError, ScheduleStore, Taken
 from refract.pipeline.schedule.triggers import CHECK_S, MIN_INTERVAL_S, Trigger, Watch
+from refract.pipeline.webhooks.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Plan:
     config: absolute path; cron, zone: for the store, cron is empty without one; trigger: the times of cron, None without one; command:
     called with the config, and with `--resume` to resume; grace: seconds that a run may be late, None without a limit; keep: number of runs
     whose logs are kept; resume: whether an interrupted run resumes at once; triggers: further reasons to start, checked every `check_s`
-    seconds; min_interval_s: as in `Watch`.
+    seconds; min_interval_s: as in `Watch`; outbox: events that wait for their webhook, None without one.
     """
 
     config: Path
@@ -57,6 +58,7 @@ class Plan:
     triggers: Sequence[Trigger] = ()
     check_s: float = CHECK_S
     min_interval_s: float = MIN_INTERVAL_S
+    outbox: Outbox | None = None
 
 
 def run_scheduler(plan: Plan, store: ScheduleStore) -> int:
@@ -278,6 +280,11 @@ def _scheduler(plan: Plan, store: ScheduleStore, runner: Runner) -> Any:
             coalesce=True,
             max_instances=1,
             misfire_grace_time=None,
+        )
+    if plan.outbox is not None:
+        deliver, now = plan.outbox.deliver, datetime.now(UTC)
+        scheduler.add_job(
+            deliver, "interval", seconds=WAKE_S, next_run_time=now, coalesce=True, misfire_grace_time=None
         )
     scheduler.add_job(int, "interval", seconds=WAKE_S, id="wake", coalesce=True, misfire_grace_time=None)
     return scheduler
