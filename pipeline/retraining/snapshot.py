@@ -21,6 +21,7 @@ from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
 from refract.pipeline.retraining.holdout import Holdout, as_test_samples, freeze, frozen, hash_of, named, renamed
+from refract.pipeline.retraining.holdout_versions import Corrections, corrected, frozen_digest, propose, record_version
 from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
@@ -90,17 +91,18 @@ def take(
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
     current = frozen(workspace.holdout, kind)
     configured = named(config, workspace.holdout, kind, current)
-    held_manifests = [one for one in (current.manifest if current else None, configured) if one is not None]
+    manifest, trained_labels = _without_copies_of_other_labels(manifest, scanned, current)
+    version = corrected(config, current, trained_labels)[0] if current else None
+    held_manifests = [one for one in (version.manifest if version else None, configured) if one is not None]
     labels = tuple(sorted({*manifest.labels, *(label for one in held_manifests for label in one.labels)}))
     task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
     held = [sample for one in held_manifests for sample in as_test_samples(one, labels)]
     added = as_test_samples(configured, labels) if configured else []
     added += _lacking(config, workspace, data, held, scanned, champion)
-    held = [*(as_test_samples(current.manifest, labels) if current else []), *added]
-    pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
-    if current is not None and applied is not None:
-        _report_frozen(current, applied)
+    held = [*(as_test_samples(version.manifest, labels) if version else []), *added]
+    copies = [*(current.manifest.samples if current else ()), *added]  # with the excluded ones
+    pool = without_copies([s for s in data.samples if s.split != "test"], copies, scanned, reads(config))
     whole = data.with_samples([*pool, *held])
     whole = _with_splits(config, whole, scanned, splits)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
@@ -108,17 +110,38 @@ def take(
     check_classes(trained.with_samples([*trained.samples, *held]))
     if current is None or added:
         current = freeze(workspace.holdout, labels, added, kind, configured)
-    whole = trained.with_samples([*trained.samples, *as_test_samples(current.manifest, labels)])
-    return _written(workspace, whole, current, scanned, applied)
+    version, corrections = corrected(config, current, trained_labels)
+    _report(corrections)
+    propose(workspace.holdout, version, current, config, corrections)
+    whole = trained.with_samples([*trained.samples, *as_test_samples(version.manifest, labels)])
+    return _written(workspace, whole, version, scanned, applied)
 
 
-def _report_frozen(held: Holdout, applied: "AppliedLabels") -> None:
-    """Log how many images of the frozen holdout have a decision: they keep their labels, and excluded ones stay."""
-    frozen_images = {Path(s.path).stem for s in held.manifest.samples if s.has_image} & applied.contents
-    if frozen_images:
+def _without_copies_of_other_labels(
+    manifest: Manifest, scanned: Scan, held: Holdout | None
+) -> tuple[Manifest, frozenset[str]]:
+    """Exclude the source's copies of held-out images whose labels no other image has, and these labels.
+
+    Returns (the manifest, the labels of the samples that may be trained on: outside the data's own test split, and no copies).
+    """
+    files = {Path(sample.path).stem for sample in held.manifest.samples if sample.has_image} if held else set()
+    copies = {s.key for s in manifest.samples if s.has_image and scanned.images.get(s.path) in files}
+    trained = _labels_of(s for s in manifest.samples if s.split != "test" and s.key not in copies)
+    rest = [s for s in manifest.samples if s.key not in copies or trained.issuperset(s.labels)]
+    gone = _labels_of(manifest.samples) - _labels_of(rest)
+    index = {old: new for new, old in enumerate(i for i in range(len(manifest.labels)) if i not in gone)}
+    samples = tuple(replace(s, labels=tuple(index[i] for i in s.labels)) for s in rest)
+    labels = tuple(manifest.labels[i] for i in index)
+    return replace(manifest, samples=samples, labels=labels), frozenset(manifest.labels[i] for i in trained)
+
+
+def _report(corrections: Corrections) -> None:
+    """Log what decisions change in the frozen holdout."""
+    if corrections.count:
+        log.info("holdout: decisions correct %s", corrections.text())
+    if corrections.kept:
         log.warning(
-            "labels: images of the frozen holdout with a decision, whose labels do not change: %d",
-            len(frozen_images),
+            "holdout: decisions whose labels no training image has, and that do not apply: %d", corrections.kept
         )
 
 
@@ -205,7 +228,8 @@ def _trained_before(workspace: Workspace) -> frozenset[str]:
 
 def accept(workspace: Workspace, snapshot: Snapshot) -> None:
     """Accept the snapshot: its holdout takes effect, and no later holdout gets samples that it trains on."""
-    holdout.accept(workspace.holdout, snapshot.holdout)
+    holdout.accept(workspace.holdout, frozen_digest(workspace.holdout, snapshot.holdout))
+    record_version(workspace.holdout, snapshot.holdout)
     (snapshot.folder / PROPOSED).unlink(missing_ok=True)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -282,7 +283,8 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.retraining.aliases import CHAMPION, aliases
-    from refract.pipeline.retraining.gate import Verdict, gate
+    from refract.pipeline.retraining.both_versions import on_both_versions
+    from refract.pipeline.retraining.gate import OnVersion, gate
     from refract.pipeline.retraining.overlap import holdout_line
     from refract.pipeline.tracking.model_card import Gate, read_facts, write_card
 
@@ -294,8 +296,12 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
         old = None if champion is None else load_bundle(download(client, name, champion, Path(downloads)))
         new = load_bundle(Path(record["training_run"]) / "bundle")
         measured = gate(config.gate, new, old, held, record["snapshot"]["holdout"])
+        both: tuple[OnVersion, ...] = ()
+        if old is not None and champion is not None:
+            before = client.get_model_version(name, champion).tags.get("holdout")
+            both = on_both_versions(workspace, measured, held, new, old, before)
     overlap = holdout_line(config, workspace, record["snapshot"]["digest"], held.samples, client, champion)
-    verdict = Verdict((overlap, *measured.lines), measured.holdout, measured.images)
+    verdict = replace(measured, lines=(overlap, *measured.lines), versions=both)
     write(folder / "gate.json", verdict.to_dict())
     print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.images:,} samples")
     print(verdict.text())
@@ -306,6 +312,9 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
             f"gate.{_key(line.name)}",
             f"{'unknown' if line.passed is None else line.passed}: {line.summary}"[:4000],
         )
+    if both:
+        text = "; ".join(version.text() for version in both)
+        client.set_model_version_tag(name, record["version"], "gate.versions", text[:4000])
     client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
     client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
     client.log_text(record["mlflow_run"], verdict.text() + "\n", "gate.txt")
