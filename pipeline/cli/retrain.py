@@ -57,7 +57,8 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     from refract.pipeline.config.config import ConfigError, load_config
     from refract.pipeline.retraining.notification import notify, outbox
     from refract.pipeline.retraining.run import begin, run_config, unfinished, worth_resuming
-    from refract.pipeline.retraining.steps import Outcome, join_training
+    from refract.pipeline.retraining.steps import Outcome
+    from refract.pipeline.retraining.trainings import join_training
     from refract.pipeline.retraining.workspace import RUN_RECORD, read_run, workspace_of
     from refract.pipeline.tracking.address import check_address, tracking_uri
     from refract.pipeline.training.ranks import is_further_rank
@@ -92,7 +93,7 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
     print(f"{words}: {record['why']}")
     output.result({"outcome": words, "why": record["why"], "run": run_folder, "exit_code": int(outcome)})
-    names = (RUN_RECORD, "gate.json", "config.yaml", "drift", "relabelled.csv")
+    names = (RUN_RECORD, "gate.json", "config.yaml", "drift", "relabelled.csv", "report")
     print(f"run: {run_folder}/ ({', '.join(name for name in names if (run_folder / name).exists())})")
     return int(outcome)
 

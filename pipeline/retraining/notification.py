@@ -37,7 +37,7 @@ def notify(folder: Path, config: Config, record: Record, outcome: int, why: str)
         box = outbox(config)
         if box is None:
             return
-        name = "unchanged" if record.get("unchanged") else OUTCOMES[outcome]
+        name = name_of(outcome, record)
         if name in config.retrain.webhook_on:
             box.add(event_of(folder, config, record, name, why))
         box.deliver_in_background()
@@ -45,6 +45,11 @@ def notify(folder: Path, config: Config, record: Record, outcome: int, why: str)
         log.warning("webhook: %s", error)
     except OSError as error:
         log.warning("webhook: %s: %s", error.filename or folder, error.strerror or error)
+
+
+def name_of(outcome: int, record: Record) -> str:
+    """Return the name of a run's result. outcome: an exit code."""
+    return "unchanged" if record.get("unchanged") else OUTCOMES[outcome]
 
 
 def event_of(folder: Path, config: Config, record: Record, outcome: str, why: str) -> dict[str, Any]:

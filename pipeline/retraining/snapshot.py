@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WITHOUT_TABLE = "without_corrections.csv"
+"""The table of the data without the corrections since the champion, for `retrain.effect_of_labels`."""
 TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
 DECIDED = "decided"
 """The key of CONTENTS with the images whose labels the label history sets."""
@@ -45,7 +47,7 @@ class Snapshot:
 
     digest: SHA-256 of content, labels and splits; holdout: its version; counts: split → label → samples; columns: names of the
     metadata columns; left_out: number of unreadable images that are skipped; labels: the state of the label history, empty without
-    `data.labels`.
+    `data.labels`; corrections: since the champion, which are no part of the record, as the champion may change.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Snapshot:
     columns: tuple[str, ...]
     left_out: int
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    corrections: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def manifest(self) -> Path:
@@ -78,6 +81,8 @@ def take(
     workspace: Workspace,
     champion: ChampionData | None = None,
     splits: Mapping[str, str] = MappingProxyType({}),
+    *,
+    since: int | None = None,
 ) -> Snapshot:
     """Read every image, exclude the holdout, draw the validation split, and write the snapshot. DataError for unusable data.
 
@@ -85,9 +90,10 @@ def take(
     that no run has trained on. Neither its copies in the data nor other images of the data's own test split are trained on.
 
     champion: the data of a champion of `refract train`. The first holdout then takes images of its test split, and none of its
-    training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split.
+    training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split. since: ID
+    of the last decision that the champion took in, for the list of corrections; None without a label history.
     """
-    manifest, scanned, applied = _scanned(config)
+    source, manifest, scanned, applied = _scanned(config)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
     current = frozen(workspace.holdout, kind)
     configured = named(config, workspace.holdout, kind, current)
@@ -114,7 +120,22 @@ def take(
     _report(corrections)
     propose(workspace.holdout, version, current, config, corrections)
     whole = trained.with_samples([*trained.samples, *as_test_samples(version.manifest, labels)])
-    return _written(workspace, whole, version, scanned, applied)
+    snapshot = _written(workspace, whole, version, scanned, applied)
+    return snapshot if since is None else _with_corrections(config, snapshot, source, whole, scanned, since)
+
+
+def _with_corrections(
+    config: Config, snapshot: Snapshot, source: Manifest, whole: Manifest, scanned: Scan, since: int
+) -> Snapshot:
+    """Return the snapshot with the corrections since the champion; write the data without them if the run measures their effect."""
+    from refract.pipeline.retraining.label_corrections import taken_in, without
+
+    taken = taken_in(config, source, scanned, since)
+    table = snapshot.folder / WITHOUT_TABLE
+    table.unlink(missing_ok=True)
+    if config.retrain.effect_of_labels and (before := without(whole, source, scanned, taken)) is not None:
+        _write_table(_on_disk(before, snapshot.folder), table)
+    return replace(snapshot, corrections=taken.record())
 
 
 def _without_copies_of_other_labels(
@@ -157,16 +178,19 @@ def _with_splits(config: Config, whole: Manifest, scanned: Scan, splits: Mapping
     return replace(drawn, samples=tuple(replace(sample, split=split_of[sample.key]) for sample in whole.samples))
 
 
-def _scanned(config: Config) -> tuple[Manifest, Scan, "AppliedLabels | None"]:
-    """Load and check the data, and apply `data.labels`. Returns (the usable samples, the scan of all samples, what decisions changed)."""
+def _scanned(config: Config) -> tuple[Manifest, Manifest, Scan, "AppliedLabels | None"]:
+    """Load and check the data, and apply `data.labels`.
+
+    Returns (the readable samples without decisions, the usable samples, the scan of all samples, what decisions changed).
+    """
     manifest = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
     for line in (*manifest.notes, *skipped_lines(manifest.skipped)):
         log.warning("data: %s", line)
     check_inputs(config, manifest)
     scanned = scan(manifest.samples, reads=reads(config))
-    manifest = drop_bad(manifest, scanned, config.data.on_bad_file)
-    manifest, scanned, applied = with_labels(config, manifest, scanned)
-    return drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned, applied
+    source = drop_bad(manifest, scanned, config.data.on_bad_file)
+    manifest, scanned, applied = with_labels(config, source, scanned)
+    return source, drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned, applied
 
 
 def _lacking(
