@@ -81,7 +81,6 @@ def take(
     workspace: Workspace,
     champion: ChampionData | None = None,
     splits: Mapping[str, str] = MappingProxyType({}),
-    *,
     since: int | None = None,
 ) -> Snapshot:
     """Read every image, exclude the holdout, draw the validation split, and write the snapshot. DataError for unusable data.

@@ -107,7 +107,7 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     try:
         start, splits = plan(config)
         since = None if config.data.labels is None else decision_of_champion(config)
-        taken = take(config, workspace, data_of_first_champion(config, workspace), splits, since=since)
+        taken = take(config, workspace, data_of_first_champion(config, workspace), splits, since)
     except DataError as error:
         return _ends(Outcome.REFUSED, str(error))
     code, diff = code_state()

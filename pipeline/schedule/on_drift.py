@@ -1,6 +1,6 @@
 """The trigger `--on-drift DATA`: a run is due when new data, or a server's sampled inputs, drift from the champion's reference.
 
-A process of its own measures, as the scheduler stays small without PyTorch, and a crash or a leak cannot end the schedule.
+A separate process measures, as the scheduler stays small without PyTorch, and a crash or a leak cannot end the schedule.
 """
 
 import json
@@ -102,9 +102,11 @@ class OnDrift:
         if child.returncode:
             last = next(reversed(errors.strip().splitlines()), f"exit code {child.returncode}")
             raise DriftError(masked(last))
-        result = json.loads(output.strip().splitlines()[-1])
-        assert isinstance(result, dict)
-        return result
+        try:
+            result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+            return {key: result[key] for key in ("level", "champion", "data", "summary")}
+        except (ValueError, LookupError, TypeError) as error:
+            raise DriftError(f"the measurement printed no result ({error})") from error
 
 
 def drift_trigger(config: Path, data: str, level: str) -> OnDrift:

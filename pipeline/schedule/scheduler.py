@@ -122,6 +122,9 @@ class Runner:
         except ScheduleError as error:
             log.error("triggers: %s", error)
             return
+        except Exception:  # APScheduler would drop it, and the next check may succeed
+            log.exception("triggers: an error of Refract itself; please report it with these lines")
+            return
         if reason is not None and not self._stopping.is_set() and not self._one_at_a_time.locked():
             self.fire(reason)
 
