@@ -117,6 +117,7 @@ class Runner:
         """Check the triggers, and start a run if one is due. Errors are logged, not raised, so that the schedule continues."""
         if self._stopping.is_set():
             return
+        is_active = self._one_at_a_time.locked()  # such a run may take in what is read now, and end before this check
         try:
             reason = self.watch.check(datetime.now(UTC))
         except ScheduleError as error:
@@ -125,7 +126,7 @@ class Runner:
         except Exception:  # APScheduler would drop it, and the next check may succeed
             log.exception("triggers: an error of Refract itself; please report it with these lines")
             return
-        if reason is not None and not self._stopping.is_set() and not self._one_at_a_time.locked():
+        if reason is not None and not (is_active or self._one_at_a_time.locked() or self._stopping.is_set()):
             self.fire(reason)
 
     def fire(self, reason: str = "cron") -> None:
