@@ -49,8 +49,8 @@ class TakenIn:
         listed = ", ".join(f"{before} → {after} {number:,}" for (before, after), number in ordered[:SHOWN])
         rest = sum(number for _, number in ordered[SHOWN:])
         others = f", and {rest:,} others" if rest else ""
-        since = f"since the champion (decision {self.since})" if self.since else "in all decisions"
-        return f"{count:,} image{'s' * (count != 1)} corrected {since}" + (f": {listed}{others}" if listed else "")
+        since = f" since the champion (decision {self.since})" if self.since else ""
+        return f"{count:,} image{'s' * (count != 1)} corrected{since}" + (f": {listed}{others}" if listed else "")
 
 
 def decision_of_champion(config: Config) -> int:

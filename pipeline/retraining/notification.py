@@ -72,8 +72,10 @@ def event_of(folder: Path, config: Config, record: Record, outcome: str, why: st
 def links_of(folder: Path, config: Config, record: Record) -> dict[str, str]:
     """Return name → path on this machine, or address of MLflow's page if its server has pages."""
     links = {"run": str(folder.absolute())}
-    if "training_run" in record and (report := Path(record["training_run"]) / "report.html").exists():
-        links["report"] = str(report.absolute())
+    training = Path(record.get("training_run", "")) / "report.html" if "training_run" in record else None
+    for name, page in (("report", folder / "report" / "report.html"), ("training_report", training)):
+        if page is not None and page.exists():
+            links[name] = str(page.absolute())
     server = masked(record.get("mlflow", "")).rstrip("/")
     if server.startswith(("http://", "https://")) and "version" in record:
         links["mlflow_version"] = f"{server}/#/models/{config.tracking.model_name}/versions/{record['version']}"

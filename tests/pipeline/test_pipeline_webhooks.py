@@ -203,10 +203,15 @@ GATE = {"passed": True, "lines": [{"name": "accuracy", "value": 0.9}, {"name": "
 def test_a_run_reports_its_result(receiver: Receiver, tmp_path: Path) -> None:
     (tmp_path / "runs/one").mkdir(parents=True)
     (tmp_path / "runs/one/report.html").touch()
-    folder = ends(
-        config_at(tmp_path, receiver.url), Outcome.PROMOTED, version="7", champion="6", gate=GATE, mlflow_run="abc",
-        mlflow="http://ann:secret@mlflow:5000", training_run=str(tmp_path / "runs/one"), snapshot={"digest": "d"},
-    )  # fmt: skip
+    config = config_at(tmp_path, receiver.url)
+    folder = begin(config, force=False)
+    (folder / "report").mkdir()
+    (folder / "report/report.html").touch()
+    record = read_run(folder) | {
+        "version": "7", "champion": "6", "gate": GATE, "mlflow_run": "abc", "mlflow": "http://ann:secret@mlflow:5000",
+        "training_run": str(tmp_path / "runs/one"),
+    }  # fmt: skip
+    notify(folder, config, record, Outcome.PROMOTED, "because")
     (body,) = receiver.bodies
     assert (body["event"], body["outcome"], body["model"], body["run"]) == (
         "retraining",
@@ -218,7 +223,8 @@ def test_a_run_reports_its_result(receiver: Receiver, tmp_path: Path) -> None:
     assert body["metrics"] == {"accuracy": 0.9} and body["gate"] == GATE
     assert body["links"] == {
         "run": str(folder),
-        "report": str(tmp_path / "runs/one/report.html"),
+        "report": str(folder / "report/report.html"),
+        "training_report": str(tmp_path / "runs/one/report.html"),
         "mlflow_version": "http://***@mlflow:5000/#/models/colors/versions/7",
         "mlflow_run": "http://***@mlflow:5000/#/runs/abc",
     }
