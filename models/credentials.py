@@ -14,7 +14,7 @@ MASK = "***"
 
 TOKENS = (
     "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY",
-    "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN",
+    "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN", "REFRACT_WEBHOOK_SECRET",
 )  # fmt: skip
 """Environment variables with random values, which are masked wherever they occur."""
 

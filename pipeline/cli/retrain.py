@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refract import output
 from refract.models.credentials import masked
@@ -55,14 +55,17 @@ def main(argv: list[str]) -> int:
 
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
     from refract.pipeline.config.config import ConfigError, load_config
-    from refract.pipeline.retraining.run import begin, unfinished, worth_resuming
-    from refract.pipeline.retraining.steps import Outcome, join_training
+    from refract.pipeline.retraining.notification import notify, outbox
+    from refract.pipeline.retraining.run import begin, run_config, unfinished, worth_resuming
+    from refract.pipeline.retraining.steps import Outcome
+    from refract.pipeline.retraining.trainings import join_training
     from refract.pipeline.retraining.workspace import RUN_RECORD, read_run, workspace_of
     from refract.pipeline.tracking.address import check_address, tracking_uri
     from refract.pipeline.training.ranks import is_further_rank
 
     config = load_config(argv[0], argv[1:])
     workspace = workspace_of(config)
+    outbox(config)
     uri = tracking_uri(config.tracking)
     check_address(uri)
     if masked(uri) != uri:
@@ -82,28 +85,47 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
         record = read_run(run_folder)
         if "outcome" not in record:
             again = shlex.join(["refract", "retrain", "--resume", argv[0]])
-            print(f"refract retrain: run {run_folder.name} {ended}; resume it with `{again}`", file=sys.stderr)
+            print(f"refract retrain: run {run_folder.name} {ended.words}; resume it with `{again}`", file=sys.stderr)
+            if not ended.stopped:
+                notify(run_folder, run_config(run_folder), record, int(Outcome.FAILED), ended.why)
             return int(Outcome.FAILED)
     outcome = Outcome(record["outcome"])
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
     print(f"{words}: {record['why']}")
     output.result({"outcome": words, "why": record["why"], "run": run_folder, "exit_code": int(outcome)})
-    names = (RUN_RECORD, "gate.json", "config.yaml", "drift", "relabelled.csv")
+    names = (RUN_RECORD, "gate.json", "config.yaml", "drift", "relabelled.csv", "report")
     print(f"run: {run_folder}/ ({', '.join(name for name in names if (run_folder / name).exists())})")
     return int(outcome)
 
 
-def _run(run_folder: Path) -> str:
-    """Run the remaining steps; print the error of one that fails. Returns how they ended, for the message."""
+class _End(NamedTuple):
+    """How the steps ended. why: the error of a failed step, empty without one."""
+
+    stopped: bool
+    why: str
+
+    @property
+    def words(self) -> str:
+        return "was stopped" if self.stopped else "failed"
+
+
+def _run(run_folder: Path) -> _End:
+    """Run the remaining steps; print the error of one that fails."""
     from refract.pipeline.retraining.run import note_stop
     from refract.pipeline.retraining.steps import run_steps
     from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
+
+    errors = []
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt  # also for SIGTERM: a step must not mistake a signal for a failure of what it calls
 
     def steps() -> int:
-        run_steps(run_folder)
+        try:
+            run_steps(run_folder)
+        except Exception as error:
+            errors.append(masked(str(error)) or type(error).__name__)
+            raise
         return 0
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -122,4 +144,4 @@ def _run(run_folder: Path) -> str:
             signal.signal(number, handler)
     if stopped:
         note_stop(run_folder)
-    return "was stopped" if stopped else "failed"
+    return _End(stopped, next(iter(errors), ""))

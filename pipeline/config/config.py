@@ -247,7 +247,9 @@ def check(config: Config, where: str, overridden: frozenset[str] = frozenset()) 
         raise ConfigError(
             f"{'command line' if key in overridden else where}: {key}: null is not accepted; expected {words}"
         )
-    rules = chain.from_iterable(section.rules() for section in (config.data, trainer, config.tracking, config.gate))
+    rules = chain.from_iterable(
+        section.rules() for section in (config.data, trainer, config.tracking, config.gate, config.retrain)
+    )
     for key, value, holds, expected in rules:
         if not holds:
             source = "command line" if key in overridden else where

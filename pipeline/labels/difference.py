@@ -66,6 +66,24 @@ def difference(
     return Difference(tuple(_changed(before, after, data, samples)))
 
 
+def changed_by_decisions(before: LabelState, after: LabelState) -> list[ChangedImage]:
+    """Return the images whose labels differ between two states of one history.
+
+    The confirmation of an image without an earlier decision changes nothing: it repeats the label of the source.
+    """
+    return [
+        image
+        for image in difference(before, after).images
+        if not any(
+            SOURCE in (image.before, image.after) and _confirms(state, image.content) for state in (before, after)
+        )
+    ]
+
+
+def _confirms(state: LabelState, content: str) -> bool:
+    return content in state.images and state.images[content].applied.action == "confirm"
+
+
 def _changed(
     before: LabelState, after: LabelState, data: Manifest | None, samples: Mapping[str, Sample] | None
 ) -> Iterator[ChangedImage]:

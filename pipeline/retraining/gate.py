@@ -44,12 +44,37 @@ class Line:
 
 
 @dataclass(frozen=True)
+class OnVersion:
+    """The accuracies on one version of the holdout.
+
+    version: its number, None for one of an earlier Refract; decides: whether the gate judges by it; corrections: what later decisions
+    changed in it, in words, or empty.
+    """
+
+    version: int | None
+    holdout: str
+    samples: int
+    challenger: float
+    champion: float | None
+    decides: bool
+    corrections: str = ""
+
+    def text(self) -> str:
+        name = f"holdout version {self.version}" if self.version is not None else f"holdout {self.holdout[:12]}"
+        champion = "" if self.champion is None else f", champion {self.champion:.4f}"
+        role = "the gate decides by it" if self.decides else f"before the correction of {self.corrections}"
+        return f"{name}: challenger {self.challenger:.4f}{champion} of {self.samples:,} samples; {role}"
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """lines: all checks; holdout: the version of the holdout that both were measured on; images: its number of samples."""
+    """lines: all checks; holdout: the version of the holdout that both were measured on; images: its number of samples; versions: the
+    accuracies before and after a correction of the holdout's labels, empty without one."""
 
     lines: tuple[Line, ...]
     holdout: str
     images: int
+    versions: tuple[OnVersion, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -57,17 +82,19 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         lines = [asdict(line) for line in self.lines]
-        return {"passed": self.passed, "holdout": self.holdout, "samples": self.images, "lines": lines}
+        versions = {"versions": [asdict(version) for version in self.versions]} if self.versions else {}
+        return {"passed": self.passed, "holdout": self.holdout, "samples": self.images, "lines": lines, **versions}
 
     def text(self) -> str:
         """Format the lines as a table for the terminal and MLflow."""
         width = max(len(line.name) for line in self.lines)
         words = ["unknown" if line.passed is None else "passed" if line.passed else "FAILED" for line in self.lines]
         longest = max(map(len, words))
-        return "\n".join(
+        rows = [
             f"{word:<{longest}}  {line.name:<{width}}  {line.summary}"
             for word, line in zip(words, self.lines, strict=True)
-        )
+        ]
+        return "\n".join([*rows, *(version.text() for version in self.versions)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The frozen holdout: copies of images and texts that no run trains on. Every run verifies them."""
+"""The frozen holdout: copies of images and texts that no run trains on. Every run verifies them.
+
+This module does not know corrections of their labels: `holdout_versions.py` applies them.
+"""
 
 import csv
 import hashlib
@@ -39,10 +42,11 @@ def renamed(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
 
 def frozen(folder: Path, task: str) -> Holdout | None:
     """Load the frozen holdout and verify each file; None if none is frozen. DataError if a file is gone or has changed."""
-    return _checked(folder / TABLE, task) if (folder / TABLE).exists() else None
+    return load_copies(folder / TABLE, task) if (folder / TABLE).exists() else None
 
 
-def _checked(table: Path, task: str) -> Holdout:
+def load_copies(table: Path, task: str) -> Holdout:
+    """Load a table of the holdout's folder and verify each file. DataError if a file is gone or has changed."""
     manifest, folder = load_manifest(table, task, to_train=False), table.parent
     changed = [s.path for s in manifest.samples if s.has_image and hash_of(Path(s.path)) != Path(s.path).stem]
     if changed:
@@ -50,7 +54,12 @@ def _checked(table: Path, task: str) -> Holdout:
             f"{folder}: {len(changed)} images of the frozen holdout are gone or have changed, such as {changed[0]}. Put them back, or "
             "move the folder away; the next run then draws a new holdout, perhaps of images that the champion was trained on"
         )
-    return Holdout(manifest, _digest(manifest, [Path(s.path).stem for s in manifest.samples]))
+    return Holdout(manifest, digest_of_copies(manifest))
+
+
+def digest_of_copies(manifest: Manifest) -> str:
+    """Return the version of the samples, whose images are copies in the holdout's folder."""
+    return _digest(manifest, [Path(s.path).stem for s in manifest.samples])
 
 
 def named(config: Config, folder: Path, task: str, current: Holdout | None) -> Manifest | None:
@@ -107,13 +116,13 @@ def freeze(
     (folder / NEXT_RECORD).unlink(missing_ok=True)  # of a run that was refused or killed
     # Quoted as `write_splits` does.
     write_atomically(folder / NEXT, table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
-    holdout = _checked(folder / NEXT, task)
+    holdout = load_copies(folder / NEXT, task)
     write(folder / NEXT_RECORD, {"digest": holdout.digest, "source": source})
     return holdout
 
 
 def accept(folder: Path, digest: str) -> None:
-    """Put the version that `freeze` wrote into effect if its digest is `digest`. A kill leaves the old version or the new one."""
+    """Put the samples that `freeze` wrote into effect if their digest is `digest`. A kill leaves the old samples or the new ones."""
     if not (folder / NEXT).exists() or not (folder / NEXT_RECORD).exists():
         return
     record = read(folder / NEXT_RECORD)

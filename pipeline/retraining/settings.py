@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from refract.models.credentials import masked
 from refract.models.fields import Checked, number
+from refract.pipeline.webhooks.delivery import problem_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,12 @@ class RetrainConfig(Checked):
         disagreement_stop: stops the run from this fraction of contradicted new labels on; null never.
         start_from: initial weights: scratch (those of model.weights), champion, or auto, which trains from both and registers the one with
             the higher accuracy on the validation set.
+        effect_of_labels: also train without the corrections of labels since the champion, and compare both on the holdout; doubles the
+            training time.
         notify: shell command that receives the run's record as JSON on its standard input, for 60 s at most; null disables it.
+        webhook: address that receives a POST with the run's result as JSON; a failed delivery is repeated for a week. The environment
+            variable REFRACT_WEBHOOK_URL replaces it, for addresses with a token.
+        webhook_on: results that are sent, of promoted, not_promoted, refused, failed and unchanged.
     """
 
     folder: str = "retrain"
@@ -74,4 +81,14 @@ class RetrainConfig(Checked):
     disagreement_warn: float | None = number(0.05, gt=0, le=1, nullable=True)
     disagreement_stop: float | None = number(0.25, gt=0, le=1, nullable=True)
     start_from: Literal["scratch", "champion", "auto"] = "scratch"
+    effect_of_labels: bool = False
     notify: str | None = None
+    webhook: str | None = None
+    webhook_on: tuple[Literal["promoted", "not_promoted", "refused", "failed", "unchanged"], ...] = (
+        "promoted", "not_promoted", "refused", "failed",
+    )  # fmt: skip
+
+    def rules(self) -> Iterator[tuple[str, object, bool, str]]:
+        """Yield the rule of the key whose field cannot declare it, as `GateConfig.rules`."""
+        expected = None if self.webhook is None else problem_of(self.webhook, stored=True)
+        yield "retrain.webhook", masked(self.webhook or ""), expected is None, expected or ""

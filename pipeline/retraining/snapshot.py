@@ -21,6 +21,7 @@ from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
 from refract.pipeline.retraining.holdout import Holdout, as_test_samples, freeze, frozen, hash_of, named, renamed
+from refract.pipeline.retraining.holdout_versions import Corrections, corrected, frozen_digest, propose, record_version
 from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WITHOUT_TABLE = "without_corrections.csv"
+"""The table of the data without the corrections since the champion, for `retrain.effect_of_labels`."""
 TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
 DECIDED = "decided"
 """The key of CONTENTS with the images whose labels the label history sets."""
@@ -44,7 +47,7 @@ class Snapshot:
 
     digest: SHA-256 of content, labels and splits; holdout: its version; counts: split → label → samples; columns: names of the
     metadata columns; left_out: number of unreadable images that are skipped; labels: the state of the label history, empty without
-    `data.labels`.
+    `data.labels`; corrections: since the champion, which are no part of the record, as the champion may change.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Snapshot:
     columns: tuple[str, ...]
     left_out: int
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    corrections: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def manifest(self) -> Path:
@@ -77,6 +81,7 @@ def take(
     workspace: Workspace,
     champion: ChampionData | None = None,
     splits: Mapping[str, str] = MappingProxyType({}),
+    since: int | None = None,
 ) -> Snapshot:
     """Read every image, exclude the holdout, draw the validation split, and write the snapshot. DataError for unusable data.
 
@@ -84,23 +89,25 @@ def take(
     that no run has trained on. Neither its copies in the data nor other images of the data's own test split are trained on.
 
     champion: the data of a champion of `refract train`. The first holdout then takes images of its test split, and none of its
-    training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split.
+    training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split. since: ID
+    of the last decision that the champion took in, for the list of corrections; None without a label history.
     """
-    manifest, scanned, applied = _scanned(config)
+    source, manifest, scanned, applied = _scanned(config)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
     current = frozen(workspace.holdout, kind)
     configured = named(config, workspace.holdout, kind, current)
-    held_manifests = [one for one in (current.manifest if current else None, configured) if one is not None]
+    manifest, trained_labels = _without_copies_of_other_labels(manifest, scanned, current)
+    version = corrected(config, current, trained_labels)[0] if current else None
+    held_manifests = [one for one in (version.manifest if version else None, configured) if one is not None]
     labels = tuple(sorted({*manifest.labels, *(label for one in held_manifests for label in one.labels)}))
     task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
     held = [sample for one in held_manifests for sample in as_test_samples(one, labels)]
     added = as_test_samples(configured, labels) if configured else []
     added += _lacking(config, workspace, data, held, scanned, champion)
-    held = [*(as_test_samples(current.manifest, labels) if current else []), *added]
-    pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
-    if current is not None and applied is not None:
-        _report_frozen(current, applied)
+    held = [*(as_test_samples(version.manifest, labels) if version else []), *added]
+    copies = [*(current.manifest.samples if current else ()), *added]  # with the excluded ones
+    pool = without_copies([s for s in data.samples if s.split != "test"], copies, scanned, reads(config))
     whole = data.with_samples([*pool, *held])
     whole = _with_splits(config, whole, scanned, splits)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
@@ -108,17 +115,53 @@ def take(
     check_classes(trained.with_samples([*trained.samples, *held]))
     if current is None or added:
         current = freeze(workspace.holdout, labels, added, kind, configured)
-    whole = trained.with_samples([*trained.samples, *as_test_samples(current.manifest, labels)])
-    return _written(workspace, whole, current, scanned, applied)
+    version, corrections = corrected(config, current, trained_labels)
+    _report(corrections)
+    propose(workspace.holdout, version, current, config, corrections)
+    whole = trained.with_samples([*trained.samples, *as_test_samples(version.manifest, labels)])
+    snapshot = _written(workspace, whole, version, scanned, applied)
+    return snapshot if since is None else _with_corrections(config, snapshot, source, whole, scanned, since)
 
 
-def _report_frozen(held: Holdout, applied: "AppliedLabels") -> None:
-    """Log how many images of the frozen holdout have a decision: they keep their labels, and excluded ones stay."""
-    frozen_images = {Path(s.path).stem for s in held.manifest.samples if s.has_image} & applied.contents
-    if frozen_images:
+def _with_corrections(
+    config: Config, snapshot: Snapshot, source: Manifest, whole: Manifest, scanned: Scan, since: int
+) -> Snapshot:
+    """Return the snapshot with the corrections since the champion; write the data without them if the run measures their effect."""
+    from refract.pipeline.retraining.label_corrections import taken_in, without
+
+    taken = taken_in(config, source, scanned, since)
+    table = snapshot.folder / WITHOUT_TABLE
+    table.unlink(missing_ok=True)
+    if config.retrain.effect_of_labels and (before := without(whole, source, scanned, taken)) is not None:
+        _write_table(_on_disk(before, snapshot.folder), table)
+    return replace(snapshot, corrections=taken.record())
+
+
+def _without_copies_of_other_labels(
+    manifest: Manifest, scanned: Scan, held: Holdout | None
+) -> tuple[Manifest, frozenset[str]]:
+    """Exclude the source's copies of held-out images whose labels no other image has, and these labels.
+
+    Returns (the manifest, the labels of the samples that may be trained on: outside the data's own test split, and no copies).
+    """
+    files = {Path(sample.path).stem for sample in held.manifest.samples if sample.has_image} if held else set()
+    copies = {s.key for s in manifest.samples if s.has_image and scanned.images.get(s.path) in files}
+    trained = _labels_of(s for s in manifest.samples if s.split != "test" and s.key not in copies)
+    rest = [s for s in manifest.samples if s.key not in copies or trained.issuperset(s.labels)]
+    gone = _labels_of(manifest.samples) - _labels_of(rest)
+    index = {old: new for new, old in enumerate(i for i in range(len(manifest.labels)) if i not in gone)}
+    samples = tuple(replace(s, labels=tuple(index[i] for i in s.labels)) for s in rest)
+    labels = tuple(manifest.labels[i] for i in index)
+    return replace(manifest, samples=samples, labels=labels), frozenset(manifest.labels[i] for i in trained)
+
+
+def _report(corrections: Corrections) -> None:
+    """Log what decisions change in the frozen holdout."""
+    if corrections.count:
+        log.info("holdout: decisions correct %s", corrections.text())
+    if corrections.kept:
         log.warning(
-            "labels: images of the frozen holdout with a decision, whose labels do not change: %d",
-            len(frozen_images),
+            "holdout: decisions whose labels no training image has, and that do not apply: %d", corrections.kept
         )
 
 
@@ -134,16 +177,19 @@ def _with_splits(config: Config, whole: Manifest, scanned: Scan, splits: Mapping
     return replace(drawn, samples=tuple(replace(sample, split=split_of[sample.key]) for sample in whole.samples))
 
 
-def _scanned(config: Config) -> tuple[Manifest, Scan, "AppliedLabels | None"]:
-    """Load and check the data, and apply `data.labels`. Returns (the usable samples, the scan of all samples, what decisions changed)."""
+def _scanned(config: Config) -> tuple[Manifest, Manifest, Scan, "AppliedLabels | None"]:
+    """Load and check the data, and apply `data.labels`.
+
+    Returns (the readable samples without decisions, the usable samples, the scan of all samples, what decisions changed).
+    """
     manifest = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
     for line in (*manifest.notes, *skipped_lines(manifest.skipped)):
         log.warning("data: %s", line)
     check_inputs(config, manifest)
     scanned = scan(manifest.samples, reads=reads(config))
-    manifest = drop_bad(manifest, scanned, config.data.on_bad_file)
-    manifest, scanned, applied = with_labels(config, manifest, scanned)
-    return drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned, applied
+    source = drop_bad(manifest, scanned, config.data.on_bad_file)
+    manifest, scanned, applied = with_labels(config, source, scanned)
+    return source, drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned, applied
 
 
 def _lacking(
@@ -205,7 +251,8 @@ def _trained_before(workspace: Workspace) -> frozenset[str]:
 
 def accept(workspace: Workspace, snapshot: Snapshot) -> None:
     """Accept the snapshot: its holdout takes effect, and no later holdout gets samples that it trains on."""
-    holdout.accept(workspace.holdout, snapshot.holdout)
+    holdout.accept(workspace.holdout, frozen_digest(workspace.holdout, snapshot.holdout))
+    record_version(workspace.holdout, snapshot.holdout)
     (snapshot.folder / PROPOSED).unlink(missing_ok=True)
 
 
@@ -302,7 +349,10 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
     for section, keys in {
         "trainer": ("run_name", "runs_dir"),
         # Thresholds of the label checks refuse a run or have no effect. A run that a user accepted is not repeated without them.
-        "retrain": ("folder", "notify", "relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
+        "retrain": (
+            *("folder", "notify", "webhook", "webhook_on"),
+            *("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
+        ),
         "data": ("source", "labels"),  # the snapshot has their content
     }.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}

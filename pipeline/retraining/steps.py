@@ -4,10 +4,10 @@ A step that was killed is repeated, and finds what it did before.
 """
 
 import logging
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.retraining.registry import add_gate, client_of, download
 from refract.pipeline.retraining.run import run_config
+from refract.pipeline.retraining.trainings import train_one, training_run
 from refract.pipeline.retraining.workspace import Check, Record, read_run, workspace_of, write, write_run
 from refract.plugins import load
 
@@ -51,15 +52,6 @@ def run_steps(folder: Path) -> None:
         if not step.is_finished(read_run(folder)):
             log.info("step %d of %d: %s", number, len(STEPS), step.name)
             step(folder)
-
-
-def join_training(folder: Path) -> None:
-    """Train as a further rank of the training that rank 0 has started in the run's step `train`. Raises what a training raises."""
-    from refract.pipeline.training.run import train as train_run
-    from refract.pipeline.training.run_directory import stored_config
-
-    run = _latest_run(folder, run_config(folder))
-    train_run(stored_config(run), resume=run)
 
 
 class Step(NamedTuple):
@@ -101,29 +93,21 @@ class Step(NamedTuple):
         write_run(folder, {**record, **result})
 
 
-def _training_run(folder: Path, config: Config, start: str = "") -> Path:
-    """Return the folder of the training in a retraining run's step `train`. start: its name, if the step trains from several."""
-    return Path(config.trainer.runs_dir) / "-".join(filter(None, (config.tracking.model_name, folder.name, start)))
-
-
-def _latest_run(folder: Path, config: Config) -> Path:
-    """Return the folder of the step's training that started last; before the first one, that of a single training."""
-    runs = [_training_run(folder, config, start) for start in ("champion", "scratch", "")]
-    return next((run for run in runs if run.is_dir()), runs[-1])
-
-
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
     """Take a snapshot of the data. The run ends here if they cannot be used, or if nothing has changed."""
     from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.labels.address import pinned, split_address
     from refract.pipeline.retraining.champion_data import data_of_first_champion
+    from refract.pipeline.retraining.label_corrections import decision_of_champion
     from refract.pipeline.retraining.snapshot import inputs_digest, take
     from refract.pipeline.retraining.start_from import checked, plan
     from refract.pipeline.training.provenance import code_state, versions
 
-    workspace = workspace_of(config)
+    workspace, config = workspace_of(config), pinned(config)
     try:
         start, splits = plan(config)
-        taken = take(config, workspace, data_of_first_champion(config, workspace), splits)
+        since = None if config.data.labels is None else decision_of_champion(config)
+        taken = take(config, workspace, data_of_first_champion(config, workspace), splits, since)
     except DataError as error:
         return _ends(Outcome.REFUSED, str(error))
     code, diff = code_state()
@@ -131,6 +115,11 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     result: Record = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
     if start:
         result["start"] = checked(start, splits, taken)
+    if (decision := split_address(config.data.labels)[1]) is not None:
+        result["label_decision"] = decision
+    if taken.corrections is not None:
+        result["corrections"] = dict(taken.corrections)
+        log.info("labels: %s", taken.corrections["summary"])
     last = workspace.last()
     if last is not None and last["inputs"] == inputs and not record["force"]:
         why = f"data, config and code are those of run {last['run']}; train anyway with --force"
@@ -183,7 +172,11 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
 
 
 def train(folder: Path, config: Config, record: Record) -> Record:
-    """Train on the snapshot, evaluate on the holdout, and write the bundle; from two starts, choose the better on the validation set."""
+    """Train on the snapshot, evaluate on the holdout, and write the bundle; from two starts, choose the better on the validation set.
+
+    With `retrain.effect_of_labels`, also train without the corrections of labels.
+    """
+    from refract.pipeline.retraining.label_effect import train_without
     from refract.pipeline.retraining.snapshot import changed, read_snapshot
     from refract.pipeline.retraining.start_from import candidates, choose
 
@@ -200,9 +193,9 @@ def train(folder: Path, config: Config, record: Record) -> Record:
     tags = {f"data.{key}": value for key, value in taken.labels.items()}
     runs: dict[str, Path] = {}
     for name, candidate in configs.items():
-        run = _training_run(folder, config, name if len(configs) > 1 else "")
+        run = training_run(folder, config, name if len(configs) > 1 else "")
         try:
-            _train_one(run, candidate, tags)
+            train_one(run, candidate, tags)
             runs[name] = run
         except ConfigError as error:
             if name == "scratch" or run.exists():
@@ -213,26 +206,15 @@ def train(folder: Path, config: Config, record: Record) -> Record:
                 ) from error
             log.warning("start: from scratch: the champion's weights do not fit: %s", error)
             start = {**start, "why": str(error)}
-    if not start:
-        return {"training_run": str(runs["scratch"])}
-    start = choose(start, runs, taken)
-    return {"training_run": str(runs[start["won"]]), "start": start}
-
-
-def _train_one(run: Path, config: Config, tags: Mapping[str, str]) -> None:
-    """Train in the folder of the run, or resume it; nothing if it is finished. The step `register` registers the bundle.
-
-    tags: further tags of the run in MLflow.
-    """
-    from refract.pipeline.training.run import train as train_run
-    from refract.pipeline.training.run_directory import RECORD, read_record, stored_config
-
-    if run.exists() and not (run / RECORD).exists():
-        shutil.rmtree(run)  # the process was killed before the first record
-    if not run.exists():
-        train_run(config.changed({"trainer.run_name": run.name}), registers=False, tags=tags)
-    elif not read_record(run).get("finished"):
-        train_run(stored_config(run), resume=run, registers=False, tags=tags)
+    result: Record = {}
+    if start:
+        start = result["start"] = choose(start, runs, taken)
+    won = start.get("won", "scratch")
+    result["training_run"] = str(runs[won])
+    effect = train_without(folder, configs[won], record, taken)
+    if effect is not None:
+        result["label_effect"] = effect
+    return result
 
 
 def register(folder: Path, config: Config, record: Record) -> Record:
@@ -240,6 +222,7 @@ def register(folder: Path, config: Config, record: Record) -> Record:
 
     RetrainingError while the server does not accept it.
     """
+    from refract.pipeline.retraining.label_corrections import TAG
     from refract.pipeline.retraining.start_from import described
     from refract.pipeline.tracking.address import absolute, tracking_uri
     from refract.pipeline.tracking.journal import Journal
@@ -264,6 +247,10 @@ def register(folder: Path, config: Config, record: Record) -> Record:
             "retraining_run": folder.name,
         }
         tags |= {f"data.{key}": value for key, value in record["snapshot"].get("labels", {}).items()}
+        if "label_decision" in record:
+            tags[TAG] = str(record["label_decision"])
+        if "corrections" in record:
+            tags["labels.corrections"] = record["corrections"]["summary"][:LONGEST_TAG]
         if "start" in record:
             tags["start"] = described(record["start"])
         tags |= {f"labels.{kind}": check["summary"][:LONGEST_TAG] for kind, check in record.get("labels", {}).items()}
@@ -279,7 +266,9 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.retraining.aliases import CHAMPION, aliases
-    from refract.pipeline.retraining.gate import Verdict, gate
+    from refract.pipeline.retraining.both_versions import on_both_versions
+    from refract.pipeline.retraining.gate import OnVersion, gate
+    from refract.pipeline.retraining.label_effect import measured as effect_on
     from refract.pipeline.retraining.overlap import holdout_line
     from refract.pipeline.tracking.model_card import Gate, read_facts, write_card
 
@@ -291,11 +280,22 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
         old = None if champion is None else load_bundle(download(client, name, champion, Path(downloads)))
         new = load_bundle(Path(record["training_run"]) / "bundle")
         measured = gate(config.gate, new, old, held, record["snapshot"]["holdout"])
+        both: tuple[OnVersion, ...] = ()
+        if old is not None and champion is not None:
+            before = client.get_model_version(name, champion).tags.get("holdout")
+            both = on_both_versions(workspace, measured, held, new, old, before)
+        effect = effect_on(record["label_effect"], record, held) if "label_effect" in record else None
     overlap = holdout_line(config, workspace, record["snapshot"]["digest"], held.samples, client, champion)
-    verdict = Verdict((overlap, *measured.lines), measured.holdout, measured.images)
-    write(folder / "gate.json", verdict.to_dict())
+    verdict = replace(measured, lines=(overlap, *measured.lines), versions=both)
+    effects: Record = {} if effect is None else {"label_effect": effect}
+    write(folder / "gate.json", {**verdict.to_dict(), **effects})
     print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.images:,} samples")
-    print(verdict.text())
+    text = verdict.text()
+    if effect is not None:
+        text += f"\neffect of the corrections: {effect['summary']}"
+    print(text)
+    if effect is not None:
+        client.set_model_version_tag(name, record["version"], "labels.effect", effect["summary"][:4000])
     for line in verdict.lines:
         client.set_model_version_tag(
             name,
@@ -303,15 +303,18 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
             f"gate.{_key(line.name)}",
             f"{'unknown' if line.passed is None else line.passed}: {line.summary}"[:4000],
         )
+    if both:
+        results = "; ".join(version.text() for version in both)
+        client.set_model_version_tag(name, record["version"], "gate.versions", results[:4000])
     client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
     client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
-    client.log_text(record["mlflow_run"], verdict.text() + "\n", "gate.txt")
+    client.log_text(record["mlflow_run"], text + "\n", "gate.txt")
     facts = read_facts(
         Path(record["training_run"]), record["snapshot"].get("labels", {}), Gate(verdict.to_dict(), champion)
     )
     client.log_artifact(record["mlflow_run"], str(write_card(Path(record["training_run"]), facts)))
     add_gate(client, name, record["version"], facts)
-    return {"champion": champion, "gate": verdict.to_dict()}
+    return {"champion": champion, "gate": verdict.to_dict(), **effects}
 
 
 def promote(folder: Path, config: Config, record: Record) -> Record:
@@ -337,11 +340,15 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
 
 
 def announce(folder: Path, config: Config, record: Record) -> Record:
-    """Report the outcome to the command `retrain.notify`, and record it for the next runs."""
+    """Report the outcome to the command `retrain.notify` and to the webhook, and record it for the next runs."""
+    from refract.pipeline.retraining.notification import name_of, notify
+    from refract.pipeline.retraining.report import write_report
+
     outcome = record["ends"]
     workspace = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
-        kept = {key: record.get(key) for key in ("run", "snapshot", "snapshot_folder", "inputs", "version")}
+        keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
+        kept = {key: record.get(key) for key in keys}
         write(workspace.root / "last.json", kept | {"outcome": outcome})
     if config.retrain.notify:
         import json
@@ -353,6 +360,8 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
                 log.warning("retrain.notify: the command exited with %d", done.returncode)
         except subprocess.TimeoutExpired:
             log.warning("retrain.notify: the command was killed after %d s", NOTIFY_SECONDS)
+    write_report(folder, config, record, name_of(outcome, record), record["why"])
+    notify(folder, config, record, outcome, record["why"])
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

@@ -31,9 +31,11 @@ class Record(TypedDict, total=False):
     """The record of a retraining run (run.json). Each step adds its keys.
 
     begin: run, force, began, attempts (without those that a signal stopped). snapshot: snapshot (digest, holdout, task, …),
-    snapshot_folder, inputs (digest of data, config and code), unchanged, start (the initial weights, see `start_from.Start`).
-    validate: labels (check → result), drift. train: training_run (folder of the run of `refract train`), start. register: version,
-    mlflow (address), mlflow_run. gate: champion (version or None), gate.
+    snapshot_folder, inputs (digest of data, config and code), unchanged, start (the initial weights, see `start_from.Start`),
+    label_decision (ID of the last decision of the label history that the run takes in), corrections (since the champion, see
+    `label_corrections.TakenIn`).
+    validate: labels (check → result), drift. train: training_run (folder of the run of `refract train`), start, label_effect (see
+    `label_effect.Effect`). register: version, mlflow (address), mlflow_run. gate: champion (version or None), gate, label_effect.
     promote: undecided. announce: outcome, ended. The step that ends the run: ends (an Outcome), why.
     """
 
@@ -46,6 +48,9 @@ class Record(TypedDict, total=False):
     inputs: str
     unchanged: bool
     start: dict[str, Any]
+    label_decision: int
+    corrections: dict[str, Any]
+    label_effect: dict[str, Any]
     labels: dict[str, Check]
     drift: Check
     training_run: str

@@ -1,1 +1,4 @@
-"""The scheduler, which starts `refract retrain` at set times on one machine. It is independent of the retraining package."""
+"""The scheduler, which starts `refract retrain` on one machine: at set times, when labels have been corrected, or when data drift.
+
+Each run, and each measurement of drift, is a separate process. The retraining package does not know the scheduler.
+"""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,9 @@ from zoneinfo import ZoneInfo
 from apscheduler.triggers.base import BaseTrigger
 
 from refract.pipeline.files import locked
-from refract.pipeline.schedule.store import DECIDED, Run, Schedule, ScheduleError, ScheduleStore, Taken
+from refract.pipeline.schedule.store import DECIDED, NO_MARKS, Run, Schedule, ScheduleError, ScheduleStore, Taken
+from refract.pipeline.schedule.triggers import CHECK_S, MIN_INTERVAL_S, Trigger, Watch
+from refract.pipeline.webhooks.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +39,26 @@ WAKE_S = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """The command of a schedule, and its times.
+    """The command of a schedule, its times and its triggers.
 
-    config: absolute path; cron, zone: for the store; trigger: the times; command: called with the config, and with `--resume` to resume;
-    grace: seconds that a run may be late, None without a limit; keep: number of runs whose logs are kept; resume: whether an interrupted
-    run resumes at once.
+    config: absolute path; cron, zone: for the store, cron is empty without one; trigger: the times of cron, None without one; command:
+    called with the config, and with `--resume` to resume; grace: seconds that a run may be late, None without a limit; keep: number of runs
+    whose logs are kept; resume: whether an interrupted run resumes at once; triggers: further reasons to start, checked every `check_s`
+    seconds; min_interval_s: as in `Watch`; outbox: events that wait for their webhook, None without one.
     """
 
     config: Path
     cron: str
     zone: ZoneInfo
-    trigger: BaseTrigger
+    trigger: BaseTrigger | None
     command: Sequence[str] = RETRAIN
     grace: float | None = None
     keep: int = 30
     resume: bool = True
+    triggers: Sequence[Trigger] = ()
+    check_s: float = CHECK_S
+    min_interval_s: float = MIN_INTERVAL_S
+    outbox: Outbox | None = None
 
 
 def run_scheduler(plan: Plan, store: ScheduleStore) -> int:
@@ -94,7 +101,9 @@ class Runner:
     def __init__(self, plan: Plan, store: ScheduleStore) -> None:
         self.plan, self.store = plan, store
         self.config = str(plan.config)
+        self.watch = Watch(self.config, plan.triggers, store, plan.min_interval_s)
         self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
         self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -104,17 +113,40 @@ class Runner:
         unfinished = [run for run in last if run.state in ("running", "cut", "stopped")]
         return last[0] if last and last[0] in unfinished and len(unfinished) <= RESUMES else None
 
-    def fire(self) -> None:
+    def check(self) -> None:
+        """Check the triggers, and start a run if one is due. Errors are logged, not raised, so that the schedule continues."""
+        if self._stopping.is_set():
+            return
+        is_active = self._one_at_a_time.locked()  # such a run may take in what is read now, and end before this check
+        try:
+            reason = self.watch.check(datetime.now(UTC))
+        except ScheduleError as error:
+            log.error("triggers: %s", error)
+            return
+        except Exception:  # APScheduler would drop it, and the next check may succeed
+            log.exception("triggers: an error of Refract itself; please report it with these lines")
+            return
+        if reason is not None and not (is_active or self._one_at_a_time.locked() or self._stopping.is_set()):
+            self.fire(reason)
+
+    def fire(self, reason: str = "cron") -> None:
         """Start a run and wait for its end. Errors are logged, not raised, so that the schedule continues."""
+        if not self._one_at_a_time.acquire(blocking=False):
+            log.warning("the run by %s is skipped: the previous one is still active", reason)
+            return
         try:
             with self._held() as handle:
                 if handle is not None:
-                    self._run(handle)
+                    self._run(handle, reason)
         except (OSError, ScheduleError) as error:
             log.error("no run: %s", error)
+        finally:
+            self._one_at_a_time.release()
 
     def stop(self, number: int) -> None:
         """Start no more runs, and forward the signal to the active one."""
+        for trigger in self.plan.triggers:
+            trigger.stop()
         with self._lock:
             self._stopping.set()
             if self._child is not None:
@@ -146,21 +178,27 @@ class Runner:
         finally:
             os.close(handle)
 
-    def _run(self, handle: int) -> None:
+    def _run(self, handle: int, reason: str) -> None:
+        marks: Mapping[str, str] = self.store.marks(self.config)
         interrupted = self.interrupted() if self.plan.resume else None
         for run in self.store.runs(self.config, 1):
             if run.state == "running":
                 self.store.cut(run.id)
-        code = self._once(handle, resume=interrupted is not None)
-        if interrupted is not None and code == NOTHING_LEFT and not self._stopping.is_set():
+        if interrupted is None:
+            self._once(handle, reason, marks, resume=False)
+            return
+        # It takes in what was measured at its first start: later labels and data are for the next run.
+        reason = interrupted.reason or reason
+        code = self._once(handle, reason, interrupted.marks, resume=True)
+        if code == NOTHING_LEFT and not self._stopping.is_set():
             log.info("there was nothing to resume; a new run starts")
-            self._once(handle, resume=False)
+            self._once(handle, reason, marks, resume=False)
 
-    def _once(self, handle: int, *, resume: bool) -> int | None:
-        """Start the command and return its exit code; None if the scheduler stops before."""
+    def _once(self, handle: int, reason: str, marks: Mapping[str, str] = NO_MARKS, *, resume: bool) -> int | None:
+        """Start the command and return its exit code; None if the scheduler stops before. reason, marks: as in `Run`."""
         start = time.monotonic()
         path = self.store.folder / f"{self.plan.config.stem}-{datetime.now(self.plan.zone):%Y%m%d-%H%M%S-%f}.log"
-        number = self.store.begin(self.config, path, self.plan.keep)
+        number = self.store.begin(self.config, path, self.plan.keep, reason=reason, marks=marks)
         command = [*self.plan.command, self.config, *(["--resume"] if resume else [])]
         state, code = "ended", None
         try:
@@ -177,9 +215,8 @@ class Runner:
                     start_new_session=True,
                     pass_fds=[handle],
                 )
-            log.info(
-                "%s %s: process %d, log %s", "resumed" if resume else "started", self._now(), self._child.pid, path
-            )
+            started = "resumed" if resume else "started"
+            log.info("%s %s by %s: process %d, log %s", started, self._now(), reason, self._child.pid, path)
             code = self._child.wait()
             if self._stopping.is_set() and code not in DECIDED:
                 state = "stopped"
@@ -196,13 +233,17 @@ class Runner:
 
 
 def _scheduler(plan: Plan, store: ScheduleStore, runner: Runner) -> Any:
-    """Build the APScheduler with its one job, due at the stored time, or at once if a run resumes."""
+    """Build the APScheduler.
+
+    Its job `retrain` is due at the stored time, or at once if a run resumes; its job `check` reads the triggers.
+    """
     from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, EVENT_JOB_SUBMITTED
     from apscheduler.schedulers.background import BackgroundScheduler
 
     config, due = str(plan.config), _due(plan, store, runner)
     command = "" if tuple(plan.command) == RETRAIN else shlex.join(plan.command)
     store.write(Schedule(config, plan.cron, str(plan.zone), command, due, os.getpid()))
+    store.set_triggers(config, {trigger.name: trigger.argument for trigger in plan.triggers})
     logging.getLogger("apscheduler").setLevel(logging.CRITICAL)  # `note` logs its events in plain text
     scheduler = BackgroundScheduler(timezone=UTC)
 
@@ -221,15 +262,34 @@ def _scheduler(plan: Plan, store: ScheduleStore, runner: Runner) -> Any:
 
     scheduler.add_listener(note, EVENT_JOB_SUBMITTED | EVENT_JOB_MISSED | EVENT_JOB_MAX_INSTANCES)
     grace = None if plan.grace is None else max(1, round(plan.grace))
-    scheduler.add_job(
-        runner.fire,
-        plan.trigger,
-        id="retrain",
-        next_run_time=due,
-        coalesce=True,
-        max_instances=1,
-        misfire_grace_time=grace,
-    )
+    if plan.trigger is not None:
+        scheduler.add_job(
+            runner.fire,
+            plan.trigger,
+            id="retrain",
+            next_run_time=due,
+            coalesce=True,
+            max_instances=1,
+            misfire_grace_time=grace,
+        )
+    elif due is not None:  # a run that resumes, or that is still active
+        scheduler.add_job(runner.fire, "date", run_date=due, id="retrain", misfire_grace_time=None)
+    if plan.triggers:
+        scheduler.add_job(
+            runner.check,
+            "interval",
+            seconds=plan.check_s,
+            id="check",
+            next_run_time=datetime.now(UTC),
+            coalesce=True,
+            max_instances=1,
+            misfire_grace_time=None,
+        )
+    if plan.outbox is not None:
+        deliver, now = plan.outbox.deliver, datetime.now(UTC)
+        scheduler.add_job(
+            deliver, "interval", seconds=WAKE_S, next_run_time=now, coalesce=True, misfire_grace_time=None
+        )
     scheduler.add_job(int, "interval", seconds=WAKE_S, id="wake", coalesce=True, misfire_grace_time=None)
     return scheduler
 
@@ -248,6 +308,9 @@ def _due(plan: Plan, store: ScheduleStore, runner: Runner) -> datetime | None:
             "stopped with its scheduler" if interrupted.state == "stopped" else "interrupted",
         )
         return now
+    if plan.trigger is None:
+        log.info("%s: checked every %g s: %s", plan.config, plan.check_s, ", ".join(one.name for one in plan.triggers))
+        return None
     if stored is not None and stored.due is not None and (stored.cron, stored.zone) == (plan.cron, str(plan.zone)):
         due = stored.due
         if due <= now:

@@ -5,13 +5,16 @@ APScheduler has its one job in memory, and gets its next time from here at each 
 """
 
 import hashlib
+import json
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from refract.errors import ServiceError
 from refract.pipeline.files import locked
@@ -36,7 +39,11 @@ DECIDED = (0, 10, 20)
 _TABLES = """
 CREATE TABLE IF NOT EXISTS schedules (config TEXT PRIMARY KEY, cron TEXT, zone TEXT, command TEXT, due TEXT, process INTEGER);
 CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, config TEXT, began TEXT, ended TEXT, code INTEGER, state TEXT, log TEXT);
+CREATE TABLE IF NOT EXISTS triggers
+    (config TEXT, name TEXT, argument TEXT, handled TEXT, reading TEXT, checked TEXT, PRIMARY KEY (config, name));
+CREATE TABLE IF NOT EXISTS starts (run INTEGER PRIMARY KEY, config TEXT, reason TEXT, marks TEXT);
 """
+NO_MARKS: Mapping[str, str] = MappingProxyType({})
 
 
 class ScheduleError(ServiceError):
@@ -49,8 +56,8 @@ class Taken(ScheduleError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """command: runs instead of `refract retrain`, or empty; due: time of the next run; process: ID of the scheduler's process, perhaps
-    ended."""
+    """cron: empty without one; command: runs instead of `refract retrain`, or empty; due: time of the next run by cron; process: ID of the
+    scheduler's process, perhaps ended."""
 
     config: str
     cron: str
@@ -62,7 +69,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """state: running, ended, stopped (with its scheduler), cut (killed with its scheduler), or unseen (it ended without a scheduler)."""
+    """state: running, ended, stopped (with its scheduler), cut (killed with its scheduler), or unseen (it ended without a scheduler).
+
+    reason: why it started, empty in runs of earlier versions; marks: trigger → the state that the run takes in.
+    """
 
     id: int
     began: datetime
@@ -70,6 +80,8 @@ class Run:
     code: int | None
     state: str
     log: str
+    reason: str = ""
+    marks: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def words(self, *, is_retrain: bool = True) -> str:
         """Describe the result. is_retrain: whether the command is `refract retrain`, whose exit codes have a meaning."""
@@ -82,6 +94,39 @@ class Run:
             return f"{killed}, with its scheduler" if self.state == "stopped" else killed
         meaning = RESULTS.get(self.code) if is_retrain else {0: "done"}.get(self.code)
         return f"{meaning} (exit code {self.code})" if meaning else f"exit code {self.code}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The result of one check of a trigger.
+
+    summary: the result as text; value, threshold: the measured number and the one that starts a run, None if not measured; due: whether a
+    run should start; handled: the new value of `TriggerState.handled`, None to keep it; mark: the value that it gets when a run that starts
+    now ends with a decision, None to keep it; state: further values as JSON, for the next check.
+    """
+
+    summary: str
+    value: float | None = None
+    threshold: float | None = None
+    due: bool = False
+    handled: str | None = None
+    mark: str | None = None
+    state: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def failed(self) -> bool:
+        return self.value is None
+
+
+@dataclass(frozen=True)
+class TriggerState:
+    """argument: the value of the trigger's option; handled: what the last run with a decision took in; reading, checked: the last check."""
+
+    name: str
+    argument: str
+    handled: str
+    reading: Reading | None
+    checked: datetime | None
 
 
 class ScheduleStore:
@@ -111,10 +156,58 @@ class ScheduleStore:
             database.execute("INSERT OR REPLACE INTO schedules VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def forget(self, config: str) -> None:
-        """Delete the schedule and its runs, but not their logs."""
+        """Delete the schedule, its triggers and its runs, but not their logs."""
         with self._open() as database:
-            database.execute("DELETE FROM schedules WHERE config = ?", [config])
-            database.execute("DELETE FROM runs WHERE config = ?", [config])
+            for table in ("schedules", "runs", "triggers", "starts"):
+                database.execute(f"DELETE FROM {table} WHERE config = ?", [config])
+
+    def set_triggers(self, config: str, arguments: Mapping[str, str]) -> None:
+        """Replace the triggers of a config. arguments: name → value of its option.
+
+        The labels that a run took in stay known when N changes; drift of other data is new.
+        """
+        with self._open() as database:
+            names = [row[0] for row in database.execute("SELECT name FROM triggers WHERE config = ?", [config])]
+            for name in set(names) - set(arguments):
+                database.execute("DELETE FROM triggers WHERE config = ? AND name = ?", [config, name])
+            for name, argument in arguments.items():
+                database.execute(
+                    "INSERT INTO triggers (config, name, argument, handled) VALUES (?, ?, ?, '') ON CONFLICT (config, name) "
+                    "DO UPDATE SET reading = CASE argument WHEN excluded.argument THEN reading END, "
+                    "handled = CASE WHEN argument = excluded.argument OR name = 'labels' THEN handled ELSE '' END, "
+                    "argument = excluded.argument",
+                    [config, name, argument],
+                )
+
+    def triggers(self, config: str) -> list[TriggerState]:
+        """Return the triggers of a config, by name."""
+        with self._open() as database:
+            rows = database.execute(
+                "SELECT name, argument, handled, reading, checked FROM triggers WHERE config = ? ORDER BY name DESC",
+                [config],
+            )
+            return [
+                TriggerState(
+                    name, argument, handled, Reading(**json.loads(reading)) if reading else None, _time(checked)
+                )
+                for name, argument, handled, reading, checked in rows
+            ]
+
+    def trigger(self, config: str, name: str) -> TriggerState | None:
+        return next((one for one in self.triggers(config) if one.name == name), None)
+
+    def record_reading(self, config: str, name: str, reading: Reading, time: datetime) -> None:
+        """Store the result of a check of a trigger."""
+        with self._open() as database:
+            database.execute(
+                "UPDATE triggers SET reading = ?, checked = ?, handled = coalesce(?, handled) WHERE config = ? AND name = ?",
+                [json.dumps(asdict(reading)), _text(time), reading.handled, config, name],
+            )
+
+    def marks(self, config: str) -> dict[str, str]:
+        """Return trigger → the state that a run takes in if it starts now."""
+        readings = {one.name: one.reading for one in self.triggers(config)}
+        return {name: reading.mark for name, reading in readings.items() if reading and reading.mark is not None}
 
     def is_due(self, config: str, due: datetime | None) -> None:
         with self._open() as database:
@@ -124,31 +217,47 @@ class ScheduleStore:
         """Return the last `count` runs, newest first."""
         with self._open() as database:
             rows = database.execute(
-                "SELECT id, began, ended, code, state, log FROM runs WHERE config = ? ORDER BY id DESC LIMIT ?",
+                "SELECT id, began, ended, code, state, log, coalesce(reason, ''), coalesce(marks, '{}') "
+                "FROM runs LEFT JOIN starts ON run = id WHERE runs.config = ? ORDER BY id DESC LIMIT ?",
                 [config, count],
             )
-            return [Run(row[0], datetime.fromisoformat(row[1]), _time(row[2]), *row[3:]) for row in rows]
+            return [
+                Run(number, datetime.fromisoformat(began), _time(ended), code, state, log, reason, json.loads(marks))
+                for number, began, ended, code, state, log, reason, marks in rows
+            ]
 
-    def begin(self, config: str, log: Path, keep: int) -> int:
-        """Add a run and return its number. Of the config's runs the newest `keep` stay, with their logs."""
+    def begin(self, config: str, log: Path, keep: int, *, reason: str = "", marks: Mapping[str, str] = NO_MARKS) -> int:
+        """Add a run and return its number. Of the config's runs the newest `keep` stay, with their logs. reason, marks: as in `Run`."""
         with self._open() as database:
             old = database.execute(
                 "SELECT id, log FROM runs WHERE config = ? ORDER BY id DESC LIMIT -1 OFFSET ?", [config, keep - 1]
             ).fetchall()
             for number, path in old:
                 database.execute("DELETE FROM runs WHERE id = ?", [number])
+                database.execute("DELETE FROM starts WHERE run = ?", [number])
                 Path(path).unlink(missing_ok=True)
             done = database.execute(
                 "INSERT INTO runs (config, began, state, log) VALUES (?, ?, 'running', ?)",
                 [config, _text(datetime.now(UTC)), str(log)],
             )
             assert done.lastrowid is not None
+            database.execute(
+                "INSERT OR REPLACE INTO starts VALUES (?, ?, ?, ?)",
+                [done.lastrowid, config, reason, json.dumps(dict(marks))],
+            )
             return done.lastrowid
 
     def end(self, number: int, state: str, code: int | None) -> None:
+        """Record the end of a run. A run with a decision, or with an unknown end, has taken in what its triggers had measured."""
         with self._open() as database:
             values = [_text(datetime.now(UTC)), code, state, number]
             database.execute("UPDATE runs SET ended = ?, code = ?, state = ? WHERE id = ?", values)
+            if state == "unseen" or (state == "ended" and code in DECIDED):
+                start = database.execute("SELECT config, marks FROM starts WHERE run = ?", [number]).fetchone()
+                for name, mark in json.loads(start[1]).items() if start else ():
+                    database.execute(
+                        "UPDATE triggers SET handled = ? WHERE config = ? AND name = ?", [mark, start[0], name]
+                    )
 
     def cut(self, number: int) -> None:
         """Record that the run was interrupted, at an unknown time."""

@@ -1,0 +1,199 @@
+"""The versions of the frozen holdout: its samples stay, and decisions in the label history correct their labels or exclude them.
+
+`holdout.csv` has the labels as they were frozen. A version applies decisions to them: `version-DIGEST.csv` is its table. `versions.jsonl`
+lists the versions that took effect, oldest first; lines are only added. Tables of earlier versions stay, and name the same files.
+"""
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from refract.pipeline.config.config import Config
+from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.files import write_atomically
+from refract.pipeline.labels.apply import listed_pairs
+from refract.pipeline.retraining.holdout import Holdout, digest_of_copies, load_copies
+from refract.pipeline.retraining.workspace import read, write
+
+VERSIONS = "versions.jsonl"
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Images of a holdout that differ between two of its versions.
+
+    relabelled: (labels before, labels now) → images; excluded: images that only the earlier version has; kept: images whose decision does
+    not apply, as no training image has its label.
+    """
+
+    relabelled: Mapping[tuple[str, str], int]
+    excluded: int = 0
+    kept: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(self.relabelled.values()) + self.excluded
+
+    def text(self) -> str:
+        """Summarise the corrections: `3 images: 2 relabelled (cat → dog 2), 1 excluded`."""
+        relabelled = sum(self.relabelled.values())
+        parts = [
+            f"{relabelled:,} relabelled ({listed_pairs(self.relabelled)})" if relabelled else "",
+            f"{self.excluded:,} excluded" if self.excluded else "",
+        ]
+        listed = ", ".join(part for part in parts if part)
+        return f"{self.count:,} image{'s' * (self.count != 1)}" + (f": {listed}" if listed else "")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that took effect. number: from 1 on; digest: SHA-256 of content and labels; decision: the last one of the label history
+    that it takes in, 0 without one; corrections: of the frozen labels, in words."""
+
+    number: int
+    digest: str
+    created: str
+    samples: int
+    decision: int
+    corrections: str
+
+
+def corrected(config: Config, frozen: Holdout, trained: Collection[str]) -> tuple[Holdout, Corrections]:
+    """Apply the decisions of `data.labels` to the frozen samples, by the SHA-256 of their images.
+
+    trained: the labels of training images. A decision for another label does not apply: no model could predict it. Raises as
+    `apply_labels` for a database that cannot be used.
+    """
+    effects = _effects(config)
+    manifest, multilabel = frozen.manifest, frozen.manifest.task == "multilabel"
+    names: dict[str, Names] = {}
+    relabelled: Counter[tuple[str, str]] = Counter()
+    excluded = kept = 0
+    for sample in manifest.samples:
+        now = before = _names(manifest, sample)
+        included, labels = effects.get(_content(sample), (True, before))
+        if not included:
+            excluded += 1
+            continue
+        if set(labels) != set(before):
+            if set(labels) <= set(trained) and (multilabel or len(labels) == 1):
+                now = labels
+                relabelled[";".join(before), ";".join(now)] += 1
+            else:
+                kept += 1
+        names[sample.key] = now
+    if not relabelled and not excluded:
+        return frozen, Corrections({}, 0, kept)
+    labels_now = tuple(sorted({name for row in names.values() for name in row}))
+    index = {label: i for i, label in enumerate(labels_now)}
+    samples = [
+        replace(sample, labels=tuple(index[name] for name in names[sample.key]))
+        for sample in manifest.samples if sample.key in names
+    ]  # fmt: skip
+    version = replace(manifest, samples=tuple(samples), labels=labels_now)
+    return Holdout(version, digest_of_copies(version)), Corrections(relabelled, excluded, kept)
+
+
+def difference(before: Manifest, now: Manifest) -> Corrections:
+    """Compare two versions. Samples that only the later one has do not count: those of a new class are no correction."""
+    old, new = ({(_content(s), s.text): ";".join(sorted(_names(one, s))) for s in one.samples} for one in (before, now))
+    relabelled = Counter((label, new[key]) for key, label in old.items() if key in new and new[key] != label)
+    return Corrections(relabelled, sum(key not in new for key in old))
+
+
+def propose(folder: Path, version: Holdout, frozen: Holdout, config: Config, corrections: Corrections) -> None:
+    """Write a version's table and its record; `record_version` lists it once the data of the run are accepted."""
+    from refract.pipeline.labels.address import split_address
+
+    name = _name(version.digest)
+    rows = [
+        {
+            "path": os.path.relpath(sample.path, folder) if sample.has_image else "",
+            "label": ";".join(_names(version.manifest, sample)),
+            "text": sample.text,
+            **sample.metadata,
+        }
+        for sample in version.manifest.samples
+    ]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]) if rows else ["path", "label"], quoting=csv.QUOTE_ALL, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / f"{name}.csv", table.getvalue().encode("utf-8", "surrogateescape"))
+    record = {
+        "digest": version.digest,
+        "frozen": frozen.digest,
+        "samples": len(rows),
+        "decision": split_address(config.data.labels)[1] or 0,
+        "corrections": corrections.text() if corrections.count else "",
+    }
+    write(folder / f"{name}.json", record)
+
+
+def frozen_digest(folder: Path, digest: str) -> str:
+    """Return the digest of the frozen labels below a version; that of a version of an earlier Refract is its own."""
+    path = folder / f"{_name(digest)}.json"
+    return str(read(path)["frozen"]) if path.exists() else digest
+
+
+def record_version(folder: Path, digest: str) -> None:
+    """Add a version to the list, unless it is the last one."""
+    known, path = versions(folder), folder / f"{_name(digest)}.json"
+    if not path.exists() or (known and known[-1].digest == digest):
+        return
+    record = {key: value for key, value in read(path).items() if key != "frozen"}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    line = json.dumps({"number": len(known) + 1, "created": now, **record}, ensure_ascii=False) + "\n"
+    before = (folder / VERSIONS).read_bytes() if known else b""
+    write_atomically(folder / VERSIONS, before + line.encode())
+
+
+def versions(folder: Path) -> list[Version]:
+    """Return the versions that took effect, oldest first. ConfigError for a damaged list."""
+    from refract.pipeline.config.config import ConfigError
+
+    try:
+        lines = (folder / VERSIONS).read_text("utf-8").splitlines()
+        return [Version(**json.loads(line)) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / VERSIONS}: cannot be read ({error}); restore it, or move it away") from error
+
+
+def load_version(folder: Path, digest: str, task: str) -> Manifest | None:
+    """Load the samples of a version; None if its table is missing. DataError if an image is gone or has changed."""
+    path = folder / f"{_name(digest)}.csv"
+    return load_copies(path, task).manifest if path.exists() else None
+
+
+def _effects(config: Config) -> dict[str, tuple[bool, Names]]:
+    """Return SHA-256 of an image → (whether it is in the data, its labels), by the decisions of `data.labels`."""
+    if config.data.labels is None:
+        return {}
+    from refract.pipeline.labels.address import opened, split_address
+
+    address, number = split_address(config.data.labels)
+    assert address is not None
+    return {content: one.applied.effect for content, one in opened(address).state(until=number).images.items()}
+
+
+def _content(sample: Sample) -> str:
+    """Return the SHA-256 of the sample's image, which is the name of its copy; empty without an image."""
+    return Path(sample.path).stem if sample.has_image else ""
+
+
+def _names(manifest: Manifest, sample: Sample) -> Names:
+    return tuple(manifest.labels[i] for i in sample.labels)
+
+
+def _name(digest: str) -> str:
+    return f"version-{digest[:16]}"
