@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from refract.pipeline.evaluation.evaluate import measured
 from refract.pipeline.evaluation.hierarchy import LEAST, back_off_numbers, back_off_threshold, with_levels
 from refract.pipeline.evaluation.measures import mean_interval
 from refract.pipeline.evaluation.report import make_report
+from refract.pipeline.inference.pyfunc import BundleModel
 from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 from refract.pipeline.labels.decisions import Decision
 from refract.pipeline.labels.history import LabelHistory
@@ -229,6 +231,7 @@ def test_the_run_stores_the_hierarchy_and_its_metrics(place: Path, bundle: Bundl
     (tracked,) = MlflowClient(f"sqlite:///{place / 'mlflow.db'}").search_runs(["1"])
     for name in ("accuracy_level_1", "lca_height", "back_off_precision"):
         assert tracked.data.metrics[f"test_{name}"] == pytest.approx(info.metrics[name])
+    assert "Class hierarchy: instead of abstaining" in (run / "model_card.md").read_text()
     assert "data.hierarchy" in json.loads((run / "run.json").read_text())["inputs"]
 
 
@@ -261,6 +264,11 @@ def test_predict_and_score_back_off_alike(refract: Run, place: Path, bundle: Bun
     for line, back_off, row in zip(map(json.loads, lines), wanted, rows, strict=True):
         assert line.get("backed_off", {}).get("label") == (back_off and back_off.label)
         assert line["abstain"] == (back_off is None and bool(row.max() < info.abstain_below))
+    from_mlflow = BundleModel(bundle, device="cpu").predict(
+        pd.DataFrame({"image": [file.read_bytes() for file in files]})
+    )
+    assert from_mlflow["backed_off"].tolist() == [back_off.label if back_off else "" for back_off in wanted]
+    assert from_mlflow["abstain"].tolist() == [json.loads(line)["abstain"] for line in lines]
     shown = refract("predict", bundle.path, files[0]).stdout
     assert f": {wanted[0].label} {wanted[0].confidence:.1%}  (" in shown
     (tmp_path / "bad.png").write_bytes(b"no image")
