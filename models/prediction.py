@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refract.models.hierarchy import BackOff
+
 LOW_CONFIDENCE, UNFAMILIAR = "low_confidence", "unfamiliar"
 """The codes of `abstain_reasons`."""
 
@@ -43,6 +45,7 @@ def prediction(
     confidence: float | None = None,
     familiarity: float = math.nan,
     min_familiarity: float | None = None,
+    backed_off: BackOff | None = None,
     explanation: Explanation | None = None,
     cut: bool = False,
 ) -> dict[str, Any]:
@@ -54,6 +57,8 @@ def prediction(
       is true, `abstain_reasons` lists the codes
     - familiarity: in 0…1, adds `familiarity`; NaN adds none
     - min_familiarity: adds `abstain`, also true if the familiarity lies below this limit or is NaN
+    - backed_off: the ancestor that is predicted in place of a label, see `Hierarchy.back_offs`; adds `backed_off`, and the low confidence
+      of the label is then no reason to abstain
     - confidence: the prediction's confidence, see `confidences`; None takes the probability of the first label
     - explanation: adds its `fields`
     - cut: adds `text_truncated`
@@ -67,9 +72,12 @@ def prediction(
         result["labels"] = [labels[i] for i in reached.tolist()]
     if not math.isnan(familiarity):
         result["familiarity"] = familiarity
+    if backed_off is not None:
+        result["backed_off"] = backed_off.fields
     if abstain_below is not None or min_familiarity is not None:
         confidence = best[0]["confidence"] if confidence is None else confidence
-        reasons = _reasons(confidence, abstain_below, familiarity, min_familiarity)
+        limit = abstain_below if backed_off is None else None
+        reasons = _reasons(confidence, limit, familiarity, min_familiarity)
         result["abstain"] = bool(reasons)
         if reasons:
             result["abstain_reasons"] = reasons
@@ -115,8 +123,13 @@ def confidences(probabilities: np.ndarray, task: str, thresholds: Sequence[float
 
 
 def format_prediction(path: Path, result: dict[str, Any]) -> str:
-    """Format a prediction as one line of text. For multi-label the labels that reach their thresholds come first."""
+    """Format a prediction as one line of text. For multi-label the labels that reach their thresholds come first.
+
+    A prediction that backs off starts with the ancestor.
+    """
     labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in result["top"])
+    if parent := result.get("backed_off"):
+        labels = f"{parent['label']} {parent['confidence']:.1%}  ({labels})"
     if "labels" in result:
         labels = f"{', '.join(result['labels']) or 'no label'}  ({labels})"
     reasons = " and ".join(_SHOWN[code] for code in result.get("abstain_reasons", [LOW_CONFIDENCE]))

@@ -7,12 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
+import numpy as np
+
 from refract.errors import InputError
 from refract.models.classifier import NORMALIZE
-from refract.models.tasks import TASKS
+from refract.models.hierarchy import BackOff, Hierarchy, HierarchyError
+from refract.models.tasks import SINGLE_LABEL, TASKS
 
 SCHEMA_VERSION = 1
 
@@ -37,6 +41,8 @@ class BundleInfo:
     - temperature: above 0
     - thresholds: for multilabel one number in 0…1 for each label, else empty
     - abstain_below: the confidence in 0…1 below which a person should decide; None without a limit, as in older bundles
+    - hierarchy: `parents`, name → parent of each class and each inner node, None for a root, and `threshold`, the probability in 0…1 at
+      which an inner node is predicted, None without one: see `refract.models.hierarchy.Hierarchy`; None without a hierarchy
     - created: UTC, ISO 8601
 
     BundleError names the field, its value and the accepted values.
@@ -53,6 +59,7 @@ class BundleInfo:
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
     abstain_below: float | None = None
+    hierarchy: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -63,10 +70,24 @@ class BundleInfo:
         for name, check in _CHECKS.items():
             check(self, name, getattr(self, name))
 
+    @cached_property
+    def tree(self) -> Hierarchy | None:
+        """The hierarchy of the labels, None without one."""
+        return None if self.hierarchy is None else Hierarchy(self.labels, self.hierarchy["parents"])
+
+    def back_offs(self, probabilities: np.ndarray) -> list[BackOff | None]:
+        """Return, for each row of probabilities (N, C), the ancestor that is predicted in place of a class; None for none."""
+        if self.tree is None or self.hierarchy is None:
+            return [None] * len(probabilities)
+        return self.tree.back_offs(probabilities, self.abstain_below, self.hierarchy["threshold"])
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, tuples as lists. Without plugins the key is absent, so that an older Refract reads it."""
+        """Return the fields as plain JSON values, tuples as lists.
+
+        Without plugins and without a hierarchy these keys are absent, so that an older Refract reads the bundle.
+        """
         values = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return values if self.plugins else {key: value for key, value in values.items() if key != "plugins"}
+        return {key: value for key, value in values.items() if value or key not in _ABSENT_IF_EMPTY}
 
     def to_json(self) -> str:
         """Return the fields as indented JSON."""
@@ -239,8 +260,30 @@ def _check_plugins(_: object, name: str, value: object) -> None:
         _fail(name, value, "a tuple of {'name': text, 'sha256': text}")
 
 
-_OPTIONAL = ("abstain_below", "plugins", "text")
-"""Fields that may be missing: older bundles do not have them, and bundles without plugins do not have `plugins`."""
+def _check_hierarchy(info: BundleInfo, name: str, value: object) -> None:
+    if value is None:
+        return
+    if info.task not in SINGLE_LABEL:
+        _fail(name, value, f"none for the task {info.task}")
+    if not isinstance(value, dict) or set(value) != {"parents", "threshold"}:
+        _fail(name, value, "a dict with exactly the keys parents, threshold, or none")
+    _check_fraction(None, f"{name}.threshold", value["threshold"])
+    parents = value["parents"]
+    if not isinstance(parents, dict) or not all(
+        isinstance(node, str) and node and (parent is None or (isinstance(parent, str) and parent))
+        for node, parent in parents.items()
+    ):
+        _fail(f"{name}.parents", parents, "a dict of node names to the names of their parents, null for a root")
+    try:
+        Hierarchy(info.labels, parents)
+    except HierarchyError as err:
+        raise BundleError(f"field '{name}.parents': {err}") from err
+
+
+_ABSENT_IF_EMPTY = ("plugins", "hierarchy")
+
+_OPTIONAL = ("abstain_below", "text", *_ABSENT_IF_EMPTY)
+"""Fields that may be missing: older bundles do not have them, and `to_dict` omits some that are empty."""
 
 _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
     {
@@ -255,6 +298,7 @@ _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
         "temperature": _check_temperature,
         "thresholds": _check_thresholds,
         "abstain_below": _check_fraction,
+        "hierarchy": _check_hierarchy,
         "metrics": _check_metrics,
         "data": _check_plain,
         "config": _check_plain,

@@ -55,6 +55,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.evaluation.advice import notes_on
     from refract.pipeline.evaluation.evaluate import evaluate
+    from refract.pipeline.evaluation.hierarchy import back_off_lines, back_off_numbers, with_levels
     from refract.pipeline.evaluation.report import make_report
     from refract.pipeline.evaluation.robustness import EFFORTS, measure_robustness
     from refract.pipeline.evaluation.slices import slices
@@ -72,9 +73,15 @@ def _evaluate(args: argparse.Namespace) -> int:
         "task": info.task, "temperature": info.temperature, "thresholds": info.thresholds
     }  # fmt: skip
     result = evaluate(classifier, preprocess_of(info), samples, labels=info.labels, **decision)
+    result = with_levels(result, info.tree)
     notes, parts = notes_on(result, drawn=False), slices(samples, result.right)
     print(f"{info.name} on {len(samples):,} images of {args.data} ({split or 'all'})")
     _print_result(result, notes, parts)
+    back_off, threshold = None, None if info.hierarchy is None else info.hierarchy["threshold"]
+    if info.tree is not None and info.abstain_below is not None and threshold is not None:
+        back_off = back_off_numbers(result, info.tree, info.abstain_below, threshold)
+        for line in back_off_lines(back_off):
+            print(f"  {line}")
     robustness = None
     if args.robustness != "none":
         seed = info.config.get("trainer", {}).get("seed", 0)  # the seed of the training
@@ -93,6 +100,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         report = make_report(
             f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
             precision=info.config.get("evaluation", {}).get("precision", 0.95), abstain_below=info.abstain_below,
+            back_off=threshold,
             near=manifest.near_of(samples), notes=notes, subject=f"The bundle {info.name}",
         )  # fmt: skip
         print("wrote " + ", ".join(map(str, report.write(args.report))))
@@ -105,6 +113,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if without_test:  # else near-duplicates were not searched
         numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
     numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
+    numbers |= {"back_off": back_off} if back_off is not None else {}
     output.result(numbers)
     if args.json:
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())

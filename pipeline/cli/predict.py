@@ -101,6 +101,7 @@ def _show(file: Path, outcome: "Scored", info: "BundleInfo", args: argparse.Name
     confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
     if outcome.familiarity is not None:
         options["familiarity"] = outcome.familiarity
+    options["backed_off"] = info.back_offs(probabilities[None])[0]
     result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
     if output.is_json():
         output.result({"path": file, **result})

@@ -53,6 +53,8 @@ class DataConfig(Checked):
         features: folder of the feature store, in which model.mode: probe, knn and prototype keep embeddings.
         labels: label history, whose decisions correct labels, add and exclude images (docs/labels.md): a SQLite file such as labels.db,
             or postgresql://USER@HOST/DATABASE; labels.db@57 applies the decisions up to number 57; null applies none.
+        hierarchy: class hierarchy (docs/hierarchy.md), for one label per image: a CSV, TSV or Parquet table with the columns label and
+            parent, which is empty for a root; a prediction backs off to a parent where no class is certain enough; null has none.
     """
 
     source: str = "digits"
@@ -74,6 +76,7 @@ class DataConfig(Checked):
     on_bad_file: Literal["error", "skip"] = "error"
     features: str = "features"
     labels: str | None = None
+    hierarchy: str | None = None
 
     def sides(self) -> tuple[int, int]:
         """(height, width) of the network's input."""
@@ -245,7 +248,8 @@ class EvaluationConfig(Checked):
     """The evaluation on the test set at the end of training.
 
     Args:
-        precision: target precision of accepted predictions; below the resulting confidence the model abstains.
+        precision: target precision of accepted predictions; below the resulting confidence the model abstains, or backs off to a parent
+            of data.hierarchy.
         threshold: threshold of each multi-label label, chosen on the validation set: f1 (best F1), precision or recall
             (reaches threshold_target with the best value of the other), or fixed (0.5).
         threshold_target: target of threshold: precision or recall for each label.

@@ -11,6 +11,7 @@ import numpy as np
 
 from refract.augment.decoding.decode import SUFFIXES
 from refract.augment.image_files import Skipped
+from refract.models.hierarchy import Hierarchy
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data import storage
 from refract.pipeline.data.errors import DataError
@@ -68,6 +69,8 @@ class Manifest:
     """(path of a `val` or `test` image, path of the near-duplicate in `train`): see `refract.pipeline.data.near_duplicates`."""
     drawn: tuple[str, ...] = ()
     """Splits that the data lacks and that were drawn from the seed."""
+    hierarchy: Hierarchy | None = field(default=None, hash=False)
+    """The class hierarchy of `data.hierarchy`."""
 
     def of(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]

@@ -11,6 +11,7 @@ from refract.errors import RefractError
 from refract.models.bundle.info import BundleInfo
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.folds import draw_folds, with_fold
+from refract.pipeline.data.hierarchy import with_hierarchy
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest, reject_untrainable
 from refract.pipeline.data.near_duplicates import near_pairs
 from refract.pipeline.data.splits import draw_splits, extend_splits
@@ -96,11 +97,15 @@ class ReadSamples:
 def read_samples(config: Config) -> ReadSamples:
     """Read and decode all samples, and apply the decisions of `data.labels`. DataError for data that cannot be trained on."""
     source = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
+    if config.data.labels is None:  # else the decisions may add classes
+        source = with_hierarchy(source, config.data.hierarchy)
     log.info("checking %s samples of %s", f"{len(source.samples):,}", source.source)
     check_inputs(config, source)
     scanned = scan(source.samples, reads=reads(config))
     source = drop_bad(source, scanned, config.data.on_bad_file)
     manifest, scanned, applied = with_labels(config, source, scanned)
+    if applied is not None:
+        manifest = with_hierarchy(manifest, config.data.hierarchy)
     identity = {"content": scanned.content(manifest)} | ({} if applied is None else applied.identity())
     return ReadSamples(source, manifest, scanned, identity)
 
@@ -189,7 +194,8 @@ def split_as_trained(info: BundleInfo, manifest: Manifest) -> Manifest:
     The training data is recognised by its content, so that training images are not measured. DataError if the data is at the path of the
     training data but has changed: the training images can then no longer be identified.
     """
-    config = config_from_dict(info.config).changed({"data.source": manifest.source})
+    # The bundle has the hierarchy; its file may be on another machine.
+    config = config_from_dict(info.config).changed({"data.source": manifest.source, "data.hierarchy": None})
     scanned = scan(manifest.samples, reads=reads(config))
     if _content_with_labels(config, drop_bad(manifest, scanned, "skip"), scanned) == info.data.get("content"):
         print("these are the training images of the bundle; measuring its test split")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.evaluation.evaluate import Evaluation
+from refract.pipeline.evaluation.report.summary import predicts_parents
 
 WIDE = 0.15
 """A 95 % interval of at least this width is too wide to compare models, which usually differ by less."""
@@ -45,8 +46,9 @@ def closing_notes(run_dir: Path, config: Config, prefix: str) -> list[tuple[str,
     notes = [("note", note) for note in numbers.get("notes", [])]
     if numbers.get("abstaining", {}).get("abstain_below", 0) >= 1:
         wanted = config.evaluation.precision
+        what = "predicts parents only" if predicts_parents(numbers) else "abstains on every image"
         notes.append(
-            ("note", f"The bundle abstains on every image: on the validation set no confidence reaches {wanted:.0%} precision. "
+            ("note", f"The bundle {what}: on the validation set no confidence reaches {wanted:.0%} precision. "
              "Add validation images, or lower --evaluation.precision.")
         )  # fmt: skip
     full = f"{prefix}refract evaluate {shlex.quote(str(run_dir / 'bundle'))} {shlex.quote(config.data.source)} --robustness full"

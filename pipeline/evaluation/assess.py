@@ -22,6 +22,7 @@ from refract.pipeline.doctor.finding import Finding
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.advice import notes_on
 from refract.pipeline.evaluation.evaluate import Evaluation, Predictions, evaluate, probabilities_of, truth_of
+from refract.pipeline.evaluation.hierarchy import back_off_metrics, back_off_threshold, with_levels
 from refract.pipeline.evaluation.label_errors import noise_evidence
 from refract.pipeline.evaluation.multilabel import set_errors
 from refract.pipeline.evaluation.report import Report, make_report
@@ -65,12 +66,14 @@ class Decision:
     """The parameters that turn logits into predictions, chosen on the validation set.
 
     thresholds: one per label for multi-label, else empty; abstain_below: the confidence (`refract.models.prediction.confidences`) below
-    which the bundle abstains, None without validation images.
+    which the bundle abstains, None without validation images; back_off: the probability at which it predicts an inner node of the hierarchy
+    instead, None without validation images or a hierarchy.
     """
 
     temperature: float
     thresholds: tuple[float, ...]
     abstain_below: float | None
+    back_off: float | None = None
 
 
 def assess(
@@ -100,6 +103,7 @@ def assess(
     )
     with recording as features:
         evaluation = evaluate(classifier, preprocess, test, labels=manifest.labels, **decision_options)
+    evaluation = with_levels(evaluation, manifest.hierarchy)
     checked = None
     if embedded is not None:
         manifest, checked = _checked_on_embeddings(embedded, manifest, config, evaluation, features)
@@ -127,12 +131,14 @@ def assess(
     findings = [] if doctor is None else _findings(doctor, evaluation, manifest, history)
     report = make_report(
         f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
-        abstain_below=decision.abstain_below, robustness=robustness, near=manifest.near_of(test),
+        abstain_below=decision.abstain_below, back_off=decision.back_off, robustness=robustness, near=manifest.near_of(test),
         findings=None if doctor is None else [finding.to_dict() for finding in findings],
         notes=notes_on(evaluation, drawn="test" in manifest.drawn),
         checked=checked,
         subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
     )  # fmt: skip
+    if "back_off" in report.numbers:
+        more |= back_off_metrics(report.numbers["back_off"])
     return Assessment(evaluation, more, decision, findings, report)
 
 
@@ -241,7 +247,10 @@ def _choose_decision(
     temperature = _fitted_temperature(soft, truth, multilabel)
     calibrated = measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel)
     if not multilabel:
-        return Decision(temperature, (), measures.abstain_below(calibrated, truth, config.precision))
+        below, back_off = measures.abstain_below(calibrated, truth, config.precision), None
+        if manifest.hierarchy is not None:
+            back_off = back_off_threshold(manifest.hierarchy, calibrated, truth, below, config.precision)
+        return Decision(temperature, (), below, back_off)
     calibrated = calibrated.astype(np.float32)  # the server's dtype
     thresholds = _thresholds(calibrated, truth, manifest.labels, config)
     errors = set_errors(predicted_labels(calibrated, manifest.task, thresholds), truth)

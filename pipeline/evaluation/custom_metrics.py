@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -34,14 +35,29 @@ RESERVED = frozenset(
         "label_calibration_error",
         "risk_coverage_area",
         "corruption_error",
+        "lca_height",
+        "back_off_coverage",
+        "back_off_precision",
     }
 )
-"""The names of Refract's metrics."""
+"""The names of Refract's metrics, without those that end in a number."""
+
+_NUMBERED = re.compile(r"accuracy_level_\d+")
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a metric of Refract has the name."""
+    return name in RESERVED or _NUMBERED.fullmatch(name) is not None
+
+
+def is_fraction(name: str) -> bool:
+    """Return whether it is a metric of Refract with values in 0…1."""
+    return is_reserved(name) and name not in ("nll", "lca_height")
 
 
 def register_metric(name: str, metric: Metric) -> None:
     """Add the metric of a plugin. PluginError if Refract or another plugin has the name."""
-    if name in RESERVED:
+    if is_reserved(name):
         raise PluginError(f"the metric {name!r} exists already, in refract.pipeline.evaluation; rename the new metric")
     add_entry("metric", _metrics, name, metric)
 

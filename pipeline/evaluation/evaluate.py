@@ -8,6 +8,7 @@ import numpy as np
 
 from refract.augment import Preprocess
 from refract.models.classifier import Classifier
+from refract.models.hierarchy import Hierarchy
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
@@ -30,7 +31,8 @@ class Evaluation:
     """The metrics and predictions of an evaluation.
 
     metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: (C, C)
-    counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty.
+    counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: of the labels,
+    see `refract.pipeline.evaluation.hierarchy.with_levels`.
     In the order of the samples: probabilities: (N, C) float32; truth: (N,) class indices, or (N, C) bool for multi-label; right: (N,)
     bool, whether the prediction is right, for multi-label in all labels.
     """
@@ -44,6 +46,7 @@ class Evaluation:
     right: np.ndarray
     samples: Sequence[Sample]
     thresholds: tuple[float, ...] = ()
+    hierarchy: Hierarchy | None = None
 
     @property
     def task(self) -> str:

@@ -13,8 +13,9 @@ from refract.models.bundle.bundle import load_bundle
 from refract.models.intervals import LEVEL
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.prepare import FoldedData
-from refract.pipeline.evaluation.custom_metrics import RESERVED
+from refract.pipeline.evaluation.custom_metrics import is_fraction
 from refract.pipeline.evaluation.evaluate import Evaluation, measured, probabilities_of
+from refract.pipeline.evaluation.hierarchy import with_levels
 from refract.pipeline.evaluation.report import Report, make_report
 from refract.pipeline.files import printable, written_atomically
 from refract.pipeline.inference.scoring import preprocess_of
@@ -64,7 +65,7 @@ def spread_of(name: str, values: Sequence[float]) -> Spread:
     mean = float(np.mean(values))
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * deviation * (1 / count + 1 / (count - 1)) ** 0.5
     low, high = mean - half, mean + half
-    if name in RESERVED and name != "nll":
+    if is_fraction(name):
         low, high = max(0.0, low), min(1.0, high)
     return Spread(tuple(map(float, values)), mean, deviation, low, high)
 
@@ -85,7 +86,8 @@ def assess_folds(folder: Path, data: FoldedData, config: Config, device: str) ->
         probabilities = probabilities_of(
             bundle.classifier(device), preprocess_of(info), samples, task=info.task, temperature=info.temperature
         )
-        evaluations.append(measured(probabilities, samples, thresholds=info.thresholds, **options))
+        evaluation = measured(probabilities, samples, thresholds=info.thresholds, **options)
+        evaluations.append(with_levels(evaluation, manifest.hierarchy))
         test_metrics.append(info.metrics)
         thresholds.append(info.thresholds)
         rows += [(sample, fold, row) for sample, row in zip(samples, probabilities, strict=True)]
@@ -95,6 +97,7 @@ def assess_folds(folder: Path, data: FoldedData, config: Config, device: str) ->
     samples, probabilities = [row[0] for row in rows], np.stack([row[2] for row in rows])
     mean_thresholds = tuple(np.mean(thresholds, axis=0).tolist())
     pooled = measured(probabilities, samples, thresholds=mean_thresholds, **options)
+    pooled = with_levels(pooled, manifest.hierarchy)
     out_of_fold = _spreads([evaluation.metrics for evaluation in evaluations])
     test = _spreads(test_metrics)
     facts = {

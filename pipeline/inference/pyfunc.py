@@ -68,7 +68,13 @@ class BundleModel:
                 )
             )
         rows = [self._row(sample, outcome) for sample, outcome in zip(samples, outcomes, strict=True)]
-        columns = outputs_of(self.info.task, self._familiarity is not None, self.info.abstain_below is not None)
+        info = self.info
+        columns = outputs_of(
+            info.task,
+            self._familiarity is not None,
+            info.abstain_below is not None,
+            hierarchy=info.hierarchy is not None,
+        )
         # Objects, if numbers are missing: NaN is not JSON.
         kinds = {name: object if any(row[name] is None for row in rows) else None for name in columns}
         series = {name: pd.Series([row[name] for row in rows], model_input.index, kinds[name]) for name in columns}
@@ -82,9 +88,12 @@ class BundleModel:
         multilabel = info.task == "multilabel"
         predicted = prediction(
             row, info.labels, top=1, thresholds=info.thresholds if multilabel else None, abstain_below=info.abstain_below,
-            confidence=float(confidences(row[None], info.task, info.thresholds)[0]),
+            confidence=float(confidences(row[None], info.task, info.thresholds)[0]), backed_off=info.back_offs(row[None])[0],
         )  # fmt: skip
         del predicted["top"]
+        parent = predicted.pop("backed_off", None)
+        predicted["backed_off"] = "" if parent is None else parent["label"]
+        predicted["backed_off_confidence"] = None if parent is None else parent["confidence"]
         familiarity = outcome.familiarity
         if familiarity is not None and math.isnan(familiarity):
             familiarity = None
@@ -92,18 +101,20 @@ class BundleModel:
 
 
 _NO_PREDICTION: dict[str, Any] = {
-    "label": "", "labels": [], "confidence": None, "probabilities": None, "familiarity": None, "abstain": True
+    "label": "", "labels": [], "confidence": None, "probabilities": None, "familiarity": None, "abstain": True,
+    "backed_off": "", "backed_off_confidence": None,
 }  # fmt: skip
 """A row without a prediction. Spark has no null for texts and Booleans here, so these have a value."""
 
 
-def outputs_of(task: str, familiarity: bool, abstains: bool) -> dict[str, str]:
-    """Return the columns of the output, name → type in MLflow's words; `…[]` is an array. familiarity, abstains: whether the bundle has
-    training features, and a confidence below which it abstains."""
+def outputs_of(task: str, familiarity: bool, abstains: bool, *, hierarchy: bool = False) -> dict[str, str]:
+    """Return the columns of the output, name → type in MLflow's words; `…[]` is an array. familiarity, abstains, hierarchy: whether the
+    bundle has training features, a confidence below which it abstains, and a class hierarchy."""
     columns = {"label": "string"}
     columns |= {"labels": "string[]"} if task == "multilabel" else {}
     columns |= {"confidence": "double", "probabilities": "double[]"}
     columns |= {"familiarity": "double"} if familiarity else {}
+    columns |= {"backed_off": "string", "backed_off_confidence": "double"} if hierarchy else {}
     columns |= {"abstain": "boolean"} if abstains else {}
     return columns | {"error": "string"}
 

@@ -84,7 +84,9 @@ def _signature(bundle: Bundle) -> "ModelSignature":
     familiar = bundle.training_features() is not None
     outputs: list[ColSpec | TensorSpec] = [
         ColSpec(Array(kind[:-2]) if kind.endswith("[]") else kind, name)
-        for name, kind in outputs_of(info.task, familiar, info.abstain_below is not None).items()
+        for name, kind in outputs_of(
+            info.task, familiar, info.abstain_below is not None, hierarchy=info.hierarchy is not None
+        ).items()
     ]
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
 

@@ -226,6 +226,10 @@ def _limits(facts: ModelFacts) -> list[str]:
             else f" It predicts {coverage:.1%} of the test set, {precision:.1%} of these rightly."
         )
         lines.append(f"Abstaining: below the confidence {info.abstain_below:.3f} a person should decide.{kept}")
+    if (back_off := report.get("back_off", {})) and back_off["threshold"] < 1:
+        lines.append(
+            f"Class hierarchy: instead of abstaining, the model predicts a parent of probability {back_off['threshold']:.3f} or more."
+        )
     lines.append(
         "Familiarity: the model compares each image with its training images."
         if facts.familiar

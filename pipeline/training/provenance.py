@@ -38,6 +38,7 @@ def inputs(config: Config) -> dict[str, str]:
     names = {
         "model.weights": str(bundle_folder(config.model.weights) or config.model.weights),
         "loss.teacher": config.loss.teacher or "",
+        "data.hierarchy": config.data.hierarchy or "",
         "text.name": config.text.name,
     }
     names |= {f"augment.policy: {value}": value for value in _files(load_policy(config.augment.policy).to_spec())}

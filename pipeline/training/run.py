@@ -327,6 +327,7 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
         temperature=decision.temperature,
         thresholds=decision.thresholds,
         abstain_below=decision.abstain_below,
+        hierarchy=_hierarchy(manifest, decision.back_off),
         metrics=assessment.evaluation.metrics | assessment.more,
         data={
             **assembly.identity,
@@ -341,6 +342,11 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
         classifier, preprocess, manifest.of("test"), task=manifest.task, temperature=decision.temperature
     )
     save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference, training=training)
+
+
+def _hierarchy(manifest: "Manifest", threshold: float | None) -> dict[str, Any] | None:
+    """Return the bundle's record of the class hierarchy. threshold: of its inner nodes."""
+    return None if manifest.hierarchy is None else {"parents": dict(manifest.hierarchy.parents), "threshold": threshold}
 
 
 def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:

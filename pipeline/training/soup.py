@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ def make_soup(runs: Sequence[Path], target: Path, method: str = "greedy") -> Sou
     predictions, bundles = [read_run(run) for run in runs], [load_bundle(run / "bundle") for run in runs]
     _check_alike(runs, bundles, configs)
     _warn_of_starts(configs)
-    manifest, identity = prepare_data(configs[0])
+    # The bundles have the hierarchy; its file may have changed.
+    manifest, identity = prepare_data(configs[0].changed({"data.hierarchy": None}))
+    manifest = replace(manifest, hierarchy=bundles[0].info.tree)
     if identity["fingerprint"] != bundles[0].info.data.get("fingerprint"):
         raise DataError(f"{manifest.source}: has changed since {runs[0]} was trained on it; train the runs again")
     scorer = AverageScorer(
@@ -176,7 +178,13 @@ def _check_alike(runs: Sequence[Path], bundles: Sequence[Bundle], configs: Seque
 def _facts(info: BundleInfo) -> dict[str, Any]:
     """Return dotted key → value of what averaged runs have in common."""
     labels = dict(enumerate(info.labels))
-    values = {"task": info.task, "labels": labels, "network": info.network, "text": info.text}
+    values = {
+        "task": info.task,
+        "labels": labels,
+        "network": info.network,
+        "text": info.text,
+        "hierarchy": info.hierarchy and info.hierarchy["parents"],
+    }
     return dict(flattened({**values, "preprocess": info.preprocess}))
 
 

@@ -307,4 +307,4 @@ def _description(engine: Engine, *, shows_similar: bool) -> dict[str, Any]:
         "counts": counts,
         "training_images": len(engine.familiarity.training.paths) if shows_similar and engine.familiarity else 0,
     }
-    return serving | {key: info[key] for key in public_fields}
+    return serving | {key: info[key] for key in public_fields} | {"hierarchy": info.get("hierarchy")}

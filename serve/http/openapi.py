@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from refract.models.prediction import LOW_CONFIDENCE, UNFAMILIAR
 from refract.serve.http.errors import MEDIA_TYPE, Problem
 from refract.serve.requests.infer_parsing import OPTIONAL_OUTPUTS, OUTPUTS
 
@@ -35,8 +36,10 @@ PREDICT_DESCRIPTION = (
     "Returns one prediction for each image, in the order of the request: `label`, the most probable label; `confidence`; and `top`, the "
     "most probable labels with their probabilities. `labels` lists the labels above their thresholds, for a multi-label model or with "
     "`threshold`. `familiarity` is the fraction of the validation images that are less similar to the training images. `abstain` is true "
-    "if a person should decide; `abstain_reasons` then lists `low_confidence`, `unfamiliar` or both. The response header `X-Model-Digest` "
-    "identifies the model; `Server-Timing` states the duration of each stage in milliseconds."
+    "if a person should decide; `abstain_reasons` then lists `low_confidence`, `unfamiliar` or both. A model with a class hierarchy adds "
+    "`backed_off` where the confidence of `label` is too low and a parent is certain enough: the parent's `label`, `confidence` (the sum "
+    "over its classes) and `level` (1 for a root). It replaces `label` as the prediction. The response header `X-Model-Digest` identifies "
+    "the model; `Server-Timing` states the duration of each stage in milliseconds."
 )
 PREDICT_BODY = {
     "requestBody": {
@@ -181,10 +184,45 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _PROBLEMS[status] for status in statuses}
 
 
+_LABEL = {"label": {"type": "string"}, "confidence": {"type": "number", "minimum": 0, "maximum": 1}}
+_BACKED_OFF = {
+    "type": "object",
+    "description": "Only for a model with a class hierarchy, where the confidence is below `abstain_below`: the parent that is "
+    "predicted in place of the class, if one is certain enough.",
+    "required": ["label", "confidence", "level"],
+    "properties": {
+        **_LABEL,
+        "level": {"type": "integer", "minimum": 1, "description": "1 for a root, 2 for its children"},
+    },
+}
+_PREDICTED = {
+    "type": "object",
+    "required": ["model", "predictions"],
+    "properties": {
+        "model": {"type": "object", "properties": {"name": {"type": "string"}, "digest": {"type": "string"}}},
+        "predictions": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["label", "confidence", "top"],
+                "properties": {
+                    **_LABEL,
+                    "top": {"type": "array", "items": {"type": "object", "properties": _LABEL}},
+                    "labels": {"type": "array", "items": {"type": "string"}},
+                    "backed_off": _BACKED_OFF,
+                    "familiarity": {"type": "number"},
+                    "abstain": {"type": "boolean"},
+                    "abstain_reasons": {"type": "array", "items": {"enum": [LOW_CONFIDENCE, UNFAMILIAR]}},
+                },
+            },
+        },
+    },
+}
+
 PREDICT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One prediction for each image, in the order of the request",
-        "content": {"application/json": {"example": _PREDICTIONS}},
+        "content": {"application/json": {"schema": _PREDICTED, "example": _PREDICTIONS}},
     },
     **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
 }

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ def test_the_page_shows_familiarity_and_similar_training_images(
         assert f"Familiarity: {100 * wanted['familiarity']:.0f} %" in text
         assert ("too unlike the training images" in text) == wanted["abstain"]
         assert not errors
+
+
+def test_the_page_shows_the_parent_of_a_prediction_that_backs_off(browser, bundle, serving, upload) -> None:
+    parents = {
+        **{label: "low" if i < 5 else "high" for i, label in enumerate(bundle.info.labels)},
+        "low": None,
+        "high": None,
+    }
+    with serving(create_app(bundle)) as client:
+        top = client.post("/v1/predict?top=10", content=upload.read_bytes()).json()["predictions"][0]["top"]
+    sums = dict.fromkeys(("low", "high"), 0.0)
+    for row in top:
+        sums[parents[row["label"]]] += row["confidence"]
+    name = max(sums, key=lambda parent: sums[parent])
+    between = (top[0]["confidence"] + sums[name]) / 2
+    info = replace(bundle.info, hierarchy={"parents": parents, "threshold": between}, abstain_below=between)
+    with serving(create_app(replace(bundle, info=info))) as client:
+        page, errors, _ = opened(browser, client)
+        page.wait_for_selector("#card dd")
+        assert "2 parents" in page.inner_text("#card")
+        page.set_input_files("#file", [upload, upload])
+        page.wait_for_selector("#history li:nth-child(2)")
+        shown = f"{name} {100 * sums[name]:.1f} %"
+        assert page.inner_text("#prediction").startswith(f"{shown}: no class is certain enough")
+        assert shown in re.sub(r"\s+", " ", page.inner_text("#history")) and not errors
+        page.close()
 
 
 def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, make_image, tmp_path: Path) -> None:

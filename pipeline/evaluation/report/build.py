@@ -12,6 +12,7 @@ import numpy as np
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.evaluate import Evaluation, Predictions
+from refract.pipeline.evaluation.hierarchy import back_off_numbers
 from refract.pipeline.evaluation.label_errors import likely_label_errors
 from refract.pipeline.evaluation.multilabel import WrongLabel, likely_wrong_labels
 from refract.pipeline.evaluation.report import figures
@@ -66,6 +67,7 @@ def make_report(
     facts: Mapping[str, Any],
     precision: float,
     abstain_below: float | None,
+    back_off: float | None = None,
     robustness: Robustness | None = None,
     findings: Sequence[Mapping[str, str]] | None = None,
     near: Sequence[tuple[Sample, Sample]] = (),
@@ -75,7 +77,8 @@ def make_report(
 ) -> Report:
     """Build the report of an evaluation.
 
-    facts: the data and the model, shown at the top. precision: the target from which `abstain_below` was chosen. findings: the doctor's,
+    facts: the data and the model, shown at the top. precision: the target from which `abstain_below` was chosen, and
+    `back_off`, the threshold of the inner nodes of a hierarchy. findings: the doctor's,
     each with name, evidence and cure, or None if the doctor did not watch a training. near: pairs of a test image and the training image
     that it nearly duplicates. notes: see `refract.pipeline.evaluation.advice`. subject: the classifier, as the start of a sentence.
     checked: held-out predictions by which labels are checked, None for those of the evaluation.
@@ -95,6 +98,8 @@ def make_report(
     charts["Risk and coverage"] = figures.risk_chart(curve.coverage, curve.risk)
     if abstain_below is not None:
         numbers["abstaining"] = _abstaining(evaluation, precision, abstain_below)
+        if evaluation.hierarchy is not None and back_off is not None:
+            numbers["back_off"] = back_off_numbers(evaluation, evaluation.hierarchy, abstain_below, back_off)
     if evaluation.confusion is not None:
         numbers["confusion"] = evaluation.confusion.tolist()
         charts["Confusion matrix"] = figures.confusion_chart(evaluation.confusion, labels)

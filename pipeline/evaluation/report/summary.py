@@ -71,12 +71,18 @@ def _next_steps(evaluation: Evaluation, numbers: dict[str, Any], notes: Sequence
     if worse := [f"{part['column']} = {part['value']}" for part in numbers["slices"] if part["worse"]]:
         steps.append(f"Add training samples where the accuracy is low: {', '.join(worse[:3])}.")
     if numbers.get("abstaining", {}).get("abstain_below", 0) >= 1:
-        steps.append(
-            "Add validation samples: the bundle abstains on every sample, as none reaches the wanted precision."
+        what = (
+            "predicts parents only, as no class" if predicts_parents(numbers) else "abstains on every sample, as none"
         )
+        steps.append(f"Add validation samples: the bundle {what} reaches the wanted precision.")
     return steps or [
         "Serve the bundle (refract serve BUNDLE), or compare it with another run (refract compare RUN OTHER_RUN)."
     ]
+
+
+def predicts_parents(numbers: dict[str, Any]) -> bool:
+    """Return whether the bundle predicts parents of classes. numbers: of a report."""
+    return numbers.get("back_off", {}).get("threshold", 1) < 1
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:

@@ -43,6 +43,12 @@ def schema_of(
     columns += [("confidence", pa.float32()), ("probabilities", pa.list_(pa.float32()))]
     columns += [("embedding", pa.list_(pa.float32()))] if embeddings else []
     columns += [("familiarity", pa.float32())] if familiarity else []
+    if info.hierarchy is not None:
+        columns += [
+            ("backed_off", pa.string()),
+            ("backed_off_confidence", pa.float32()),
+            ("backed_off_level", pa.int32()),
+        ]
     columns += [("abstain", pa.bool_()), ("error", pa.string())]
     columns += [("truth", pa.string())] if truths else []
     return pa.schema(columns, {KEY: key.encode(), ABOUT: json.dumps(about, ensure_ascii=False).encode()})
@@ -80,10 +86,16 @@ def table_of(shard: Shard, answers: Sequence[Scored | str], info: BundleInfo, sc
         names = [[info.labels[i] for i in np.flatnonzero(row)] for row in predicted]
         columns["labels"] = [names[i] if ok else None for i, ok in zip(index, scored, strict=True)]
     below = info.abstain_below
+    back_offs = info.back_offs(probabilities)
+    if info.hierarchy is not None:
+        placed = [back_offs[i] if ok else None for i, ok in zip(index, scored, strict=True)]
+        for name, field in (("", "label"), ("_confidence", "confidence"), ("_level", "level")):
+            columns[f"backed_off{name}"] = [None if node is None else getattr(node, field) for node in placed]
     if below is None:
         columns["abstain"] = [None] * len(answers)
     else:  # in double precision, as `refract.models.prediction.prediction`
         unsure = (confidences(probabilities, info.task, info.thresholds).astype(float) < below) | (below >= 1)
+        unsure &= np.array([node is None for node in back_offs])
         columns["abstain"] = pa.array(unsure[index], mask=~scored)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 

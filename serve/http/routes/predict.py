@@ -191,6 +191,7 @@ def _response(service: Service, options: PredictOptions, results: Predictions) -
     row_confidences: list[Any] = [None] * len(results.probabilities)
     if info.task == "multilabel":
         row_confidences = confidences(results.probabilities, info.task, info.thresholds).tolist()
+    back_offs = info.back_offs(results.probabilities)
     predictions = [
         prediction(
             row,
@@ -199,13 +200,20 @@ def _response(service: Service, options: PredictOptions, results: Predictions) -
             thresholds=thresholds,
             abstain_below=info.abstain_below,
             confidence=confidence,
+            backed_off=backed_off,
             explanation=heat_map,
             cut=is_cut,
             familiarity=familiarity,
             min_familiarity=service.min_familiarity,
         )
-        for row, confidence, heat_map, is_cut, familiarity in zip(
-            results.probabilities, row_confidences, maps, cut, results.outputs["familiarity"].tolist(), strict=True
+        for row, confidence, backed_off, heat_map, is_cut, familiarity in zip(
+            results.probabilities,
+            row_confidences,
+            back_offs,
+            maps,
+            cut,
+            results.outputs["familiarity"].tolist(),
+            strict=True,
         )
     ]
     if options.embed:
