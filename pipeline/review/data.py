@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refract.models.hierarchy import Hierarchy
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.review.items import Item, Prediction
 
@@ -55,6 +56,7 @@ class ReviewData:
     - captured: of items that a server captured
     - champion: the bundle's predictions for items that it was not trained on; challenger: another bundle's predictions for the same items;
       None without these bundles
+    - hierarchy: of the classes, None without one
     """
 
     items: tuple[Item, ...]
@@ -70,6 +72,7 @@ class ReviewData:
     captured: Mapping[int, Captured] = field(default_factory=dict)
     champion: Predictions | None = None
     challenger: Predictions | None = None
+    hierarchy: Hierarchy | None = None
 
     @property
     def names(self) -> list[tuple[str, ...]]:
@@ -79,6 +82,12 @@ class ReviewData:
     def unlabelled(self) -> list[int]:
         """Return the new items that no server captured."""
         return [item.index for item in self.items[self.labelled :] if item.index not in self.captured]
+
+    def ancestors(self, label: str) -> tuple[str, ...]:
+        """Return the parent of a label, its parent and so on, up to the root; nothing without a hierarchy or for a new class."""
+        if self.hierarchy is None or label not in self.hierarchy.parents:
+            return ()
+        return self.hierarchy.path(label)[-2::-1]
 
     def sample(self, item: int) -> Sample:
         return self.items[item].sample

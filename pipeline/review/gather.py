@@ -117,6 +117,7 @@ def gather(config: Config, model: EmbeddingModel, sources: Sources, history: Lab
         captured={item.index: one.captured for item, one in zip(fresh, new, strict=True) if one.captured is not None},
         champion=_of_bundle(sources.bundle, measured, "predictions of the bundle"),
         challenger=_of_bundle(sources.challenger, measured, "predictions of the challenger"),
+        hierarchy=manifest.hierarchy if sources.bundle is None else sources.bundle.info.tree,
     )  # fmt: skip
     return replace(data, items=_described(data))
 

@@ -69,6 +69,10 @@ class ReviewSession:
         """The known labels, sorted, with those that reviewers added."""
         return sorted({*self._data.labels, *self._new_labels})
 
+    def ancestors(self, label: str) -> tuple[str, ...]:
+        """Return the parent of a label in the class hierarchy, its parent and so on; nothing without one."""
+        return self._data.ancestors(label)
+
     def refresh(self) -> None:
         """Take in the decisions of other processes."""
         self._decisions.refresh()

@@ -76,10 +76,11 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
 
 
 def _subject(options: ReviewOptions) -> "tuple[Config, Bundle | None]":
-    changes = {} if options.data is None else {"data.source": options.data}
+    changes: dict[str, str | None] = {} if options.data is None else {"data.source": options.data}
     if Path(options.subject).is_file():
         return load_config(options.subject).changed(changes), None
     bundle = _bundle(options.subject, options.subject)
+    changes |= {"data.hierarchy": None}  # the bundle has it, and its file may be on another machine
     return config_from_dict(bundle.info.config).changed(changes), bundle
 
 

@@ -13,6 +13,7 @@ def session_view(session: ReviewSession, reviewer: str, *, fixed: bool) -> dict[
     return {
         "title": session.title,
         "labels": list(session.labels),
+        "ancestors": {label: list(nodes) for label in session.labels if (nodes := session.ancestors(label))},
         "multilabel": session.multilabel,
         "reviewer": {"name": reviewer, "fixed": fixed},
         "queues": [_queue_view(session, queue, reviewer) for queue in session.queues],

@@ -12,6 +12,7 @@ import numpy as np
 from small_data import make_image, write_image
 from starlette.applications import Starlette
 
+from refract.models.hierarchy import Hierarchy
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.review.data import Captured, Predictions, ReviewData
@@ -27,8 +28,9 @@ WRONG = (3, 7, 11)
 
 
 def small_data(
-    folder: Path, history: LabelHistory, *, count: int = 24, new: int = 4, multilabel: bool = False, labels=LABELS
-) -> ReviewData:
+    folder: Path, history: LabelHistory, *, count: int = 24, new: int = 4, multilabel: bool = False, labels=LABELS,
+    hierarchy: Hierarchy | None = None,
+) -> ReviewData:  # fmt: skip
     """`count` labelled images and `new` ones, the first half of which a server captured. 0 and 1 are near-duplicates with other labels."""
     rng = np.random.default_rng(0)
     targets = np.zeros((count, len(labels)), bool)
@@ -61,7 +63,7 @@ def small_data(
     return ReviewData(
         tuple(items), tuple(labels), count, vectors, targets, rows[:count] / rows[:count].sum(axis=1, keepdims=True),
         Predictions(tuple(labels), fresh, rows[count:]), multilabel=multilabel, alike=[(0, 1)],
-        captured={index: Captured(0.4, ("red",)) for index in fresh[: new // 2]},
+        captured={index: Captured(0.4, ("red",)) for index in fresh[: new // 2]}, hierarchy=hierarchy,
     )  # fmt: skip
 
 

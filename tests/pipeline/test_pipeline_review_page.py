@@ -7,6 +7,7 @@ import numpy as np
 from review_browser import needs_chromium, ready, said, saved, text, title
 from small_review import LABELS
 
+from refract.models.hierarchy import Hierarchy
 from refract.pipeline.review.images import HeatMaps
 
 pytestmark = needs_chromium
@@ -101,6 +102,15 @@ def test_moving_without_a_decision_returns_to_what_was_passed(review, tmp_path: 
 def smooth_image(seed: int) -> bytes:
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return bytes(cv2.imencode(".png", cv2.resize(small, (56, 40), interpolation=cv2.INTER_CUBIC))[1])
+
+
+def test_the_parents_of_a_class_hierarchy_are_shown_and_list_their_classes(review) -> None:
+    hierarchy = Hierarchy(LABELS, {"blue": "cold", "green": "cold", "red": "warm", "cold": None, "warm": None})
+    page = review("audit", hierarchy=hierarchy).page
+    assert "red ‹ warm" in page.inner_text("#choices").replace("\n", " ")
+    page.keyboard.press("/")
+    page.keyboard.type("cold")
+    assert page.locator("[role=option]").all_inner_texts()[:2] == ["blue ‹ cold", "green ‹ cold"]
 
 
 def test_a_label_is_found_by_typing_among_a_thousand(review, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from refract.models.hierarchy import Hierarchy
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.review.data import Captured, Predictions, ReviewData
 from refract.pipeline.review.items import Item, Prediction
@@ -62,6 +63,17 @@ def test_the_label_that_the_others_contradict_most_comes_first() -> None:
     entries = label_errors(review(names, rows))
     assert [entry.item for entry in entries] == [8, 9]
     assert entries[0].reason == "Models trained on other images predict ant (97 %), not bee (2 %)."
+
+
+def test_a_label_error_within_one_parent_names_the_parent() -> None:
+    hierarchy = Hierarchy(
+        LABELS,
+        {"ant": "insect", "bee": "insect", "cat": "mammal", "insect": "animal", "mammal": "animal", "animal": None},
+    )
+    rows = [[0.1, 0.9, 0.0], [0.1, 0.0, 0.9], *[[0.9, 0.1, 0.0]] * 8]
+    near, far = label_errors(review([("ant",)] * 10, rows, hierarchy=hierarchy))
+    assert near.reason == "Models trained on other images predict bee (90 %), not ant (10 %); both are insect."
+    assert far.reason.endswith("not ant (10 %); both are animal.")
 
 
 def test_label_errors_are_at_most_a_fifth_of_the_data_and_never_labels_that_are_the_most_probable() -> None:

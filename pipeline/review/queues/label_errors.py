@@ -1,5 +1,7 @@
 """Labels that the other images contradict, by predictions of models that were not trained on the image."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from refract.pipeline.review.data import ReviewData, listed, percent
@@ -45,7 +47,14 @@ def _reason(data: ReviewData, item: int) -> str:
         return f"The image {verb} the label {data.labels[column]}, whose probability is {percent(row[column])}."
     other = int(np.where(targets, -1, row).argmax())
     given = float(row[targets].sum())
+    common = _common_parent(data, data.labels[other], data.items[item].labels)
     return (
         f"Models trained on other images predict {data.labels[other]} ({percent(row[other])}), "
-        f"not {listed(data.items[item].labels)} ({percent(given)})."
+        f"not {listed(data.items[item].labels)} ({percent(given)}){f'; both are {common}' if common else ''}."
     )
+
+
+def _common_parent(data: ReviewData, label: str, others: Sequence[str]) -> str | None:
+    """Return the lowest ancestor of a label and of all others, None without one."""
+    shared = [set(data.ancestors(other)) for other in others]
+    return next((node for node in data.ancestors(label) if all(node in nodes for nodes in shared)), None)
