@@ -1,9 +1,7 @@
 """The Lightning DataModule: augmented training batches and preprocessed evaluation batches, uint8 until they reach the device."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from refract.augment import Augmenter, Preprocess, decode, image_size
+from refract.cores import cores, mapped
 from refract.models.multimodal.tokens import Tokens
 from refract.models.training.lightning_imports import lightning
 from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, init_worker, named, targets_of
@@ -65,7 +64,7 @@ class ImageDataModule(lightning.LightningDataModule):
         if workers is None:
             first = next((sample for sample in manifest.samples if sample.has_image), None)
             no_files = not reads_images or first is None or first.data is not None
-            workers = 0 if self.in_memory or no_files else min(8, os.cpu_count() or 1)
+            workers = 0 if self.in_memory or no_files else min(8, cores())
         self.workers, self.shared = plan_workers(workers, self._batch_bytes(augmenter, views), shared_memory_free())
         decode_whole = partial(decode, color_profile=augmenter.color_profile)
         pixels = decoded(train, decode_whole, "decoding") if self.in_memory else None
@@ -190,6 +189,4 @@ def fits_memory(samples: Sequence[Sample]) -> bool:
 
 def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], title: str) -> list[np.ndarray]:
     """Apply `use` to the bytes of every sample, on all cores. Returns uint8 H×W×3 arrays. DataError names an unreadable file."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda sample: named(sample, use), samples)
-        return list(tracked(results, title, len(samples)))
+    return list(tracked(mapped(lambda sample: named(sample, use), samples), title, len(samples)))

@@ -5,12 +5,12 @@ Examples are an image that was saved again, resized or slightly brightened.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 
 from refract.augment import Preprocess
+from refract.cores import mapped
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.progress import tracked
 
@@ -75,9 +75,8 @@ def _correlated(
 ) -> Iterator[tuple[int, list[int], np.ndarray]]:
     """Yield each pair of `_candidates` with the correlations of the images, in the order of the second indices."""
     wanted = {s.path: s for i, others in pairs for s in (measured[i], *(train[j] for j in others))}
-    with ThreadPoolExecutor() as pool:
-        results = tracked(pool.map(_standardised, wanted.values()), "comparing near-duplicates", len(wanted))
-        thumbnails = dict(zip(wanted, results, strict=True))
+    results = tracked(mapped(_standardised, list(wanted.values())), "comparing near-duplicates", len(wanted))
+    thumbnails = dict(zip(wanted, results, strict=True))
     for i, others in pairs:
         yield i, others, np.stack([thumbnails[train[j].path] for j in others]) @ thumbnails[measured[i].path] / SIDE**2
 

@@ -1,13 +1,12 @@
 """Check all samples before training: unreadable images, copies in two splits, contradictory labels, classes without training images."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from refract.augment.decoding.decode import decode_part
+from refract.cores import mapped
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
 from refract.pipeline.data.near_duplicates import difference_hash
@@ -68,29 +67,21 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
     reads: the network's inputs: `images`, `texts`, or both. The hashes ignore inputs that the network does not read.
     """
     hashes, groups, difference_hashes, bad, remarks, images = {}, {}, {}, {}, {}, {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(_scan_one, samples, chunksize=16)
-        for sample, (digest, image_hash, problem, remark) in zip(
-            samples,
-            tracked(results, "checking samples", len(samples), unit="samples"),
-            strict=True,
-        ):
-            if problem:
-                bad[sample.path] = problem
-            else:
-                difference_hashes[sample.path] = image_hash
-                if remark:
-                    remarks[sample.path] = remark
-                if sample.has_image:
-                    images[sample.path] = digest
-                text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
-                image_digest = digest if "images" in reads and sample.has_image else ""
-                groups[sample.key] = image_digest or text
-                hashes[sample.key] = (
-                    image_digest
-                    if "texts" not in reads
-                    else hashlib.sha256(f"{image_digest}{text}".encode()).hexdigest()
-                )
+    results = tracked(mapped(_scan_one, samples), "checking samples", len(samples), unit="samples")
+    for sample, (digest, image_hash, problem, remark) in zip(samples, results, strict=True):
+        if problem:
+            bad[sample.path] = problem
+            continue
+        difference_hashes[sample.path] = image_hash
+        if remark:
+            remarks[sample.path] = remark
+        if sample.has_image:
+            images[sample.path] = digest
+        text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
+        image_digest = digest if "images" in reads and sample.has_image else ""
+        groups[sample.key] = image_digest or text
+        both = f"{image_digest}{text}".encode()
+        hashes[sample.key] = image_digest if "texts" not in reads else hashlib.sha256(both).hexdigest()
     return Scan(hashes, groups, difference_hashes, bad, remarks, images)
 
 

@@ -3,7 +3,6 @@
 Each corruption has the severities 1 to 5.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from refract.augment import Preprocess
 from refract.augment.ops.corruption import CORRUPTIONS, corrupt
 from refract.augment.random import generator
+from refract.cores import cores
 from refract.models.classifier import Classifier, probabilities
 from refract.models.multimodal.tokens import pad_rows
 from refract.models.prediction import predicted_labels
@@ -114,7 +114,7 @@ def measure_robustness(
     """
     chosen = spread_subset(samples, effort.images, seed)
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         preprocessed = list(pool.map(lambda sample: preprocess(sample.read()), chosen))
         texts = _texts(classifier, chosen)
 

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from refract.augment import Augmenter
+from refract.cores import cores, mapped
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.features import worker
 from refract.pipeline.features.model import EmbeddingModel
 from refract.pipeline.features.store import PLAIN, FeatureStore, Key, StoredSample, View, content_of
 from refract.pipeline.files import read_file
-from refract.pipeline.inference.batch_scoring import choose_devices, cores
+from refract.pipeline.inference.batch_scoring import choose_devices
 from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 from refract.plugins import loaded
@@ -115,13 +115,12 @@ def _contents(samples: Sequence[Sample], reads: frozenset[str], failed: dict[str
             return error
 
     contents: list[str | None] = []
-    with ThreadPoolExecutor(cores()) as pool:
-        for sample, content in zip(samples, pool.map(hashed, samples), strict=True):
-            if isinstance(content, OSError):
-                failed[sample.path] = content.strerror or str(content)
-                contents.append(None)
-            else:
-                contents.append(content)
+    for sample, content in zip(samples, mapped(hashed, samples), strict=True):
+        if isinstance(content, OSError):
+            failed[sample.path] = content.strerror or str(content)
+            contents.append(None)
+        else:
+            contents.append(content)
     return contents
 
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refract.augment import Preprocess
+from refract.cores import cores
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.near_duplicates import difference_hash
-from refract.pipeline.inference.batch_scoring import cores
 from refract.progress import Progress
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Score a folder or a manifest with a bundle into one Parquet file. An interrupted scoring resumes from its part files."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from refract.cores import cores
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.data.sources.folders import label_of
@@ -203,11 +203,6 @@ def choose_devices(device: str, jobs: int | None, shards: int) -> list[str]:
         raise DataError("--device: cuda, but PyTorch sees no GPU on this machine; use auto or cpu")
     count = min(jobs or gpus or cores(), max(1, shards))
     return [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(count)]
-
-
-def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _exists(out: Path) -> DataError:

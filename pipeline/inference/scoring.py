@@ -1,6 +1,5 @@
 """Compute probabilities for encoded images and texts. Threads decode and preprocess one batch ahead of the network."""
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from refract.augment import ImageError, Preprocess
+from refract.cores import cores
 from refract.models.bundle.info import BundleError, BundleInfo
 from refract.models.classifier import Classifier, probabilities
 from refract.models.familiarity import Familiarity
@@ -86,9 +86,10 @@ def score_outputs(
     embeddings with training images, on the CPU. The other arguments are those of `score`.
     """
     device = next(classifier.parameters()).device
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    threads = threads or cores()
+    with ThreadPoolExecutor(threads) as pool:
         source, prepare = iter(samples), partial(_prepare, classifier, preprocess)
-        task_size = min(TASK_IMAGES, -(-batch_size // (threads or os.cpu_count() or 1)))
+        task_size = min(TASK_IMAGES, -(-batch_size // threads))
         ahead = _submit(pool, prepare, list(islice(source, batch_size)), task_size)
         while ahead:
             current, ahead = ahead, _submit(pool, prepare, list(islice(source, batch_size)), task_size)

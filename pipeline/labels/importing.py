@@ -183,13 +183,11 @@ def export_labels(history: LabelHistory, file: Path, *, prefix: str = "") -> int
 
 def contents_of(data: Manifest) -> Mapping[str, Sample]:
     """Return content → sample of a data set, whose images are all read. Images that cannot be read are skipped."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    from refract.cores import mapped
     from refract.progress import tracked
 
     samples = [sample for sample in data.samples if sample.has_image]
-    with ThreadPoolExecutor() as pool:
-        digests = list(tracked(pool.map(_digest, samples), "reading images", len(samples)))
+    digests = list(tracked(mapped(_digest, samples), "reading images", len(samples)))
     return {digest: sample for digest, sample in zip(digests, samples, strict=True) if digest is not None}
 
 

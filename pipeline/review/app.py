@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import hashlib
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -20,6 +19,7 @@ from starlette.routing import Route
 
 from refract.api_keys import KeyFile
 from refract.augment.decoding.errors import ImageError
+from refract.cores import cores
 from refract.pipeline.labels.decisions import Action, LabelError
 from refract.pipeline.review import bodies, views
 from refract.pipeline.review.access import Access, check_keys
@@ -64,7 +64,7 @@ class _Api:
         self._session, self._default = session, reviewer
         self._queues = {queue.name: queue for queue in session.queues}
         self._requests = _Requests()
-        self._drawing, self._explaining = asyncio.Semaphore(os.cpu_count() or 1), asyncio.Lock()
+        self._drawing, self._explaining = asyncio.Semaphore(cores()), asyncio.Lock()
 
     def routes(self) -> list[Route]:
         return [

@@ -17,11 +17,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from refract import output, progress
+from refract.cores import cores, quota
 from refract.models.allocator import keep_freed_memory
 from refract.serve.cli.config import ServeConfig
 from refract.serve.cli.home import ensure_home
 from refract.serve.cli.options import parse
-from refract.serve.runtime.cores import cores, quota
 from refract.serve.runtime.garbage_collection import spared
 
 if TYPE_CHECKING:

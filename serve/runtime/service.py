@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AbstractContextManager
 
+from refract.cores import cores
 from refract.serve.feedback.recent_predictions import RecentPredictions
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.http.metrics import Metrics
@@ -10,7 +11,6 @@ from refract.serve.requests.limits import Limits
 from refract.serve.rollout.canary import Challenger
 from refract.serve.rollout.data_capture import DataCapture
 from refract.serve.runtime.admission import Admission
-from refract.serve.runtime.cores import cores
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.pools import DECODING, DecoderPools, PricedPool
 from refract.serve.runtime.predictor import Predictor

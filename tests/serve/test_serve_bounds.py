@@ -16,12 +16,12 @@ from PIL import Image
 from starlette.requests import Request
 
 from refract.augment.preprocess import Preprocess
+from refract.cores import cores, quota
 from refract.serve.http.app import create_app
 from refract.serve.http.errors import RequestError
 from refract.serve.requests.body import unless_gone
 from refract.serve.requests.decoding import decode, is_quick, read
 from refract.serve.requests.limits import Budget, Limits, OverloadedError
-from refract.serve.runtime.cores import cores, quota
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.model_worker import ModelWorker
 
@@ -106,7 +106,15 @@ def test_only_small_baseline_jpegs_are_decoded_on_the_event_loop(make_image) -> 
 def test_the_cpu_quota_of_a_container_is_read(text: str | None, wanted: int | None, tmp_path) -> None:
     if text is not None:
         (tmp_path / "cpu.max").write_text(text)
-    assert quota(tmp_path) == wanted and cores() >= 1
+    assert quota(tmp_path, tmp_path / "none") == wanted and cores() >= 1
+
+
+def test_the_smallest_quota_of_a_control_group_and_its_parents_counts(tmp_path) -> None:
+    (tmp_path / "cgroup").write_text("12:cpu:/other\n0::/batch.slice/job.service\n")
+    for folder, allowed in (("", "max"), ("batch.slice", "150000"), ("batch.slice/job.service", "400000")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "cpu.max").write_text(f"{allowed} 100000")
+    assert quota(tmp_path, tmp_path / "cgroup") == 2
 
 
 def test_incomplete_bodies_do_not_block_an_idle_engine(bundle, serving, make_image):
