@@ -53,7 +53,7 @@ def stratified_folds(samples: Sequence[Sample], groups: Sequence[Sequence[int]],
 def with_fold(manifest: Manifest, fold_of: Mapping[str, int], fold: int) -> Manifest:
     """Return the manifest with the samples of the fold as `val`, and those of the other folds as `train`."""
     samples = [
-        replace(sample, split="val" if fold_of[sample.key] == fold else "train") if sample.key in fold_of else sample
+        sample.with_split("val" if fold_of[sample.key] == fold else "train") if sample.key in fold_of else sample
         for sample in manifest.samples
     ]
     return replace(manifest, samples=tuple(samples), drawn=tuple(dict.fromkeys([*manifest.drawn, "val"])))

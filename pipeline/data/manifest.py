@@ -2,9 +2,10 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from refract.pipeline.data.sources.folders import SPLITS, inner_hint, shown_twin
 from refract.pipeline.data.sources.source import Rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image with or without a text, or a text alone.
 
@@ -40,6 +41,10 @@ class Sample:
     def key(self) -> str:
         """Identity of the sample: path and text, as an image may occur with several texts."""
         return f"{self.path}\0{self.text}" if self.text else self.path
+
+    def with_split(self, split: str) -> "Sample":
+        """Return the sample in another split. It takes a tenth of the time of `dataclasses.replace`."""
+        return Sample(self.path, self.labels, split, self.text, self.data, self.has_image, self.metadata)
 
     def read(self) -> bytes:
         """Return the encoded image. OSError if the file cannot be read."""
@@ -153,14 +158,20 @@ def _check_rows(rows: Rows) -> None:
 
 def _samples(rows: Rows, names: Sequence[tuple[str, ...]], labels: Sequence[str]) -> list[Sample]:
     index = {label: i for i, label in enumerate(labels)}
+    numbers = {
+        row: tuple(index[name] for name in row) for row in set(names)
+    }  # shared by the samples, which may be millions
     splits, texts = ([""] * len(rows) if column is None else column for column in (rows.splits, rows.texts))
-    metadata = list(zip(*rows.metadata.values(), strict=True)) or [()] * len(rows)
+    metadata: Iterable[dict[str, str]] = repeat({}, len(rows))
+    if rows.metadata:
+        columns = zip(*rows.metadata.values(), strict=True)
+        metadata = (dict(zip(rows.metadata, values, strict=True)) for values in columns)
     return [
         Sample(
-            rows.file(row), tuple(index[name] for name in names[row]), splits[row], texts[row],
-            _embedded(rows, row), rows.has_image(row), metadata=dict(zip(rows.metadata, metadata[row], strict=True)),
+            rows.file(row), numbers[names[row]], splits[row], texts[row],
+            _embedded(rows, row), rows.has_image(row), metadata=facts,
         )
-        for row in range(len(rows))
+        for row, facts in enumerate(metadata)
     ]  # fmt: skip
 
 

@@ -16,6 +16,9 @@ from refract.progress import tracked
 
 BITS = 7
 """Bits of 128 in which two difference hashes may differ. At least one of the 8 parts of 16 bits is then equal, which finds the pairs."""
+PARTS = 8
+PAIRS = 1 << 20
+"""Pairs of hashes that are compared at once, about, which bounds the memory."""
 SMALLEST, PLAIN = 16, 0.3
 """An image has no difference hash if its shorter side is below SMALLEST pixels, or its fraction of equal neighbouring cells reaches PLAIN.
 Such an image is flat, or shows strokes or one object on an empty ground, and would resemble too many others. The fraction is 0.07 for
@@ -88,25 +91,45 @@ def _candidates(measured: Sequence[bytes], train: Sequence[bytes]) -> list[tuple
         indices_of[image_hash].append(j)
     if not measured or not indices_of:
         return []
-    ours, theirs = (np.frombuffer(b"".join(hashes), np.uint16).reshape(-1, 8) for hashes in (measured, indices_of))
     members = list(indices_of.values())
-    nearest: list[dict[int, int]] = [{} for _ in measured]
-    for part in range(8):
-        rows_of = defaultdict(list)
-        for row, value in enumerate(theirs[:, part].tolist()):
-            rows_of[value].append(row)
-        buckets = {value: np.array(rows) for value, rows in rows_of.items()}
-        for i, value in enumerate(ours[:, part].tolist()):
-            if value in buckets:
-                differing = np.bitwise_count(ours[i] ^ theirs[buckets[value]]).sum(axis=1)
-                near = np.flatnonzero(differing <= BITS)
-                near = near[np.argsort(differing[near], kind="stable")[:NEAREST]]
-                nearest[i].update(zip(buckets[value][near].tolist(), differing[near].tolist(), strict=True))
-    candidates = [
-        (i, [j for row in sorted(near, key=near.__getitem__) for j in members[row]][:NEAREST])
-        for i, near in enumerate(nearest)
-    ]
-    return [(i, others) for i, others in candidates if others]
+    candidates = []
+    for i, rows in _near_rows(b"".join(measured), b"".join(indices_of)):
+        candidates.append((i, [j for row in rows for j in members[row]][:NEAREST]))
+    return candidates
+
+
+def _near_rows(measured: bytes, train: bytes) -> Iterator[tuple[int, list[int]]]:
+    """Yield (row, rows of `train` whose hashes differ in at most BITS bits: up to NEAREST, the nearest first). Each hash has 16 bytes."""
+    ours, theirs = (np.frombuffer(hashes, np.uint16).reshape(-1, PARTS) for hashes in (measured, train))
+    words, their_words = (np.frombuffer(hashes, np.uint64).reshape(-1, 2) for hashes in (measured, train))
+    orders = [np.argsort(column, kind="stable") for column in theirs.T]
+    columns = [column[order] for column, order in zip(theirs.T, orders, strict=True)]
+    starts, ends = (
+        np.stack([np.searchsorted(column, ours[:, part], side) for part, column in enumerate(columns)])
+        for side in ("left", "right")
+    )
+    counts = ends - starts
+    for block in np.split(np.arange(len(ours)), np.flatnonzero(np.diff(counts.sum(axis=0).cumsum() // PAIRS)) + 1):
+        pairs = []
+        for part, order in enumerate(orders):
+            count = counts[part, block]
+            left = np.repeat(block, count)
+            offsets = np.arange(len(left)) - np.repeat(count.cumsum() - count, count)
+            right = order[np.repeat(starts[part, block], count) + offsets]
+            bits = np.zeros(len(left), np.uint8)
+            for word, their_word in zip(words.T, their_words.T, strict=True):  # the first one excludes most pairs
+                bits += np.bitwise_count(word[left] ^ their_word[right])
+                near = bits <= BITS
+                left, right, bits = left[near], right[near], bits[near]
+            pairs.append(np.stack([left, bits, right], axis=1))
+        yield from _nearest(np.unique(np.concatenate(pairs), axis=0))
+
+
+def _nearest(pairs: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+    """Yield (row, other rows) of pairs (N, 3) of row, differing bits and other row, which are sorted and distinct."""
+    rows, firsts, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    for row, first, count in zip(rows.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+        yield row, pairs[first : first + min(count, NEAREST), 2].tolist()
 
 
 def _standardised(sample: Sample) -> np.ndarray:

@@ -45,7 +45,7 @@ def draw_splits(
         for key, indices in copies.items():
             for i in indices:
                 split_of[i] = assigned.setdefault(key, "train")
-    samples = tuple(replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples))
+    samples = tuple(s.with_split(split_of.get(i, s.split)) for i, s in enumerate(manifest.samples))
     return replace(manifest, samples=samples, drawn=tuple(wanted))
 
 
@@ -81,7 +81,7 @@ def extend_splits(
         if movable and all(split_of_hash[digest] != "train" for digest in group):
             split_of_hash[movable[0]] = "train"
             moved.add(movable[0])
-    samples = (replace(s, split="train" if hashes[s.key] in moved else split_of[s.key]) for s in manifest.samples)
+    samples = (s.with_split("train" if hashes[s.key] in moved else split_of[s.key]) for s in manifest.samples)
     return replace(manifest, samples=tuple(samples), drawn=drawn.drawn)
 
 

@@ -9,6 +9,8 @@ from typing import BinaryIO, ClassVar
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refract.pipeline.cli.predict import listed_images
 from refract.pipeline.data import sources, storage
@@ -114,3 +116,15 @@ def test_a_further_storage_needs_one_entry(tmp_path: Path, monkeypatch: pytest.M
     assert listing_of(tmp_path / "m.csv").rows[0].path == "mem://bucket/0.png"
     write_splits(manifest, tmp_path / "splits.csv")
     assert pd.read_csv(tmp_path / "splits.csv")["path"][0] == "mem://bucket/0.png"
+
+
+@given(
+    st.sampled_from([".", "..", "/", "/data", "some/data"]),
+    st.lists(st.sampled_from(["a", "b c", ".", "..", "", ".x", "x.", "ä"]), min_size=1, max_size=5),
+    st.sampled_from(["", "/", "//", "./"]),
+)
+def test_the_path_of_a_row_is_the_one_that_pathlib_gives(root: str, parts: list[str], start: str) -> None:
+    path = start + "/".join(parts)
+    rows = Rows("m.csv", [path], root=Path(root))
+    if rows.has_image(0):
+        assert rows.file(0) == str(Path(root) / path)
