@@ -13,6 +13,9 @@ from refract.pipeline.evaluation.intervals import DRAWS, class_intervals, macro_
 
 BINS = 15
 
+AT_ONCE = 1 << 20
+"""Probabilities that the fit of the temperature changes at once, which bounds the memory with many images and classes."""
+
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool, given_at: float = 1.0) -> float:
     """Fit the temperature with the highest likelihood, between 1/20 and 20.
@@ -22,9 +25,16 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel:
     """
     from scipy.optimize import minimize_scalar
 
+    rows = max(1, AT_ONCE // probabilities.shape[1])
+    starts = range(0, len(probabilities), rows)
+
     def loss(log_temperature: float) -> float:
-        changed = at_temperature(probabilities, np.exp(log_temperature) / given_at, multilabel=multilabel)
-        return nll(changed, truth, multilabel=multilabel)
+        temperature, total = np.exp(log_temperature) / given_at, 0.0
+        for start in starts:
+            block = probabilities[start : start + rows]
+            changed = at_temperature(block, temperature, multilabel=multilabel)
+            total += len(block) * nll(changed, truth[start : start + rows], multilabel=multilabel)
+        return total / len(probabilities)
 
     bound = np.log(20)
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))

@@ -39,6 +39,18 @@ def test_the_temperature_of_multi_label_predictions() -> None:
     assert found == pytest.approx(2.5, rel=0.06)
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_the_temperature_is_the_same_in_blocks_that_bound_the_memory(
+    multilabel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    probabilities = rng.dirichlet(np.ones(4), 101).astype(np.float32)
+    truth = rng.random((101, 4)) < probabilities if multilabel else rng.integers(0, 4, 101)
+    whole = measures.fit_temperature(probabilities, truth, multilabel=multilabel)
+    monkeypatch.setattr(measures, "AT_ONCE", 40)  # ten rows in a block, one in the last
+    assert measures.fit_temperature(probabilities, truth, multilabel=multilabel) == pytest.approx(whole, rel=1e-6)
+
+
 def test_the_calibration_error_equals_a_hand_computed_one() -> None:
     # Ten answers of confidence 0.8, of which six are right: 0.2 off.
     probabilities = np.tile([0.8, 0.2], (10, 1))
