@@ -29,7 +29,7 @@ class HierarchyError(ValueError):
 
 
 class BackOff(NamedTuple):
-    """The ancestor that is predicted in place of a class. level: 1 for a root, 2 for its children, and so on."""
+    """The ancestor that is certain enough where no class is. level: 1 for a root, 2 for its children, and so on."""
 
     label: str
     confidence: float
@@ -147,7 +147,7 @@ class Hierarchy:
     def back_offs(
         self, rows: np.ndarray, class_threshold: float | None, threshold: float | None
     ) -> list[BackOff | None]:
-        """Return, for each row, the ancestor that is predicted in place of a class, see `answers`.
+        """Return, for each row, the ancestor that is certain enough where no class is, see `answers`.
 
         None where the class reaches its threshold, where no group reaches the other one, and without a threshold.
         """

@@ -57,8 +57,8 @@ def prediction(
       is true, `abstain_reasons` lists the codes
     - familiarity: in 0…1, adds `familiarity`; NaN adds none
     - min_familiarity: adds `abstain`, also true if the familiarity lies below this limit or is NaN
-    - backed_off: the ancestor that is predicted in place of a label, see `Hierarchy.back_offs`; adds `backed_off`, and the low confidence
-      of the label is then no reason to abstain
+    - backed_off: the ancestor that is certain enough where the label is not, see `Hierarchy.back_offs`; adds `backed_off`, and leaves
+      `abstain` as it is for the label
     - confidence: the prediction's confidence, see `confidences`; None takes the probability of the first label
     - explanation: adds its `fields`
     - cut: adds `text_truncated`
@@ -76,8 +76,7 @@ def prediction(
         result["backed_off"] = backed_off.fields
     if abstain_below is not None or min_familiarity is not None:
         confidence = best[0]["confidence"] if confidence is None else confidence
-        limit = abstain_below if backed_off is None else None
-        reasons = _reasons(confidence, limit, familiarity, min_familiarity)
+        reasons = _reasons(confidence, abstain_below, familiarity, min_familiarity)
         result["abstain"] = bool(reasons)
         if reasons:
             result["abstain_reasons"] = reasons

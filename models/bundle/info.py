@@ -76,7 +76,7 @@ class BundleInfo:
         return None if self.hierarchy is None else Hierarchy(self.labels, self.hierarchy["parents"])
 
     def back_offs(self, probabilities: np.ndarray) -> list[BackOff | None]:
-        """Return, for each row of probabilities (N, C), the ancestor that is predicted in place of a class; None for none."""
+        """Return, for each row of probabilities (N, C), the ancestor that is certain enough where no class is; None for none."""
         if self.tree is None or self.hierarchy is None:
             return [None] * len(probabilities)
         return self.tree.back_offs(probabilities, self.abstain_below, self.hierarchy["threshold"])

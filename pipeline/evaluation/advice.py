@@ -46,7 +46,7 @@ def closing_notes(run_dir: Path, config: Config, prefix: str) -> list[tuple[str,
     notes = [("note", note) for note in numbers.get("notes", [])]
     if numbers.get("abstaining", {}).get("abstain_below", 0) >= 1:
         wanted = config.evaluation.precision
-        what = "predicts parents only" if predicts_parents(numbers) else "abstains on every image"
+        what = "abstains on every image" + (" and predicts parents only" if predicts_parents(numbers) else "")
         notes.append(
             ("note", f"The bundle {what}: on the validation set no confidence reaches {wanted:.0%} precision. "
              "Add validation images, or lower --evaluation.precision.")

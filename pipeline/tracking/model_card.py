@@ -228,7 +228,8 @@ def _limits(facts: ModelFacts) -> list[str]:
         lines.append(f"Abstaining: below the confidence {info.abstain_below:.3f} a person should decide.{kept}")
     if (back_off := report.get("back_off", {})) and back_off["threshold"] < 1:
         lines.append(
-            f"Class hierarchy: instead of abstaining, the model predicts a parent of probability {back_off['threshold']:.3f} or more."
+            f"Class hierarchy: where it abstains, the model names a parent of probability {back_off['threshold']:.3f} or more, "
+            "if there is one."
         )
     lines.append(
         "Familiarity: the model compares each image with its training images."

@@ -38,8 +38,8 @@ PREDICT_DESCRIPTION = (
     "`threshold`. `familiarity` is the fraction of the validation images that are less similar to the training images. `abstain` is true "
     "if a person should decide; `abstain_reasons` then lists `low_confidence`, `unfamiliar` or both. A model with a class hierarchy adds "
     "`backed_off` where the confidence of `label` is too low and a parent is certain enough: the parent's `label`, `confidence` (the sum "
-    "over its classes) and `level` (1 for a root). It replaces `label` as the prediction. The response header `X-Model-Digest` identifies "
-    "the model; `Server-Timing` states the duration of each stage in milliseconds."
+    "over its classes) and `level` (1 for a root). `abstain` stays true then, as it concerns `label`. The response header "
+    "`X-Model-Digest` identifies the model; `Server-Timing` states the duration of each stage in milliseconds."
 )
 PREDICT_BODY = {
     "requestBody": {
@@ -188,7 +188,7 @@ _LABEL = {"label": {"type": "string"}, "confidence": {"type": "number", "minimum
 _BACKED_OFF = {
     "type": "object",
     "description": "Only for a model with a class hierarchy, where the confidence is below `abstain_below`: the parent that is "
-    "predicted in place of the class, if one is certain enough.",
+    "certain enough, if there is one. `abstain` stays true, as it concerns `label`.",
     "required": ["label", "confidence", "level"],
     "properties": {
         **_LABEL,

@@ -115,8 +115,10 @@ def test_the_page_shows_the_parent_of_a_prediction_that_backs_off(browser, bundl
         page.set_input_files("#file", [upload, upload])
         page.wait_for_selector("#history li:nth-child(2)")
         shown = f"{name} {100 * sums[name]:.1f} %"
-        assert page.inner_text("#prediction").startswith(f"{shown}: no class is certain enough")
-        assert shown in re.sub(r"\s+", " ", page.inner_text("#history")) and not errors
+        assert page.inner_text("#prediction").startswith(f"{shown}: this parent is certain enough")
+        assert "Abstains from the class: the confidence is too low" in page.inner_text("#prediction")
+        label = f"{top[0]['label']} {100 * top[0]['confidence']:.1f} %, abstains; parent {shown}"
+        assert label in re.sub(r"\s+", " ", page.inner_text("#history")) and not errors
         page.close()
 
 

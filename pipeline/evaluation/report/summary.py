@@ -72,7 +72,9 @@ def _next_steps(evaluation: Evaluation, numbers: dict[str, Any], notes: Sequence
         steps.append(f"Add training samples where the accuracy is low: {', '.join(worse[:3])}.")
     if numbers.get("abstaining", {}).get("abstain_below", 0) >= 1:
         what = (
-            "predicts parents only, as no class" if predicts_parents(numbers) else "abstains on every sample, as none"
+            "abstains on every sample, and predicts parents only, as no class"
+            if predicts_parents(numbers)
+            else "abstains on every sample, as none"
         )
         steps.append(f"Add validation samples: the bundle {what} reaches the wanted precision.")
     return steps or [

@@ -86,8 +86,8 @@ def table_of(shard: Shard, answers: Sequence[Scored | str], info: BundleInfo, sc
         names = [[info.labels[i] for i in np.flatnonzero(row)] for row in predicted]
         columns["labels"] = [names[i] if ok else None for i, ok in zip(index, scored, strict=True)]
     below = info.abstain_below
-    back_offs = info.back_offs(probabilities)
     if info.hierarchy is not None:
+        back_offs = info.back_offs(probabilities)
         placed = [back_offs[i] if ok else None for i, ok in zip(index, scored, strict=True)]
         for name, field in (("", "label"), ("_confidence", "confidence"), ("_level", "level")):
             columns[f"backed_off{name}"] = [None if node is None else getattr(node, field) for node in placed]
@@ -95,7 +95,6 @@ def table_of(shard: Shard, answers: Sequence[Scored | str], info: BundleInfo, sc
         columns["abstain"] = [None] * len(answers)
     else:  # in double precision, as `refract.models.prediction.prediction`
         unsure = (confidences(probabilities, info.task, info.thresholds).astype(float) < below) | (below >= 1)
-        unsure &= np.array([node is None for node in back_offs])
         columns["abstain"] = pa.array(unsure[index], mask=~scored)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
