@@ -21,7 +21,7 @@ class TrainingFeatures:
     - labels: label indices of each image
     - sha256: (N, 32) uint8, of the image files
     - paths: of each image, relative to the data
-    - thumbnails: JPEG of each image as the network saw it, b"" for a sample without an image
+    - thumbnails: JPEG of each image as the network saw it, b"" for a sample without an image and for a bundle without thumbnails
     - validation: (M,) float32, distances of the validation images, ascending: see `refract.models.familiarity`
     """
 

@@ -97,10 +97,11 @@ def _evaluate(args: argparse.Namespace) -> int:
             "data": f"{args.data} ({split or 'all'})",
             "images": f"{len(samples):,}",
         }
+        trained = info.config.get("evaluation", {})
         report = make_report(
             f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
-            precision=info.config.get("evaluation", {}).get("precision", 0.95), abstain_below=info.abstain_below,
-            back_off=threshold,
+            precision=trained.get("precision", 0.95), abstain_below=info.abstain_below, back_off=threshold,
+            images=trained.get("images", True),
             near=manifest.near_of(samples), notes=notes, subject=f"The bundle {info.name}",
         )  # fmt: skip
         print("wrote " + ", ".join(map(str, report.write(args.report))))

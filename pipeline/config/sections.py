@@ -248,19 +248,22 @@ class EvaluationConfig(Checked):
     """The evaluation on the test set at the end of training.
 
     Args:
-        precision: target precision of accepted predictions; below the resulting confidence the model abstains, or backs off to a parent
+        precision: target precision of accepted predictions; below the resulting confidence the model abstains, and may name a parent
             of data.hierarchy.
         threshold: threshold of each multi-label label, chosen on the validation set: f1 (best F1), precision or recall
             (reaches threshold_target with the best value of the other), or fixed (0.5).
         threshold_target: target of threshold: precision or recall for each label.
         robustness: error under image corruptions: auto (at most a third of the training time), none, quick (50 images,
             3 severities) or full (all images, 5 severities).
+        images: false keeps images of the data out of the report, of MLflow's galleries and of the bundle's training features; the
+            bundle's golden samples stay.
     """
 
     precision: float = number(0.95, gt=0, le=1)
     threshold: Literal["f1", "precision", "recall", "fixed"] = "f1"
     threshold_target: float = number(0.9, gt=0, le=1)
     robustness: Literal["auto", "none", "quick", "full"] = "auto"
+    images: bool = True
 
 
 @dataclass(frozen=True)

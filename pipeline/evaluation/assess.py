@@ -134,7 +134,7 @@ def assess(
         abstain_below=decision.abstain_below, back_off=decision.back_off, robustness=robustness, near=manifest.near_of(test),
         findings=None if doctor is None else [finding.to_dict() for finding in findings],
         notes=notes_on(evaluation, drawn="test" in manifest.drawn),
-        checked=checked,
+        checked=checked, images=config.evaluation.images,
         subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
     )  # fmt: skip
     if "back_off" in report.numbers:

@@ -108,7 +108,8 @@ def assess_folds(folder: Path, data: FoldedData, config: Config, device: str) ->
     }
     report = make_report(
         f"Folds {folder.name}", pooled, manifest.labels, facts=facts, precision=config.evaluation.precision, abstain_below=None,
-        notes=[NEXT_STEP], subject=f"The network {config.model.name}, trained in {config.trainer.folds} folds,",
+        images=config.evaluation.images, notes=[NEXT_STEP],
+        subject=f"The network {config.model.name}, trained in {config.trainer.folds} folds,",
     )  # fmt: skip
     report.numbers["folds"] = {
         "count": config.trainer.folds,

@@ -272,7 +272,7 @@ def evaluate(
 def _write_report(
     assembly: Assembly, run_dir: Path, assessment: "Assessment", doctor: "Doctor", history: History
 ) -> None:
-    """Write the splits, the report, its charts and predictions, the doctor's findings and the preview."""
+    """Write the splits, the report, its charts and predictions, the doctor's findings, the gallery of errors and the preview."""
     from refract.pipeline.data.splits import write_splits
     from refract.pipeline.doctor.stored import write_findings
     from refract.pipeline.evaluation.assess import write_predictions
@@ -287,10 +287,11 @@ def _write_report(
         confusion_plot(assessment.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
     assessment.report.write(run_dir)
     write_predictions(run_dir, assessment.evaluation, history)
-    write_error_images(assessment.report, assessment.evaluation.samples, run_dir)
     write_findings(run_dir, assessment.findings, doctor.record)
     doctor.report(assessment.findings)
-    preview_grid(shown_samples(manifest, 6), assembly.data.train_set.augmenter).save(run_dir / "preview.png")
+    if assembly.config.evaluation.images:
+        write_error_images(assessment.report, assessment.evaluation.samples, run_dir)
+        preview_grid(shown_samples(manifest, 6), assembly.data.train_set.augmenter).save(run_dir / "preview.png")
 
 
 def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessment", *, epochs: int) -> None:
@@ -314,7 +315,9 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
         "task": manifest.task, "temperature": decision.temperature, "thresholds": decision.thresholds
     }  # fmt: skip
     reference = reference_of(classifier, preprocess, manifest, **decision_options).to_bytes()
-    training = training_features_of(classifier, preprocess, manifest, task=manifest.task)
+    training = training_features_of(
+        classifier, preprocess, manifest, task=manifest.task, thumbnails=config.evaluation.images
+    )
     classifier.to("cpu")
     info = BundleInfo(
         name=config.tracking.model_name or run_dir.name,

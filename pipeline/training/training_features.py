@@ -30,17 +30,18 @@ SIDE, QUALITY = 48, 70
 
 
 def training_features_of(
-    classifier: Classifier, preprocess: Preprocess, manifest: Manifest, *, task: str
+    classifier: Classifier, preprocess: Preprocess, manifest: Manifest, *, task: str, thumbnails: bool = True
 ) -> TrainingFeatures | None:
     """Embed some training and validation images, which a fixed hash of their paths draws. None if no training image can be read.
 
-    Without a validation split the test split takes its place.
+    Without a validation split the test split takes its place. thumbnails: False keeps none.
     """
     embedded = _embed(classifier, preprocess, _drawn(manifest.of("train"), MOST_TRAINING), task)
     if not embedded.samples:
         return None
     features = embedded.features.astype(np.float16)
-    sizes = features[0].nbytes + np.array([len(data) for data in embedded.thumbnails])
+    shown = embedded.thumbnails if thumbnails else [b""] * len(embedded.samples)
+    sizes = features[0].nbytes + np.array([len(data) for data in shown])
     kept = max(1, int((sizes.cumsum() <= MOST_BYTES).sum()))
     training = TrainingFeatures(
         embedded.width,
@@ -48,7 +49,7 @@ def training_features_of(
         tuple(sample.labels for sample in embedded.samples[:kept]),
         np.array([list(embedded.digests[sample.key]) for sample in embedded.samples[:kept]], np.uint8),
         tuple(_relative(sample, manifest.source) for sample in embedded.samples[:kept]),
-        tuple(embedded.thumbnails[:kept]),
+        tuple(shown[:kept]),
         np.zeros(0, np.float32),
     )
     held = manifest.of("val") or manifest.of("test")

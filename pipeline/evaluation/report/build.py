@@ -30,8 +30,8 @@ TEXT_SHOWN = 120
 class Report:
     """The content of a report.
 
-    numbers: JSON values; charts: chart title → data URL; galleries: title → images, each with `src`, `caption` and `path`; template:
-    file name in this folder.
+    numbers: JSON values; charts: chart title → data URL; galleries: title → images, each with `src` (empty without images), `caption` and
+    `path`; template: file name in this folder.
     """
 
     title: str
@@ -74,6 +74,7 @@ def make_report(
     notes: Sequence[str] = (),
     subject: str = "The classifier",
     checked: Predictions | None = None,
+    images: bool = True,
 ) -> Report:
     """Build the report of an evaluation.
 
@@ -81,7 +82,8 @@ def make_report(
     `back_off`, the threshold of the inner nodes of a hierarchy. findings: the doctor's,
     each with name, evidence and cure, or None if the doctor did not watch a training. near: pairs of a test image and the training image
     that it nearly duplicates. notes: see `refract.pipeline.evaluation.advice`. subject: the classifier, as the start of a sentence.
-    checked: held-out predictions by which labels are checked, None for those of the evaluation.
+    checked: held-out predictions by which labels are checked, None for those of the evaluation. images: False lists captions and paths
+    in the galleries, without images.
     """
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["macro_f1_classes"] = evaluation.macro_classes
@@ -133,6 +135,8 @@ def make_report(
         numbers["robustness"] = robustness.to_dict()
         charts["Robustness to corruptions"] = figures.severity_chart(robustness.by_severity())
         charts["Robustness to Gaussian noise"] = figures.noise_chart({0: robustness.clean, **robustness.noise})
+    if not images:
+        galleries = {title: [row | {"src": ""} for row in rows] for title, rows in galleries.items()}
     numbers["summary"] = summarized(subject, evaluation, labels, numbers, notes)
     return Report(title, numbers, charts, galleries)
 
