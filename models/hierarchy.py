@@ -83,29 +83,23 @@ class Hierarchy:
         return rows
 
     @cached_property
-    def members(self) -> np.ndarray:
-        """(nodes, C) bool: whether a class is below a node; a class is below itself."""
-        below = np.zeros((len(self.nodes), len(self.labels)), bool)
-        below[self.lineage.T, np.arange(len(self.labels))] = True
-        return below
+    def sizes(self) -> np.ndarray:
+        """(nodes,) the number of classes below each node; 1 for a class."""
+        own_level = self.levels[: len(self.labels), None] > np.arange(self.lineage.shape[1])
+        return np.bincount(self.lineage[own_level], minlength=len(self.nodes))
 
     @cached_property
     def heights(self) -> np.ndarray:
         """(nodes,) the number of edges from each node to the deepest class below it; 0 for a class."""
-        of_classes = self.levels[: len(self.labels)]
-        return np.where(self.members, of_classes, 0).max(axis=1) - self.levels
+        deepest = np.zeros(len(self.nodes), int)
+        np.maximum.at(deepest, self.lineage, self.levels[: len(self.labels), None])
+        return deepest - self.levels
 
     @cached_property
     def groups(self) -> np.ndarray:
         """The inner nodes that may be predicted: those with at least two classes but not all, the deepest first."""
-        sizes = self.members.sum(axis=1)
-        candidates = np.flatnonzero((sizes > 1) & (sizes < len(self.labels)))
+        candidates = np.flatnonzero((self.sizes > 1) & (self.sizes < len(self.labels)))
         return candidates[np.argsort(-self.levels[candidates], kind="stable")]
-
-    @cached_property
-    def group_sizes(self) -> np.ndarray:
-        """The number of classes of each of the `groups`."""
-        return self.members[self.groups].sum(axis=1)
 
     def path(self, name: str) -> tuple[str, ...]:
         """Return the names from the root down to a node."""
@@ -138,7 +132,7 @@ class Hierarchy:
         if threshold >= 1 or not len(unsure):
             return chosen
         values = self.probabilities(rows[unsure])[:, self.groups]
-        sizes = np.where(values >= threshold, self.group_sizes, np.inf)
+        sizes = np.where(values >= threshold, self.sizes[self.groups], np.inf)
         fewest = sizes.min(axis=1)
         best = np.where(sizes == fewest[:, None], values, -1).argmax(axis=1)
         chosen[unsure] = np.where(np.isfinite(fewest), self.groups[best], NO_NODE)
@@ -160,6 +154,10 @@ class Hierarchy:
         for row, node, value in zip(backed_off.tolist(), answers[backed_off].tolist(), values, strict=True):
             result[row] = BackOff(self.nodes[node], float(value[node]), int(self.levels[node]))
         return result
+
+    def contains(self, nodes: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """Return whether each class is below the node, (N,) bool; a class is below itself, and none below NO_NODE. Both: (N,) indices."""
+        return (self.lineage[classes] == nodes[:, None]).any(axis=1)
 
     def common_heights(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Return the height of the lowest common ancestor of two classes, (N,). one, other: (N,) class indices.

@@ -18,6 +18,9 @@ _DIGITS = 12
 LEAST = 0.5
 """The lowest threshold of an inner node: at most one of several nodes without a common class is more probable than this."""
 
+_BELOW_LEAST = float(np.nextafter(LEAST, 0))
+"""A node of exactly LEAST reaches the threshold LEAST."""
+
 LCA_HEIGHT = "lca_height"
 """The metric with the mean height of the lowest common ancestor of the true and the predicted class, over the errors. Source: Bertinetto et
 al. 2020, "Making better mistakes", arXiv:1912.09393, section 4 (the hierarchical distance of a mistake)."""
@@ -86,15 +89,16 @@ def _predicted_between(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (low, high, right) of each inner node that is predicted for a sample at the thresholds in (low, high], from LEAST on. A sample
     has several: the higher the threshold, the less specific the node that reaches it."""
-    reached = np.full(len(truth), LEAST)
+    reached = np.full(len(truth), _BELOW_LEAST)
     parts = []
     values = hierarchy.probabilities(probabilities)
-    for size in np.unique(hierarchy.group_sizes):
-        nodes = hierarchy.groups[hierarchy.group_sizes == size]
+    group_sizes = hierarchy.sizes[hierarchy.groups]
+    for size in np.unique(group_sizes):
+        nodes = hierarchy.groups[group_sizes == size]
         best = nodes[values[:, nodes].argmax(axis=1)]
         value = values[np.arange(len(truth)), best].round(_DIGITS)
         rows = np.flatnonzero(value > reached)
-        parts.append((reached[rows], value[rows], hierarchy.members[best[rows], truth[rows]]))
+        parts.append((reached[rows], value[rows], hierarchy.contains(best[rows], truth[rows])))
         reached = np.maximum(reached, value)
     low, high, right = (np.concatenate(column) for column in zip(*parts, strict=True))
     return low, high, right
@@ -109,7 +113,7 @@ def back_off_numbers(
     None without any, with its `interval`; `answers`: the same for the classes (level null) and for the inner nodes of each level.
     """
     nodes = hierarchy.answers(evaluation.probabilities, class_threshold, threshold)
-    right = (nodes != NO_NODE) & hierarchy.members[nodes, evaluation.truth]
+    right = hierarchy.contains(nodes, evaluation.truth)
     inner = nodes >= len(hierarchy.labels)
     rows = [_answered(right, (nodes != NO_NODE) & ~inner) | {"level": None}]
     levels = np.where(inner, hierarchy.levels[nodes], 0)

@@ -1,6 +1,7 @@
 """The class hierarchy: probabilities of inner nodes, predictions that back off, and names that form no hierarchy."""
 
 import pickle
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -54,11 +55,42 @@ def scored(draw) -> tuple[Hierarchy, np.ndarray]:
     return hierarchy, (rows / rows.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+def members(hierarchy: Hierarchy) -> np.ndarray:
+    """(nodes, C) bool: whether a class is below a node."""
+    return np.array([[name in hierarchy.path(label) for label in hierarchy.labels] for name in hierarchy.nodes])
+
+
+@given(hierarchies())
+def test_sizes_heights_and_members_agree_with_the_paths(hierarchy: Hierarchy) -> None:
+    below, count = members(hierarchy), len(hierarchy.labels)
+    assert hierarchy.sizes.tolist() == below.sum(axis=1).tolist()
+    for row, level, height in zip(below, hierarchy.levels, hierarchy.heights, strict=True):
+        assert height == max(hierarchy.levels[:count][row]) - level
+    nodes, classes = np.indices(below.shape).reshape(2, -1)
+    assert (hierarchy.contains(nodes, classes) == below.ravel()).all()
+    assert not hierarchy.contains(np.full(count, NO_NODE), np.arange(count)).any()
+
+
+def test_the_memory_grows_with_the_classes_and_not_with_their_square() -> None:
+    labels = tuple(map(str, range(4000)))
+    parents = {label: f"group {number // 4}" for number, label in enumerate(labels)}
+    parents |= dict.fromkeys(sorted(set(parents.values())))
+    rows = np.full((3, 4000), 1e-5)
+    rows[np.arange(3), np.arange(3)] = 0.5
+    tracemalloc.start()
+    hierarchy = Hierarchy(labels, parents)
+    hierarchy.common_heights(np.arange(10), np.arange(10)[::-1])
+    assert hierarchy.contains(hierarchy.answers(rows, 0.9, 0.4), np.arange(3)).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20, "a matrix of nodes and classes has 20 MB"
+
+
 @given(scored())
 def test_a_node_is_as_probable_as_its_classes_and_never_less_than_a_node_below_it(case) -> None:
     hierarchy, rows = case
     values = hierarchy.probabilities(rows)
-    np.testing.assert_allclose(values, rows.astype(float) @ hierarchy.members.T, atol=1e-6)
+    np.testing.assert_allclose(values, rows.astype(float) @ members(hierarchy).T, atol=1e-6)
     assert (values[:, : len(hierarchy.labels)] == rows).all() and values.max() <= 1
     for node, name in enumerate(hierarchy.nodes):
         path = [hierarchy.nodes.index(above) for above in hierarchy.path(name)]
@@ -75,7 +107,7 @@ def test_the_predicted_node_is_the_most_specific_that_reaches_its_threshold(
     case, below: float, threshold: float, exact: bool
 ) -> None:
     hierarchy, rows = case
-    values, sizes, count = hierarchy.probabilities(rows), hierarchy.members.sum(axis=1), len(hierarchy.labels)
+    values, sizes, count = hierarchy.probabilities(rows), members(hierarchy).sum(axis=1), len(hierarchy.labels)
     if exact:  # one of the probabilities
         below, threshold = (np.sort(values.ravel())[int(share * (values.size - 1))] for share in (below, threshold))
     nodes = hierarchy.answers(rows, below, threshold)

@@ -118,6 +118,14 @@ def test_the_threshold_of_parents_is_at_least_one_half() -> None:
     assert back_off_threshold(COLOURS, rows, np.array([0, 1]), 0.0, 1.0) == 1, "each class is accepted"
 
 
+def test_a_parent_of_exactly_one_half_counts_for_the_threshold() -> None:
+    rows = np.array([[0.3, 0.25, 0, 0.45, 0]] * 9 + [[0.25, 0.25, 0.25, 0, 0.25]] * 9)
+    truth = np.array([0] * 9 + [4] * 9)  # the samples whose parents have one half each are in the less probable one
+    threshold = back_off_threshold(COLOURS, rows, truth, 0.6, 0.9)
+    nodes = COLOURS.answers(rows, 0.6, threshold)
+    assert COLOURS.contains(nodes, truth)[nodes != NO_NODE].mean() >= 0.9
+
+
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6), count=st.integers(1, 40), below=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
@@ -138,7 +146,7 @@ def test_the_threshold_is_the_lowest_at_which_the_parents_reach_the_precision(
 
     def reaches(value: float) -> bool:
         nodes = parents_at(value)
-        return bool(NESTED.members[nodes, truth][nodes != NO_NODE].mean() >= precision) if nodes.max() >= 0 else False
+        return bool(NESTED.contains(nodes, truth)[nodes != NO_NODE].mean() >= precision) if nodes.max() >= 0 else False
 
     values = np.unique(NESTED.probabilities(rows).round(12))
     candidates = [LEAST, *(value for value in (values[1:] + values[:-1]) / 2 if value > LEAST)]
