@@ -42,6 +42,8 @@ def write_error_images(report: Report, samples: Sequence[Sample], run_dir: Path)
                 )
             except ImageError as error:
                 log.warning("%s: not in the gallery of errors: %s", row["path"], error)
+        if not any(folder.iterdir()):
+            return None
         folder.rename(target)
     return target
 

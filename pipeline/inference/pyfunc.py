@@ -6,6 +6,7 @@ MLflow calls `_load_pyfunc` in `mlflow.pyfunc.load_model`, in `mlflow models ser
 import base64
 import binascii
 import math
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -122,14 +123,29 @@ def outputs_of(task: str, familiarity: bool, abstains: bool, *, hierarchy: bool 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> BundleModel:
     """Load the bundle in the folder `path`. MLflow calls this function. model_config: see `CONFIG`.
 
-    BundleError for a damaged bundle, PluginError for a plugin that cannot be loaded.
+    ValueError for a setting that is not accepted, BundleError for a damaged bundle, PluginError for a plugin that cannot be loaded.
     """
     from refract.plugins import load
 
-    settings = {**CONFIG, **(model_config or {})}
-    plugins = settings["plugins"]
-    load([plugins] if isinstance(plugins, str) else plugins)
+    settings = _settings(model_config or {})
+    load(settings["plugins"])
     return BundleModel(load_bundle(Path(path)), device=settings["device"], batch_size=settings["batch_size"])
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `CONFIG` with the given values. ValueError names the key, its value and what is accepted."""
+    settings = {**CONFIG, **given}
+    device, size, plugins = settings["device"], settings["batch_size"], settings["plugins"]
+    settings["plugins"] = plugins = [plugins] if isinstance(plugins, str) else plugins
+    named = isinstance(plugins, list | tuple) and all(isinstance(name, str) for name in plugins)
+    for key, accepted, expected in (
+        ("device", isinstance(device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", device), "auto, cpu or cuda"),
+        ("batch_size", type(size) is int and size > 0, "a whole number of at least 1"),
+        ("plugins", named, "a list of files and modules"),
+    ):
+        if not accepted:
+            raise ValueError(f"model_config: {key}: received {given[key]!r}; expected {expected}")
+    return settings
 
 
 def _columns(table: "pd.DataFrame", reads: Iterable[str]) -> tuple[list[bytes | str | None], list[str]]:

@@ -5,7 +5,7 @@ A bundle's reader ignores them, as the bundle's manifest does not list them.
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,17 @@ def requirements(versions: Mapping[str, str], *, text: bool = False) -> list[str
     """
     needed = {name: number for name, number in versions.items() if name not in TRAINING_ONLY}
     more = ("mlflow", "pandas", "safetensors", *(("transformers",) if text else ()))
-    needed |= {name: version(name) for name in more}
-    return [f"{name}=={number.partition('+')[0]}" for name, number in needed.items()]
+    for name in more:
+        needed.setdefault(name, _installed(name))
+    return [f"{name}=={number.partition('+')[0]}" if number else name for name, number in needed.items()]
+
+
+def _installed(package: str) -> str:
+    """Return the version of a package; empty where it is not installed, as `refract sync` may run on another machine."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _signature(bundle: Bundle) -> "ModelSignature":

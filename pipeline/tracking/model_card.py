@@ -26,7 +26,17 @@ LABEL_STATE = ("label_state", "label_decisions", "label_changes")
 
 
 GATE = "The promotion gate"
-"""The start of the gate's sentence in a version's description."""
+
+GATE_TEXT = "`gate.txt` has its lines."
+"""The end of what the gate adds to a version's description."""
+
+_ADDED = re.compile(rf"\s*^{GATE} (?:passed|failed) [^\n]*{re.escape(GATE_TEXT)}", re.MULTILINE)
+
+LONGEST_DESCRIPTION = 5000
+"""Characters of a version's description that MLflow's databases accept."""
+
+SHOWN_FAILURES = 10
+"""Failed checks that the gate's sentence names: with a recall for each class there may be thousands."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class Gate:
         if self.verdict["passed"]:
             return f"{GATE} passed {measured}."
         failed = [line["name"] for line in self.verdict["lines"] if line["passed"] is False]
-        return f"{GATE} failed {measured}, at: {', '.join(failed)}."
+        rest = f" and {len(failed) - SHOWN_FAILURES:,} more" if len(failed) > SHOWN_FAILURES else ""
+        return f"{GATE} failed {measured}, at: {', '.join(failed[:SHOWN_FAILURES])}{rest}."
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,9 @@ def version_description(facts: ModelFacts) -> str:
 
 
 def with_gate(description: str, gate: Gate) -> str:
-    """Return a version's description with the sentence of the gate in place of an earlier one."""
-    before, _, _ = description.partition(f"\n\n{GATE}")
-    return f"{before.rstrip()}\n\n{gate.sentence()} `gate.txt` has its lines."
+    """Return a version's description with the sentence of the gate at its end, in place of an earlier one."""
+    before = _ADDED.sub("", description).rstrip()
+    return f"{before}\n\n{gate.sentence()} {GATE_TEXT}"[: max(LONGEST_DESCRIPTION, len(before))]
 
 
 def version_tags(facts: ModelFacts) -> dict[str, str]:
@@ -148,7 +159,7 @@ def _intended_use(facts: ModelFacts) -> list[str]:
     reads = "texts" if info.network["name"] == NO_IMAGES else "images" if info.text is None else "images with texts"
     shown = ", ".join(map(_cell, info.labels[:SHOWN_LABELS]))
     rest = len(info.labels) - SHOWN_LABELS
-    chosen = {"multilabel": "any number of", "binary": "one of"}.get(info.task, "one of")
+    chosen = "any number of" if info.task == "multilabel" else "one of"
     return [
         f"The model classifies {reads}: it gives each {chosen} {len(info.labels):,} labels ({shown}"
         f"{f' and {rest:,} more' if rest > 0 else ''}).",
@@ -313,5 +324,5 @@ def _quoted(text: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text on one line that cannot end a table's cell or start HTML."""
-    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split())).replace("<", "&lt;")
+    """Return a text on one line that cannot end a table's cell, start HTML, link or load an image."""
+    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split())).replace("<", "&lt;").replace("](", r"]\(")

@@ -165,7 +165,7 @@ def _announce(assembly: Assembly, run: "Run", checkpoint: Path | None) -> None:
     log.info("run %s on %s, %s: %s", run.path, assembly.device, assembly.precision, _described(assembly.manifest))
     if run.resumed:
         remove_fragments(run.path / CHECKPOINTS)
-        for fragment in run.path.glob(".bundle.*"):
+        for fragment in (*run.path.glob(".bundle.*"), *run.path.glob(".errors.*")):
             shutil.rmtree(fragment, ignore_errors=True)
         log.info("resuming from %s", checkpoint or "the start, as the run has no checkpoint")
 

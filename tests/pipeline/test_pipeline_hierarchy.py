@@ -119,8 +119,8 @@ def test_the_threshold_of_parents_is_at_least_one_half() -> None:
 
 
 def test_a_parent_of_exactly_one_half_counts_for_the_threshold() -> None:
-    rows = np.array([[0.3, 0.25, 0, 0.45, 0]] * 9 + [[0.25, 0.25, 0.25, 0, 0.25]] * 9)
-    truth = np.array([0] * 9 + [4] * 9)  # the samples whose parents have one half each are in the less probable one
+    rows = np.array([[0.3, 0.25, 0, 0.45, 0]] * 9 + [[0.25, 0.25, 0, 0.25, 0.25]] * 9)
+    truth = np.array([0] * 9 + [4] * 9)  # where both parents have one half, the smaller one is predicted: warm
     threshold = back_off_threshold(COLOURS, rows, truth, 0.6, 0.9)
     nodes = COLOURS.answers(rows, 0.6, threshold)
     assert COLOURS.contains(nodes, truth)[nodes != NO_NODE].mean() >= 0.9

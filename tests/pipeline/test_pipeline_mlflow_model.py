@@ -27,13 +27,10 @@ from warm_process import shared
 
 from refract.models.bundle.bundle import BundleError, load_bundle
 from refract.pipeline.config.config import config_from_dict
-from refract.pipeline.data.manifest import Sample
-from refract.pipeline.evaluation.error_images import write_error_images
-from refract.pipeline.evaluation.report import Report
 from refract.pipeline.inference.pyfunc import _load_pyfunc
 from refract.pipeline.labels.decisions import Decision
 from refract.pipeline.labels.history import LabelHistory
-from refract.pipeline.tracking.mlflow_model import LARGEST_EXAMPLE, requirements, write_model_files
+from refract.pipeline.tracking.mlflow_model import LARGEST_EXAMPLE, write_model_files
 from refract.pipeline.tracking.model_card import (
     Gate,
     label_state,
@@ -308,14 +305,6 @@ def test_a_multilabel_model_returns_the_labels_above_their_thresholds(tmp_path: 
     assert bad["labels"] == [] and bad["abstain"]
 
 
-def test_an_unknown_plugin_or_column_is_reported(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-    with pytest.raises(ValueError, match="plugin none.py: cannot be read"):
-        _load_pyfunc(str(bundle), {"plugins": "none.py"})
-    with pytest.raises(ValueError, match="expected a table with the column image, received the columns file"):
-        _load_pyfunc(str(bundle)).predict(pd.DataFrame({"file": [b"x"]}))
-
-
 def test_the_registered_version_is_described(registered: Registered) -> None:
     version = registered.client.get_model_version("colors", "1")
     facts = read_facts(registered.run)
@@ -383,6 +372,13 @@ def test_the_gate_is_added_to_card_and_description(registered: Registered) -> No
     assert once.startswith(f"My words.\n\n{sentence}")
     again = with_gate(once, passed)
     assert again.startswith("My words.\n\nThe promotion gate passed without a champion") and "failed" not in again
+    own = "The promotion gate is too strict; see the wiki.\n\nMore words."
+    assert with_gate(f"{with_gate(own, failed)}\n\nAdded later.", passed) == (
+        f"{own}\n\nAdded later.\n\n{passed.sentence()} `gate.txt` has its lines."
+    ), "what users wrote stays, before and after"
+    recalls = [{"name": f"recall class {n}", "passed": False, "summary": ""} for n in range(2000)]
+    assert len(with_gate("", Gate(failed.verdict | {"lines": recalls}, "3"))) < 500
+    assert with_gate("x" * 4990, failed)[:4990] == "x" * 4990 and len(with_gate("x" * 4990, failed)) == 5000, "Postgres"
     facts = read_facts(registered.run, gate=failed)
     assert sentence in version_description(facts)
     card = model_card(facts)
@@ -398,29 +394,3 @@ def test_the_gallery_of_errors(registered: Registered) -> None:
         " percent, labelled " in image.name and image.name.startswith(f"{n:02} ") for n, image in enumerate(images, 1)
     )
     assert all(max(cv2.imread(str(image)).shape) == 256 for image in images)
-
-
-def test_names_of_error_images_are_safe_and_damaged_images_are_skipped(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png", make_image("red", 0, side=600))
-    (tmp_path / "b.png").write_bytes(b"damaged")
-    rows = [
-        {"src": "", "caption": 'a/b\\..<x>: 97%, labelled ü|"?*' + "é" * 200, "path": str(tmp_path / "a.png")},
-        {"src": "", "caption": "cat 50%, labelled dog", "path": str(tmp_path / "b.png")},
-        {"src": "", "caption": "cat 40%, labelled dog: “secret text”", "path": str(tmp_path / "c.png")},
-    ]
-    samples = [Sample(str(tmp_path / name), (0,)) for name in ("a.png", "b.png")]
-    samples.append(Sample(str(tmp_path / "c.png"), (0,), has_image=False))
-    report = Report("t", {}, galleries={"Most confident errors": rows})
-    folder = write_error_images(report, samples, tmp_path)
-    assert folder is not None
-    (name,) = [file.name for file in folder.iterdir()]
-    assert name.startswith("01 a b ..") and not set(name) & set('/\\<>|"?*%:') and len(name.encode()) <= 104
-    assert max(cv2.imread(str(folder / name)).shape) == 256
-    assert write_error_images(Report("t", {}), samples, tmp_path / "other") is None
-
-
-def test_requirements_are_those_of_a_prediction() -> None:
-    lines = requirements({"python": "3.11.7", "lightning": "2.6.6", "torch": "2.15.0+cu130", "refract": "0.1.0"})
-    assert lines[:2] == ["torch==2.15.0", "refract==0.1.0"] and any(line.startswith("mlflow==") for line in lines)
-    assert not any(line.startswith(("python", "lightning")) for line in lines)
-    assert any(line.startswith("transformers==") for line in requirements({}, text=True))
