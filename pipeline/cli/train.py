@@ -108,7 +108,8 @@ def _run(config: "Config", name: str, folder: "Path | None") -> int:
         return 0
     output.result({**vars(result), "model": config.tracking.model_name})
     print("test:     " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    files = "report.html, config.yaml, splits.csv, preview.png, curves.png"
+    preview = "preview.png, " if config.evaluation.images else ""
+    files = f"report.html, config.yaml, splits.csv, {preview}curves.png"
     print(f"run:      {result.run_dir}/ ({files}{'' if config.model.on_embeddings else ', checkpoints/'})")
     print(f"bundle:   {result.bundle}")
     prefix = console.bin_prefix()

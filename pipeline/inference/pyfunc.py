@@ -148,7 +148,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _columns(table: "pd.DataFrame", reads: Iterable[str]) -> tuple[list[bytes | str | None], list[str]]:
+def _columns(table: "pd.DataFrame", reads: Iterable[str]) -> tuple[list[Any], list[str]]:
     """Return (the images, None for none; the texts, "" for none). ValueError for a table without a column that the model reads."""
     names = [name for name, kind in (("image", "images"), ("text", "texts")) if kind in reads]
     columns = getattr(table, "columns", None)
@@ -163,19 +163,26 @@ def _columns(table: "pd.DataFrame", reads: Iterable[str]) -> tuple[list[bytes | 
     return images, [text if isinstance(text, str) else "" for text in column("text")]
 
 
-def _encoded(value: Any) -> bytes | str | None:
+def _encoded(value: Any) -> Any:
     """Return a value of the column `image`; None for an empty or a missing one."""
+    import pandas as pd
+
     if isinstance(value, bytearray | memoryview):
         value = bytes(value)
-    return value if isinstance(value, bytes | str) and value else None
+    empty = not value if isinstance(value, bytes | str) else pd.api.types.is_scalar(value) and pd.isna(value)
+    return None if empty else value
 
 
-def _reader(image: bytes | str | None) -> Callable[[], bytes]:
-    """Return the function that reads the encoded image. It raises OSError for a text that is not base64."""
+def _reader(image: Any) -> Callable[[], bytes]:
+    """Return the function that reads the encoded image. It raises OSError for a text that is not base64, and for another type."""
 
     def read() -> bytes:
-        if not isinstance(image, str):
+        if image is None or isinstance(image, bytes):
             return image or b""
+        if not isinstance(image, str):
+            raise OSError(
+                f"the image is a {type(image).__name__}; expected the bytes of an image file, or their base64 text"
+            )
         try:
             return base64.b64decode("".join(image.split()), validate=True)
         except (binascii.Error, ValueError) as error:

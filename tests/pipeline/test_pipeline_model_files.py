@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pandas as pd
 import pytest
 from small_data import make_image, write_image
@@ -24,6 +25,15 @@ def test_an_unknown_plugin_or_column_is_reported(tmp_path: Path) -> None:
         _load_pyfunc(str(bundle), {"plugins": "none.py"})
     with pytest.raises(ValueError, match="expected a table with the column image, received the columns file"):
         _load_pyfunc(str(bundle)).predict(pd.DataFrame({"file": [b"x"]}))
+
+
+def test_pixels_in_place_of_a_file_are_reported_and_missing_values_are_no_image(tmp_path: Path) -> None:
+    model = _load_pyfunc(str(make_bundle(tmp_path / "bundle")))
+    rows = [np.zeros((8, 8, 3), np.uint8), [1, 2], 3, float("nan"), pd.NA, None]
+    errors = model.predict(pd.DataFrame({"image": pd.Series(rows, dtype=object)})).error.tolist()
+    for error, kind in zip(errors, ("ndarray", "list", "int"), strict=False):
+        assert error.endswith(f"the image is a {kind}; expected the bytes of an image file, or their base64 text")
+    assert errors[3:] == ["the row has neither an image nor a text"] * 3
 
 
 @pytest.mark.parametrize(

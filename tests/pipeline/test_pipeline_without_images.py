@@ -25,7 +25,7 @@ def test_images_of_the_data_are_only_where_the_setting_allows_them(refract: Run,
         "data: {source: data, image_size: 16}\nmodel: {name: lenet5}\ntrainer: {max_epochs: 1, run_name: r}\n"
         f"evaluation: {{robustness: none, images: {str(images).lower()}}}\n"
     )
-    refract("train", "c.yaml")
+    assert ("preview.png" in refract("train", "c.yaml").stdout) is images
     run = tmp_path / "runs" / "r"
     report = json.loads((run / "report.json").read_text())
     assert report["metrics"]["accuracy"] < 1, "so that there is a gallery of errors"
