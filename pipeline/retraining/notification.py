@@ -1,5 +1,7 @@
 """The events of `retrain.webhook`: what a retraining run reports at its end."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -31,7 +33,7 @@ def outbox(config: Config) -> Outbox | None:
 def notify(folder: Path, config: Config, record: Record, outcome: int, why: str) -> None:
     """Store the event of a run in the outbox and try to deliver all that wait. Errors are logged: no webhook fails a run.
 
-    outcome: an exit code; folder: of the run.
+    outcome: an exit code; folder: of the run. A step that is repeated after a kill stores the same ID again.
     """
     try:
         box = outbox(config)
@@ -39,7 +41,7 @@ def notify(folder: Path, config: Config, record: Record, outcome: int, why: str)
             return
         name = name_of(outcome, record)
         if name in config.retrain.webhook_on:
-            box.add(event_of(folder, config, record, name, why))
+            box.add(event_of(folder, config, record, name, why), event=_id_of(folder, record, name))
         box.deliver_in_background()
     except ConfigError as error:
         log.warning("webhook: %s", error)
@@ -49,7 +51,15 @@ def notify(folder: Path, config: Config, record: Record, outcome: int, why: str)
 
 def name_of(outcome: int, record: Record) -> str:
     """Return the name of a run's result. outcome: an exit code."""
-    return "unchanged" if record.get("unchanged") else OUTCOMES[outcome]
+    return "unchanged" if record.get("unchanged") and not outcome else OUTCOMES[outcome]
+
+
+def _id_of(folder: Path, record: Record, outcome: str) -> str | None:
+    """Return the ID of the event of a run that has ended; None for a failed attempt, as each is another event."""
+    if outcome == "failed":
+        return None
+    known = {key: value for key, value in record.items() if key != "attempts"}  # a resumed run counts one more
+    return hashlib.sha256(json.dumps([str(folder.absolute()), known], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def event_of(folder: Path, config: Config, record: Record, outcome: str, why: str) -> dict[str, Any]:

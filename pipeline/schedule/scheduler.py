@@ -286,9 +286,14 @@ def _scheduler(plan: Plan, store: ScheduleStore, runner: Runner) -> Any:
             misfire_grace_time=None,
         )
     if plan.outbox is not None:
-        deliver, now = plan.outbox.deliver, datetime.now(UTC)
         scheduler.add_job(
-            deliver, "interval", seconds=WAKE_S, next_run_time=now, coalesce=True, misfire_grace_time=None
+            plan.outbox.deliver_in_background,  # so that a server that hangs does not delay the scheduler's end
+            "interval",
+            kwargs={"early": False},
+            seconds=WAKE_S,
+            next_run_time=datetime.now(UTC),
+            coalesce=True,
+            misfire_grace_time=None,
         )
     scheduler.add_job(int, "interval", seconds=WAKE_S, id="wake", coalesce=True, misfire_grace_time=None)
     return scheduler

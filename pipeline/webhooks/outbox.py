@@ -23,7 +23,7 @@ GIVE_UP = timedelta(days=7)
 """The age of an event from which a failed attempt is the last one."""
 
 LIMIT_S = 10.0
-"""Seconds that a run waits for the delivery. It continues in the background until the process ends, and later from the outbox."""
+"""Seconds that a run, or a scheduler that stops, waits for the delivery. It continues in the background until the process ends, and later from the outbox."""
 
 WAITING, UNDELIVERED = "waiting", "undelivered"
 
@@ -39,12 +39,12 @@ class Outbox:
     folder: Path
     url: str
 
-    def add(self, body: Mapping[str, Any], now: datetime | None = None) -> str:
-        """Store an event, and return its ID. OSError as usual."""
-        now = now or datetime.now(UTC)
-        event = f"{now:%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:8]}"
+    def add(self, body: Mapping[str, Any], now: datetime | None = None, *, event: str | None = None) -> str:
+        """Store an event, and return its ID. event: the ID, by default a new one. OSError as usual."""
+        now, event = now or datetime.now(UTC), event or uuid.uuid4().hex
+        path = self.folder / WAITING / f"{now:%Y%m%d-%H%M%S-%f}-{event}.json"  # sorted by time
         values = {"id": event, "created": now.isoformat(), "attempts": 0, "next": now.isoformat()}
-        self._write(self.folder / WAITING / f"{event}.json", values | {"body": masked_values({"id": event, **body})})
+        self._write(path, values | {"body": masked_values({"id": event, **body})})
         return event
 
     def deliver(self, now: datetime | None = None, *, early: bool = False) -> int:
@@ -69,9 +69,9 @@ class Outbox:
             log.warning("webhook: %s: %s", error.filename or self.folder, error.strerror or error)
         return accepted
 
-    def deliver_in_background(self) -> None:
+    def deliver_in_background(self, *, early: bool = True) -> None:
         """Deliver in a thread, and wait for it for at most LIMIT_S seconds. A process that ends earlier leaves the events in the outbox."""
-        thread = threading.Thread(target=self.deliver, kwargs={"early": True}, daemon=True, name="webhook")
+        thread = threading.Thread(target=self.deliver, kwargs={"early": early}, daemon=True, name="webhook")
         thread.start()
         thread.join(LIMIT_S)
         if thread.is_alive():
@@ -86,10 +86,10 @@ class Outbox:
         except (ValueError, KeyError, TypeError) as error:
             log.warning("webhook: %s cannot be read (%s); it is skipped", path, error)
             return False
-        if now < due and not early:
+        if now < due <= now + LONGEST_WAIT and not early:  # a later time is of a clock that was set back
             return False
         try:
-            send(self.url, event, json.dumps(body, ensure_ascii=False).encode(), now)
+            send(self.url, event, _bytes(json.dumps(body, ensure_ascii=False)), now)
         except NotDelivered as error:
             if now - created >= GIVE_UP:
                 (self.folder / UNDELIVERED).mkdir(exist_ok=True)
@@ -106,4 +106,9 @@ class Outbox:
 
     @staticmethod
     def _write(path: Path, entry: Mapping[str, Any]) -> None:
-        write_atomically(path, (json.dumps(entry, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(path, _bytes(json.dumps(entry, indent=1, ensure_ascii=False) + "\n"))
+
+
+def _bytes(text: str) -> bytes:
+    """Encode JSON as UTF-8. A byte of a path that is not UTF-8 becomes JSON's escape of it."""
+    return text.encode("utf-8", "backslashreplace")

@@ -171,6 +171,43 @@ def test_a_server_that_hangs_blocks_no_run(
     assert box.deliver(early=True) in (0, 1) and not waiting(box), "the scheduler's, or that of the next run"
 
 
+def test_a_server_that_never_ends_its_response_ends_the_attempt(
+    box: Outbox, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("refract.pipeline.webhooks.delivery.DEADLINE_S", 0.2)
+    receiver.statuses = [-1]
+    box.add({"number": 1}, NOON)
+    assert box.deliver(NOON) == 0 and [one["attempts"] for one in waiting(box)] == [1]
+    assert "127.0.0.1: no response in 0.2 s" in caplog.text
+
+
+def test_a_clock_that_was_set_back_delays_no_event(box: Outbox, receiver: Receiver) -> None:
+    receiver.statuses = [500]
+    box.add({"number": 1}, NOON)
+    box.deliver(NOON)
+    assert box.deliver(NOON - timedelta(hours=1)) == 0, "the wait of a minute has not passed"
+    assert box.deliver(NOON - timedelta(days=365)) == 1
+
+
+def test_a_path_that_is_not_utf_8_is_sent(box: Outbox, receiver: Receiver) -> None:
+    box.add({"run": "/data/\udcff"})
+    assert box.deliver() == 1 and receiver.bodies[0]["run"] == "/data/\udcff"
+
+
+def test_a_secret_that_cannot_be_encoded_is_reported(
+    box: Outbox, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REFRACT_WEBHOOK_SECRET", "hidden\udcff")
+    box.add({})
+    assert box.deliver() == 0 and not receiver.requests and waiting(box)
+    assert "REFRACT_WEBHOOK_SECRET is not valid UTF-8" in caplog.text and "hidden" not in caplog.text
+
+
+def test_the_config_imports_no_http_client() -> None:
+    code = "import sys, refract.pipeline.config.config; print({'urllib.request', 'http.client', 'email'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
 def config_at(root: Path, url: str | None, **retraining: Any) -> Config:
     values = {
         "data": {"source": str(root / "images")},
@@ -238,6 +275,28 @@ def test_only_the_named_results_are_sent(receiver: Receiver, tmp_path: Path) -> 
     assert [body["outcome"] for body in receiver.bodies] == ["refused", "unchanged"]
 
 
+def test_a_run_that_is_killed_after_its_event_sends_the_same_id_again(receiver: Receiver, tmp_path: Path) -> None:
+    config = config_at(tmp_path, receiver.url)
+    folder = ends(config, Outcome.REFUSED, attempts=1)
+    killed = {key: value for key, value in read_run(folder).items() if key not in ("outcome", "ended")}
+    write_run(folder, {**killed, "attempts": 2})  # type: ignore[typeddict-item] # the keys are a Record's
+    STEPS[-1](folder)
+    write_run(folder, {**killed, "why": "of another run"})  # type: ignore[typeddict-item] # as above
+    STEPS[-1](folder)
+    first, again, other = (body["id"] for body in receiver.bodies)
+    assert first == again != other
+
+
+def test_a_failure_of_an_unchanged_run_is_a_failure(receiver: Receiver, tmp_path: Path) -> None:
+    config = config_at(tmp_path, receiver.url)
+    folder = begin(config, force=False)
+    record = read_run(folder) | {"unchanged": True, "ends": 0, "why": "unchanged"}
+    for _ in range(2):
+        notify(folder, config, record, Outcome.FAILED, "the disk is full")  # type: ignore[arg-type] # a Record's keys
+    assert [body["outcome"] for body in receiver.bodies] == ["failed"] * 2
+    assert receiver.bodies[0]["id"] != receiver.bodies[1]["id"], "each attempt is an event"
+
+
 def test_a_server_that_is_down_gets_the_event_with_the_next_run(
     tmp_path: Path, receiver: Receiver, caplog: Any
 ) -> None:
@@ -295,6 +354,8 @@ def test_the_address_of_the_environment_replaces_that_of_the_config(
         ("ftp://example.com", "such as https://example.com/hook"),
         ("http://[bad", "such as https://example.com/hook"),
         ("http://a b/", "such as https://example.com/hook"),
+        ("https://example.com/h\u00f6ok", "such as https://example.com/hook"),
+        ("https://example.com/a\x7f", "such as https://example.com/hook"),
         ("https://ann:secret@example.com", r"'https://\*\*\*@example.com' is not an address without a user name"),
         ("https://example.com?token=12345678", r"token=\*\*\*' is not an address without a token; set .*REFRACT_WEBHOOK_URL"),
     ],
