@@ -121,7 +121,9 @@ def _schedule(args: argparse.Namespace) -> int:
     is_new = args.cron is not None or args.on_labels is not None or args.on_drift is not None
     if is_new:
         cron_text, zone_name, command_text = args.cron or "", args.timezone, args.command
-    elif stored is not None:
+    elif stored is not None and (
+        stored.cron or arguments
+    ):  # neither is stored if its process was killed while it stored them
         cron_text, zone_name = stored.cron, args.timezone or stored.zone
         command_text = args.command or stored.command
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.labels.address import opened, split_address
+from refract.pipeline.labels.decisions import LabelError
 from refract.pipeline.labels.difference import changed_by_decisions
 from refract.pipeline.retraining.workspace import read
 from refract.pipeline.schedule.store import Reading
@@ -26,10 +27,18 @@ class OnLabels:
     def read(self, handled: str, before: Reading | None) -> Reading:
         """Count the images that decisions changed since the last run. LabelError or LabelDatabaseError for the database.
 
-        Decisions count from the last one that a run took in: a run of this schedule, or one that was started by hand.
+        Decisions count from the last one that a run took in: a run of this schedule, or one that was started by hand. LabelError if the
+        history ends before it, as an older copy of the database does: its next decisions would get numbers that count as taken in.
         """
         history = opened(self.address)
-        base = max(int(handled or 0), self._of_last_run())
+        taken_in = sorted({int(handled or 0), self._of_last_run()} - {0}, reverse=True)
+        base = next((number for number in taken_in if history.decisions(since=number - 1)), 0)
+        if taken_in and not base:
+            newest = history.state().last
+            raise LabelError(
+                f"{history.address} ends with decision {newest}, before decision {taken_in[0]} of the last run; restore the newer "
+                "database, or start `refract retrain` by hand, which takes this one in"
+            )
         new = history.decisions(since=base)
         last = new[-1].id if new else base
         count = 0

@@ -196,12 +196,13 @@ class ScheduleStore:
     def trigger(self, config: str, name: str) -> TriggerState | None:
         return next((one for one in self.triggers(config) if one.name == name), None)
 
-    def record_reading(self, config: str, name: str, reading: Reading, time: datetime) -> None:
-        """Store the result of a check of a trigger."""
+    def record_reading(self, config: str, name: str, reading: Reading, time: datetime, before: str) -> None:
+        """Store the result of a check of a trigger. before: `handled` at its start, which a run that ended meanwhile may have replaced."""
         with self._open() as database:
             database.execute(
-                "UPDATE triggers SET reading = ?, checked = ?, handled = coalesce(?, handled) WHERE config = ? AND name = ?",
-                [json.dumps(asdict(reading)), _text(time), reading.handled, config, name],
+                "UPDATE triggers SET reading = ?, checked = ?, "
+                "handled = CASE handled WHEN ? THEN coalesce(?, handled) ELSE handled END WHERE config = ? AND name = ?",
+                [json.dumps(asdict(reading)), _text(time), before, reading.handled, config, name],
             )
 
     def marks(self, config: str) -> dict[str, str]:

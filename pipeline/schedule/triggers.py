@@ -64,21 +64,21 @@ class Watch:
         reason = "; ".join(due)
         for last in self.store.runs(self.config, 1):
             earliest = last.began + timedelta(seconds=self.min_interval_s)
-            if now < earliest:
+            if last.began <= now < earliest:  # a start after now is of a clock that was set back
                 log.info("a run is due (%s), but not before %s", reason, f"{earliest.astimezone(UTC):%H:%M:%S} UTC")
                 return None
         return reason
 
     def _read(self, trigger: Trigger, now: datetime) -> Reading:
         state = self.store.trigger(self.config, trigger.name)
-        before = state.reading if state else None
+        before, handled = (state.reading, state.handled) if state else (None, "")
         try:
-            reading = trigger.read(state.handled if state else "", before)
+            reading = trigger.read(handled, before)
         except (RefractError, OSError) as error:
             reading = Reading(f"not measured: {error}", handled=None, mark=None)
         if before is None or reading.summary != before.summary:
             log.log(
                 logging.WARNING if reading.failed else logging.INFO, "trigger %s: %s", trigger.name, reading.summary
             )
-        self.store.record_reading(self.config, trigger.name, reading, now)
+        self.store.record_reading(self.config, trigger.name, reading, now, handled)
         return reading

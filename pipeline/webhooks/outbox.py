@@ -23,7 +23,8 @@ GIVE_UP = timedelta(days=7)
 """The age of an event from which a failed attempt is the last one."""
 
 LIMIT_S = 10.0
-"""Seconds that a run, or a scheduler that stops, waits for the delivery. It continues in the background until the process ends, and later from the outbox."""
+"""Seconds that a run, or a scheduler that stops, waits for the delivery. It continues in the background until the process ends, and later
+from the outbox."""
 
 WAITING, UNDELIVERED = "waiting", "undelivered"
 

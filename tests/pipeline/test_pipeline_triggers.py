@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,56 @@ def test_a_database_that_fails_is_shown_and_starts_nothing(
     assert caplog.text.count("trigger labels: not measured: ") == 1, "the same message is logged once"
     (state,) = store.triggers(CONFIG)
     assert state.reading is not None and state.reading.failed and state.handled == str(last)
+
+
+def test_an_older_copy_of_the_database_is_shown_until_a_run_takes_it_in(
+    store: ScheduleStore, history: LabelHistory, tmp_path: Path
+) -> None:
+    watched = watch(store, trigger_at(tmp_path, 2), min_interval_s=0)
+    now = datetime.now(UTC) + timedelta(hours=1)
+    decide(history, 1, "relabel", "dog")
+    shutil.copy(tmp_path / "labels.db", tmp_path / "older.db")
+    for image in (2, 3):
+        decide(history, image, "relabel", "dog")
+    assert watched.check(now)
+    has_run(store)
+    write(tmp_path / "last.json", {"label_decision": 3})
+    (tmp_path / "older.db").replace(tmp_path / "labels.db")
+    for leftover in tmp_path.glob("labels.db-*"):
+        leftover.unlink()
+    older = LabelHistory(tmp_path / "labels.db")
+    decide(older, 4, "relabel", "dog")
+    assert watched.check(now) is None
+    (state,) = store.triggers(CONFIG)
+    assert (
+        state.reading is not None and "ends with decision 2, before decision 3 of the last run" in state.reading.summary
+    )
+    write(tmp_path / "last.json", {"label_decision": 2})  # by a run that was started by hand
+    assert watched.check(now) is None
+    for image in (5, 6):
+        decide(older, image, "relabel", "dog")
+    assert watched.check(now) == "labels: 2 of 2 images changed by decisions since decision 2"
+
+
+def test_a_run_that_ends_during_a_check_has_taken_in_what_it_took_in(store: ScheduleStore) -> None:
+    class EndsMeanwhile(Measured):
+        def _measured(self, known: Any) -> dict[str, Any]:
+            has_run(store, 10)
+            return super()._measured(known)
+
+    watched = watch(store, Measured(Path(CONFIG), "inputs", results=[("warn", "3")]), min_interval_s=0)
+    now = datetime.now(UTC) + timedelta(hours=1)
+    assert watched.check(now)
+    watch(store, EndsMeanwhile(Path(CONFIG), "inputs", results=[("warn", "3")]), min_interval_s=0).check(now)
+    assert store.triggers(CONFIG)[0].handled == "3"
+
+
+def test_a_clock_that_was_set_back_delays_no_run(store: ScheduleStore, history: LabelHistory, tmp_path: Path) -> None:
+    watched = watch(store, trigger_at(tmp_path, 1))
+    has_run(store)
+    decide(history, 1, "relabel", "dog")
+    began = store.runs(CONFIG, 1)[0].began
+    assert watched.check(began) is None and watched.check(began - timedelta(days=365))
 
 
 @pytest.mark.parametrize(
@@ -344,11 +395,20 @@ def test_unusable_options_are_named(tmp_path: Path, refract: Run, options: tuple
     assert message in refract("schedule", "photos.yaml", *options, code=2).stderr
 
 
+def test_a_schedule_without_times_and_triggers_is_none(tmp_path: Path, refract: Run) -> None:
+    """A process that was killed between its two writes leaves it."""
+    config = tmp_path / "photos.yaml"
+    config.write_text("tracking: {model_name: photos}\n")
+    ScheduleStore(tmp_path / "state").write(Schedule(str(config), "", "UTC", "", None, 7))
+    done = refract("schedule", str(config), "--state", str(tmp_path / "state"), code=2)
+    assert "has no stored schedule; add --cron" in done.stderr
+
+
 def test_the_list_as_json_has_the_triggers(tmp_path: Path, refract: Run) -> None:
     store = ScheduleStore(tmp_path / "state")
     store.write(Schedule(CONFIG, "", "UTC", "", None, None))
     store.set_triggers(CONFIG, {"drift": json.dumps(["/srv/inputs", "warn"])})
-    store.record_reading(CONFIG, "drift", Reading("no drift", value=0, threshold=1), NOON)
+    store.record_reading(CONFIG, "drift", Reading("no drift", value=0, threshold=1), NOON, "")
     assert "on drift   /srv/inputs from level warn: no drift; checked 2030-01-01 12:00:00" in refract(
         "schedule", "--list", "--state", "state"
     ).stdout  # fmt: skip
