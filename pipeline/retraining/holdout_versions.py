@@ -5,11 +5,13 @@ lists the versions that took effect, oldest first; lines are only added. Tables 
 """
 
 import csv
+import hashlib
 import io
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,8 @@ from refract.pipeline.files import write_atomically
 from refract.pipeline.labels.apply import listed_pairs
 from refract.pipeline.retraining.holdout import Holdout, digest_of_copies, load_copies
 from refract.pipeline.retraining.workspace import read, write
+
+log = logging.getLogger(__name__)
 
 VERSIONS = "versions.jsonl"
 
@@ -66,11 +70,44 @@ class Version:
     corrections: str
 
 
-def corrected(config: Config, frozen: Holdout, trained: Collection[str]) -> tuple[Holdout, Corrections]:
+def content_of_copy(sample: Sample) -> str:
+    """Return the SHA-256 of the sample's image, which is the name of its copy; empty without an image."""
+    return Path(sample.path).stem if sample.has_image else ""
+
+
+def content_of_file(sample: Sample) -> str:
+    """Return the SHA-256 of the sample's image, which is not a copy in the holdout; empty without an image. OSError."""
+    return hashlib.sha256(sample.read()).hexdigest() if sample.has_image else ""
+
+
+def as_in_source(added: Manifest, source: Manifest, contents: Mapping[str, str], trained: Collection[str]) -> Manifest:
+    """Return the samples with the labels of the source, so that the frozen labels are those without decisions.
+
+    added: samples of the data with decisions; source: the data without them; contents: path of an image → its SHA-256; trained: as in
+    `corrected`. An image that decisions added keeps its label, and so does one with several labels in the source.
+    """
+    of_source: dict[str, set[Names]] = {}
+    for sample in source.samples:
+        if sample.has_image and sample.path in contents:
+            of_source.setdefault(contents[sample.path], set()).add(_names(source, sample))
+    rows: list[tuple[Sample, Names]] = []
+    for sample in added.samples:
+        now = _names(added, sample)
+        before = of_source.get(contents.get(sample.path, ""), set()) if sample.has_image else set()
+        rows.append((sample, next(iter(before)) if len(before) == 1 and set(now) <= set(trained) else now))
+    labels = tuple(sorted({*added.labels, *(name for _, names in rows for name in names)}))
+    index = {label: i for i, label in enumerate(labels)}
+    samples = tuple(replace(sample, labels=tuple(index[name] for name in names)) for sample, names in rows)
+    return replace(added, samples=samples, labels=labels)
+
+
+def corrected(
+    config: Config, frozen: Holdout, trained: Collection[str], content_of: Callable[[Sample], str] = content_of_copy
+) -> tuple[Holdout, Corrections]:
     """Apply the decisions of `data.labels` to the frozen samples, by the SHA-256 of their images.
 
-    trained: the labels of training images. A decision for another label does not apply: no model could predict it. Raises as
-    `apply_labels` for a database that cannot be used.
+    trained: the labels of training images. A decision for another label does not apply: no model could predict it. content_of: returns
+    that SHA-256. Raises as `apply_labels` for a database that cannot be used.
     """
     effects = _effects(config)
     manifest, multilabel = frozen.manifest, frozen.manifest.task == "multilabel"
@@ -79,7 +116,7 @@ def corrected(config: Config, frozen: Holdout, trained: Collection[str]) -> tupl
     excluded = kept = 0
     for sample in manifest.samples:
         now = before = _names(manifest, sample)
-        included, labels = effects.get(_content(sample), (True, before))
+        included, labels = effects.get(content_of(sample), (True, before))
         if not included:
             excluded += 1
             continue
@@ -104,7 +141,9 @@ def corrected(config: Config, frozen: Holdout, trained: Collection[str]) -> tupl
 
 def difference(before: Manifest, now: Manifest) -> Corrections:
     """Compare two versions. Samples that only the later one has do not count: those of a new class are no correction."""
-    old, new = ({(_content(s), s.text): ";".join(sorted(_names(one, s))) for s in one.samples} for one in (before, now))
+    old, new = (
+        {(content_of_copy(s), s.text): ";".join(sorted(_names(one, s))) for s in one.samples} for one in (before, now)
+    )
     relabelled = Counter((label, new[key]) for key, label in old.items() if key in new and new[key] != label)
     return Corrections(relabelled, sum(key not in new for key in old))
 
@@ -170,9 +209,17 @@ def versions(folder: Path) -> list[Version]:
 
 
 def load_version(folder: Path, digest: str, task: str) -> Manifest | None:
-    """Load the samples of a version; None if its table is missing. DataError if an image is gone or has changed."""
+    """Load the samples of a version; None if its table is missing or has changed. DataError if an image is gone or has changed."""
     path = folder / f"{_name(digest)}.csv"
-    return load_copies(path, task).manifest if path.exists() else None
+    if not path.exists():
+        return None
+    version = load_copies(path, task)
+    if version.digest != digest:
+        log.warning(
+            "holdout: %s has changed: it is not the table of version %s, which is not compared", path, digest[:16]
+        )
+        return None
+    return version.manifest
 
 
 def _effects(config: Config) -> dict[str, tuple[bool, Names]]:
@@ -184,11 +231,6 @@ def _effects(config: Config) -> dict[str, tuple[bool, Names]]:
     address, number = split_address(config.data.labels)
     assert address is not None
     return {content: one.applied.effect for content, one in opened(address).state(until=number).images.items()}
-
-
-def _content(sample: Sample) -> str:
-    """Return the SHA-256 of the sample's image, which is the name of its copy; empty without an image."""
-    return Path(sample.path).stem if sample.has_image else ""
 
 
 def _names(manifest: Manifest, sample: Sample) -> Names:

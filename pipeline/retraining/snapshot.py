@@ -21,7 +21,16 @@ from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
 from refract.pipeline.retraining.holdout import Holdout, as_test_samples, freeze, frozen, hash_of, named, renamed
-from refract.pipeline.retraining.holdout_versions import Corrections, corrected, frozen_digest, propose, record_version
+from refract.pipeline.retraining.holdout_versions import (
+    Corrections,
+    as_in_source,
+    content_of_copy,
+    content_of_file,
+    corrected,
+    frozen_digest,
+    propose,
+    record_version,
+)
 from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
@@ -97,16 +106,18 @@ def take(
     current = frozen(workspace.holdout, kind)
     configured = named(config, workspace.holdout, kind, current)
     manifest, trained_labels = _without_copies_of_other_labels(manifest, scanned, current)
-    version = corrected(config, current, trained_labels)[0] if current else None
-    held_manifests = [one for one in (version.manifest if version else None, configured) if one is not None]
-    labels = tuple(sorted({*manifest.labels, *(label for one in held_manifests for label in one.labels)}))
+    known = current.manifest if current else configured
+    version = None
+    if known is not None:
+        content_of = content_of_copy if current else content_of_file
+        version = corrected(config, Holdout(known, current.digest if current else ""), trained_labels, content_of)[0]
+    labels = tuple(sorted({*manifest.labels, *(version.manifest.labels if version else ())}))
     task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
-    held = [sample for one in held_manifests for sample in as_test_samples(one, labels)]
-    added = as_test_samples(configured, labels) if configured else []
-    added += _lacking(config, workspace, data, held, scanned, champion)
-    held = [*(as_test_samples(version.manifest, labels) if version else []), *added]
-    copies = [*(current.manifest.samples if current else ()), *added]  # with the excluded ones
+    held = as_test_samples(version.manifest, labels) if version else []
+    added = _lacking(config, workspace, data, held, scanned, champion)
+    held = [*held, *added]
+    copies = [*(known.samples if known else ()), *added]  # with the excluded ones
     pool = without_copies([s for s in data.samples if s.split != "test"], copies, scanned, reads(config))
     whole = data.with_samples([*pool, *held])
     whole = _with_splits(config, whole, scanned, splits)
@@ -114,7 +125,10 @@ def take(
     trained = drop_shared(trained, scanned, config.data.on_bad_file)
     check_classes(trained.with_samples([*trained.samples, *held]))
     if current is None or added:
-        current = freeze(workspace.holdout, labels, added, kind, configured)
+        new = as_in_source(data.with_samples(added), source, scanned.images, trained_labels)
+        frozen_labels = tuple(sorted({*new.labels, *(configured.labels if configured else ())}))
+        added = [s for one in (configured, new) if one for s in as_test_samples(one, frozen_labels)]
+        current = freeze(workspace.holdout, frozen_labels, added, kind, configured)
     version, corrections = corrected(config, current, trained_labels)
     _report(corrections)
     propose(workspace.holdout, version, current, config, corrections)

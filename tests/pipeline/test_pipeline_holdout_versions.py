@@ -157,6 +157,44 @@ def test_a_workspace_of_an_earlier_version_gets_versions(config: Config, history
     assert [one.digest for one in versions(workspace.holdout)] == [second.holdout]
 
 
+def test_an_undone_decision_restores_a_label_that_was_frozen_with_it(
+    config: Config, history: LabelHistory, tmp_path: Path
+) -> None:
+    red = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / "images/red").iterdir()]
+    numbers = [decide(history, one, "relabel", "green") for one in red[:10]]
+    first = taken(config)
+    wrong = {content(sample) for sample in held(first, "green")} & {*red}
+    assert wrong and f"(red → green {len(wrong)})" in versions(workspace_of(config).holdout)[0].corrections
+    for number in numbers:
+        history.undo(number, reviewer="ann")
+    second = taken(config)
+    assert {one for one, label in labels_of(load_manifest(second.manifest)).items() if label == "red"} == {*red}
+    assert taken(config) == second
+
+
+def test_classes_are_merged_in_the_run_that_freezes_other_data(
+    config: Config, history: LabelHistory, tmp_path: Path
+) -> None:
+    paint(tmp_path / "held", range(20, 24))
+    images = [*(tmp_path / "images/red").iterdir(), *(tmp_path / "held/red").iterdir()]
+    numbers = [decide(history, hashlib.sha256(file.read_bytes()).hexdigest(), "relabel", "green") for file in images]
+    config = config.changed({"gate.holdout": str(tmp_path / "held")})
+    assert taken(config).counts["test"] == {"blue": 4, "green": 8}
+    for number in numbers:
+        history.undo(number, reviewer="ann")
+    assert taken(config).counts["test"] == {"blue": 4, "green": 4, "red": 4}
+
+
+def test_a_table_of_a_version_that_was_cut_off_is_not_compared(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, first = workspace_of(config).holdout, taken(config)
+    (table,) = folder.glob("version-*.csv")
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-2]))
+    assert load_version(folder, first.holdout, "multiclass") is None
+    assert "is not the table of version" in caplog.text
+
+
 def test_a_changed_image_of_a_version_is_named(config: Config) -> None:
     workspace: Workspace = workspace_of(config)
     first = taken(config)
