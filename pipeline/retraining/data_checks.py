@@ -14,7 +14,7 @@ from refract.pipeline.data.manifest import DataError, Sample, load_manifest
 from refract.pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
 from refract.pipeline.retraining.champion_data import ChampionData, champion_data
 from refract.pipeline.retraining.exact_duplicates import contents
-from refract.pipeline.retraining.label_checks import label_changes, level_of
+from refract.pipeline.retraining.label_checks import label_changes, level_of, moved_by_decisions
 from refract.pipeline.retraining.registry import download, registry_of
 from refract.pipeline.retraining.snapshot import FILES, Snapshot, known_contents
 from refract.pipeline.retraining.workspace import Workspace, read
@@ -28,8 +28,11 @@ RELABELLED = "relabelled.csv"
 """In a run's folder: the known samples whose label changed."""
 
 
-def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
-    """Return the reasons to refuse the data, or an empty list. largest_loss: the fraction of samples that a class, or all, may lose."""
+def problems(now: Snapshot, before: Snapshot | None, largest_loss: float, reads: frozenset[str]) -> list[str]:
+    """Return the reasons to refuse the data, or an empty list. largest_loss: the fraction of samples that a class, or all, may lose.
+
+    Samples that decisions in the label history relabelled or excluded are not lost. reads: as for `label_changes`.
+    """
     if before is None:
         return []
     reasons = []
@@ -39,12 +42,17 @@ def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> lis
     if lost:
         reasons.append(f"the manifest lost the columns {', '.join(lost)}")
     counts, earlier = _totals(now), _totals(before)
+    taken, given = moved_by_decisions(now, before, reads)
     for label, count in [("all classes together", earlier.total()), *sorted(earlier.items())]:
-        remaining = counts.total() if label == "all classes together" else counts[label]
+        remaining, moved = counts[label], taken[label]
+        if label == "all classes together":
+            remaining, moved = counts.total(), taken.total() - given.total()
+        remaining += moved
         if count and (count - remaining) / count > largest_loss:
             fewer = f"{(count - remaining) / count:.0%} fewer, at most {largest_loss:.0%} is accepted"
             reasons.append(
                 f"{label}: {remaining:,} samples outside the holdout, {count:,} in the last accepted run ({fewer})"
+                + (f", with {moved:,} that decisions have moved" if moved > 0 else "")
             )
     return reasons
 

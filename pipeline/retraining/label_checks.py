@@ -152,6 +152,25 @@ def label_changes(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> Lab
     return LabelChanges(known, len(rows), kinds, rows, decided)
 
 
+def moved_by_decisions(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> tuple[Counter[str], Counter[str]]:
+    """Return label → samples of `before` that decisions have taken from it since, and label → samples that they have given to it.
+
+    An excluded sample is taken from its labels. reads: as for `label_changes`. A sample that the source has lost was not moved.
+    """
+    decided, undone = decided_contents(now.folder), decided_contents(before.folder)
+    taken, given = Counter[str](), Counter[str]()
+    if not (decided or undone):
+        return taken, given
+    present, files = _labels_of(now, reads), read(before.folder / FILES)
+    for content, (sample, old) in _labels_of(before, reads).items():
+        image = files.get(sample.path)
+        if image in decided or (image in undone and content in present):
+            new = present[content][1] if content in present else frozenset[str]()
+            taken.update(old - new)
+            given.update(new - old)
+    return taken, given
+
+
 def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, tuple[Sample, Names]]:
     """Return content → (sample, its labels). Samples with equal labels share one frozenset."""
     manifest, files = load_manifest(snapshot.manifest, snapshot.task, to_train=False), read(snapshot.folder / FILES)

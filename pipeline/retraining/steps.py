@@ -134,13 +134,14 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
     """
     from refract.pipeline.retraining.data_checks import changed_labels, compared_with_champion, problems
     from refract.pipeline.retraining.snapshot import accept, read_snapshot
+    from refract.pipeline.training.build import reads
 
     workspace = workspace_of(config)
     last = workspace.last()
     before = read_snapshot(Path(last["snapshot_folder"]), last["snapshot"]) if last else None
     now = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     result: Record = {"labels": {}}
-    failures = problems(now, before, config.retrain.largest_loss)
+    failures = problems(now, before, config.retrain.largest_loss, reads(config))
     remedies = ["raise retrain.largest_loss"] if failures else []
     if before is not None:
         changes = result["labels"]["changed"] = changed_labels(config, now, before, folder)

@@ -18,6 +18,7 @@ from refract.pipeline.labels.address import pinned, split_address
 from refract.pipeline.labels.apply import path_of
 from refract.pipeline.labels.decisions import Action, Decision
 from refract.pipeline.labels.history import LabelHistory
+from refract.pipeline.retraining.data_checks import problems
 from refract.pipeline.retraining.label_checks import label_changes
 from refract.pipeline.retraining.snapshot import Snapshot, accept, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.workspace import workspace_of
@@ -304,6 +305,28 @@ def taken(config: Config) -> Snapshot:
     snapshot = take(config, workspace_of(config))
     accept(workspace_of(config), snapshot)
     return snapshot
+
+
+def test_corrections_are_no_loss_of_data_but_lost_files_are(root: Path, history: LabelHistory) -> None:
+    config = config_at(root)
+    first = taken(config)
+    held = {digest(Path(sample.path)) for sample in load_manifest(first.manifest).of("test")}
+    red, blue = ([one for one in files(root, label) if digest(one) not in held] for label in ("red", "blue"))
+    numbers = [decide(history, one, "relabel", "blue") for one in red[:4]]
+    numbers += [decide(history, one, "exclude") for one in blue[:4]]
+    second = taken(config)
+    assert problems(second, first, 0.2, IMAGES) == []
+    for number in numbers:
+        history.undo(number, reviewer="ann")
+    assert problems(taken(config), second, 0.2, IMAGES) == [], "nor are undone ones"
+    for one in red[:4]:
+        decide(history, one, "relabel", "blue")
+    for file in red[3:7]:
+        file.unlink()
+    assert problems(taken(config), first, 0.2, IMAGES) == [
+        f"red: {len(red) - 4} samples outside the holdout, {len(red)} in the last accepted run (40% fewer, at most 20% is accepted), "
+        "with 3 that decisions have moved"
+    ]
 
 
 def test_a_retraining_snapshot_records_the_decisions_and_counts_them_apart(
