@@ -84,7 +84,7 @@ def as_in_source(added: Manifest, source: Manifest, contents: Mapping[str, str],
     """Return the samples with the labels of the source, so that the frozen labels are those without decisions.
 
     added: samples of the data with decisions; source: the data without them; contents: path of an image → its SHA-256; trained: as in
-    `corrected`. An image that decisions added keeps its label, and so does one with several labels in the source.
+    `corrected`. An image that decisions added keeps its label, and so does one whose copies in the source differ in their labels.
     """
     of_source: dict[str, set[Names]] = {}
     for sample in source.samples:

@@ -55,7 +55,8 @@ class RetrainConfig(Checked):
 
     Args:
         folder: folder of the workspaces, one for each registered model, with holdout, snapshots and run records.
-        largest_loss: largest fraction of samples that a class, or the whole data, may have lost since the last accepted run.
+        largest_loss: largest fraction of samples that a class, or the whole data, may have lost since the last accepted run; samples that
+            decisions moved are not lost.
         drift: on drift of the new data from the champion's reference: warn, stop the run, or none to skip the check.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
         relabelled_warn: logs a warning from this fraction of known samples on whose label changed since the last accepted run; null never.

@@ -271,6 +271,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.gate import OnVersion, gate
     from refract.pipeline.retraining.label_effect import measured as effect_on
     from refract.pipeline.retraining.overlap import holdout_line
+    from refract.pipeline.retraining.verdict_tags import store_verdict
     from refract.pipeline.tracking.model_card import Gate, read_facts, write_card
 
     name, client, workspace = str(config.tracking.model_name), client_of(record["mlflow"]), workspace_of(config)
@@ -295,20 +296,8 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     if effect is not None:
         text += f"\neffect of the corrections: {effect['summary']}"
     print(text)
-    if effect is not None:
-        client.set_model_version_tag(name, record["version"], "labels.effect", effect["summary"][:4000])
-    for line in verdict.lines:
-        client.set_model_version_tag(
-            name,
-            record["version"],
-            f"gate.{_key(line.name)}",
-            f"{'unknown' if line.passed is None else line.passed}: {line.summary}"[:4000],
-        )
-    if both:
-        results = "; ".join(version.text() for version in both)
-        client.set_model_version_tag(name, record["version"], "gate.versions", results[:4000])
-    client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
-    client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
+    summary = "" if effect is None else effect["summary"]
+    store_verdict(client, name, record["version"], verdict, champion, summary)
     client.log_text(record["mlflow_run"], text + "\n", "gate.txt")
     facts = read_facts(
         Path(record["training_run"]), record["snapshot"].get("labels", {}), Gate(verdict.to_dict(), champion)
@@ -399,11 +388,3 @@ def _failed(verdict: Check) -> str:
         f"; {verdict['samples']:,} samples cannot decide that, about {rounded(max(needed)):,} would" if needed else ""
     )
     return f"failed at {', '.join(line['name'] for line in failed)}{size}"
-
-
-def _key(name: str) -> str:
-    """Return a tag name that MLflow accepts: it must be a normalised path, so it has no slash.
-
-    Other characters are replaced by their code point, so that two labels have two tags.
-    """
-    return "".join(c if c.isalnum() or c in "_-. " else f"_x{ord(c):x}_" for c in name)[:200]
