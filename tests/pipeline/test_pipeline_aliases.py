@@ -19,8 +19,8 @@ from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
 from refract.pipeline.retraining.run import begin
 from refract.pipeline.retraining.steps import STEPS, Outcome, RetrainingError
-from refract.pipeline.retraining.workspace import read_run, workspace_of, write_run
 from refract.pipeline.retraining.verdict_tags import _key
+from refract.pipeline.retraining.workspace import read_run, workspace_of, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
