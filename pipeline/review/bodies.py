@@ -55,9 +55,9 @@ async def decision(request: Request, *, queues: Collection[str]) -> DecisionBody
     seen = body.get("seen")
     return DecisionBody(
         item=_integer(body, "item"),
-        action=_one_of("action", _text(body, "action", needed=True), ACCEPTED_ACTIONS),
+        action=_one_of(body, "action", ACCEPTED_ACTIONS),
         labels=tuple(labels),
-        queue=_one_of("queue", _text(body, "queue", needed=True), queues),
+        queue=_one_of(body, "queue", queues),
         content=_text(body, "content"),
         reason=_text(body, "reason"),
         seen=None if seen is None else _integer(body, "seen"),
@@ -104,15 +104,16 @@ def _integer(body: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _text(body: Mapping[str, Any], name: str, *, needed: bool = False) -> str:
-    value = body.get(name, None if needed else "")
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name, "")
     if not isinstance(value, str):
         raise _invalid(name, value, "a text")
     return value
 
 
-def _one_of(name: str, value: str, accepted: Collection[str]) -> str:
-    if value not in accepted:
+def _one_of(body: Mapping[str, Any], name: str, accepted: Collection[str]) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or value not in accepted:
         raise _invalid(name, value, f"one of {', '.join(accepted)}")
     return value
 

@@ -152,7 +152,7 @@ def _mode(survey: Survey, network: ProposedNetwork) -> list[Choice]:
     if not network.pretrained:
         return [Choice("model.mode", "fine-tune", "trains all weights", from_data=False)]
     if not survey.few:
-        return [Choice("model.mode", "fine-tune", "trains all weights; feature-extract trains only the head")]
+        return [Choice("model.mode", "fine-tune", "trains all weights; probe fits only the head, in seconds")]
     fits_probe = network.head == "linear" and not network.args and not survey.texts and not survey.content.grey
     if fits_probe:
         reason = f"{survey.per_class} training images per class: a head fitted on embeddings, in seconds; fine-tune with more images"
@@ -191,7 +191,10 @@ def _batch_size(survey: Survey, size: int, *, gpu: bool) -> tuple[int, str]:
     few = survey.training // 8
     if few < largest:
         batch = max(8, 1 << max(0, few.bit_length() - 1))
-        return batch, f"about {survey.training:,} training samples: {max(1, survey.training // batch)} steps per epoch"
+        return (
+            batch,
+            f"about {survey.training:,} training samples: {max(1, round(survey.training / batch))} steps per epoch",
+        )
     return largest, "usual for a GPU" if gpu else "usual for a CPU"
 
 

@@ -176,7 +176,7 @@ def _data(facts: ModelFacts) -> list[str]:
     lines = [f"Source: {_quoted(data.get('source', 'unknown'))}. Fingerprint: `{data.get('fingerprint', 'unknown')}`."]
     if facts.labels:
         state, decisions, changes = (facts.labels.get(key, "") for key in LABEL_STATE)
-        lines.append(f"Label history: state `{state}`, {decisions} decisions: {_cell(changes)}.")
+        lines.append(f"Label history: state `{state}`, {_cell(changes) or f'{decisions} decisions'}.")
     else:
         lines.append("Label history: none.")
     return [*lines, *_table(("label", *counts), rows), *_rest(len(facts.info.labels), "lists the first")]
@@ -218,7 +218,12 @@ def _calibration(facts: ModelFacts) -> list[str]:
     error = info.metrics.get("calibration_error")
     measured = "" if error is None else f" The confidence differs from the accuracy by {error:.1%} on average."
     thresholds = " Each label has a threshold, chosen on the validation set." if info.thresholds else ""
-    return [f"The temperature, fitted on the validation set, is {info.temperature:.3f}.{measured}{thresholds}"]
+    fitted = (
+        "The confidence is not calibrated: the validation set had too few wrong predictions to fit a temperature."
+        if info.temperature == 1
+        else f"The temperature, fitted on the validation set, is {info.temperature:.3f}."
+    )
+    return [f"{fitted}{measured}{thresholds}"]
 
 
 def _limits(facts: ModelFacts) -> list[str]:
@@ -226,6 +231,10 @@ def _limits(facts: ModelFacts) -> list[str]:
     lines = []
     if info.abstain_below is None:
         lines.append("Abstaining: the model has no limit of the confidence.")
+    elif info.abstain_below <= 0:
+        lines.append(
+            "Abstaining: the model never abstains; without abstaining, the validation set reached the wanted precision."
+        )
     elif info.abstain_below >= 1:
         lines.append("Abstaining: the model abstains on every sample, as none reached the wanted precision.")
     else:

@@ -217,7 +217,7 @@ class _Trial:
         alike = ALIKE_INT8 if BACKENDS[name].int8 else ALIKE
         if embedding.shape[1] and not (cosine := _cosine(embedding, self._embedding)) >= alike:
             raise ValueError(
-                f"turns an embedding of the golden samples to a cosine of {cosine:.3f}; the limit is {alike}"
+                f"gives a golden sample an embedding with a cosine of {cosine:.3f} to that of float32; the limit is {alike}"
             )
         return forward
 

@@ -344,7 +344,7 @@ def test_the_model_card(registered: Registered) -> None:
     row = facts.report["per_class"][0]
     low, high = row["recall_interval"]
     assert f"| {row['recall']:.3f} ({low:.3f} – {high:.3f}) |" in card
-    assert f"Label history: state `{facts.labels['label_state']}`, 1 decisions" in card
+    assert f"Label history: state `{facts.labels['label_state']}`, 1 decision: " in card
     assert "- Robustness: not measured." in card and "- Familiarity: the model compares" in card
     for command in ("refract serve models:/", "mlflow.pyfunc.load_model(", "refract.load_bundle("):
         assert command in card
