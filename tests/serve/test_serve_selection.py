@@ -127,6 +127,11 @@ def test_bfloat16_is_timed_only_if_the_cpu_supports_it(monkeypatch: pytest.Monke
         assert ("openvino-bf16" in names) == (tried and "openvino" in INSTALLED)
 
 
+def test_auto_never_times_a_backend_of_8_bit_integers() -> None:
+    names = choosing.candidates(torch.device("cpu"))
+    assert not any(choosing.BACKENDS[name].int8 for name in names) and not set(choosing.INT8) & set(names)
+
+
 def test_a_backend_that_differs_or_fails_is_dropped_with_its_reason(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,8 +51,9 @@ class Backend:
     embeds: bool = False
 
     def offered(self, device: torch.device) -> bool:
-        """Return whether `auto` times it on this device."""
-        return device.type in self.devices and self.automatic(device) and self.missing(device) is None
+        """Return whether `auto` times it on this device: never if it computes in 8-bit integers, which changes the predictions."""
+        usable = device.type in self.devices and self.missing(device) is None
+        return usable and not self.int8 and self.automatic(device)
 
     def forward(self, network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
         """Build the function that computes the network. Without `embeds` its embeddings have no values, N×0."""
