@@ -52,9 +52,15 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
     from refract.pipeline.review.session import ReviewSession
 
     config, bundle = _subject(options)
-    address = options.labels or split_address(config.data.labels)[0] or _beside(config.data.source)
+    address, number = split_address(options.labels)
+    if number is not None:
+        raise DataError(
+            f"--labels {options.labels}: a review reads and extends the whole history; name it without @{number}"
+        )
+    address = address or split_address(config.data.labels)[0] or _beside(config.data.source)
     history = LabelHistory(address, create=True)
-    config = config.changed({"data.labels": address})
+    # The hierarchy plays no part in a review; its file may be on another machine, and a new class may not fit it.
+    config = config.changed({"data.labels": address, "data.hierarchy": None})
     splits = bundle.path.parent / "splits.csv" if bundle is not None else None
     sources = Sources(
         options.captured, options.feedback, options.unlabelled, splits if splits and splits.is_file() else None, bundle,
@@ -72,7 +78,7 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
         heat_maps=HeatMaps(bundle) if bundle is not None and reads_images_alone else None,
         collected=options.collect or _collected(address),
     )
-    return session, address
+    return session, history.address
 
 
 def _subject(options: ReviewOptions) -> "tuple[Config, Bundle | None]":
