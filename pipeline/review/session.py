@@ -198,6 +198,10 @@ class ReviewSession:
             return action, given
         if action == "relabel" and not in_data:
             action = "add"
+        tree = self._data.hierarchy
+        for label in labels:
+            if tree is not None and label in tree.parents and label not in {*tree.labels, *self._data.labels}:
+                raise LabelError(f"labels: {label!r} is a parent in the class hierarchy; choose one of its classes")
         if action in LABELLING and not self.multilabel and len(labels) != 1:
             raise LabelError(f"labels: expected one label, as each image has one; received {len(labels)}")
         return action, labels

@@ -59,8 +59,7 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
         )
     address = address or split_address(config.data.labels)[0] or _beside(config.data.source)
     history = LabelHistory(address, create=True)
-    # The hierarchy plays no part in a review; its file may be on another machine, and a new class may not fit it.
-    config = config.changed({"data.labels": address, "data.hierarchy": None})
+    config = config.changed({"data.labels": address})
     splits = bundle.path.parent / "splits.csv" if bundle is not None else None
     sources = Sources(
         options.captured, options.feedback, options.unlabelled, splits if splits and splits.is_file() else None, bundle,

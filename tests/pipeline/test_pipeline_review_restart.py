@@ -9,10 +9,12 @@ import cv2
 import numpy as np
 import pytest
 from small_data import make_image, write_image
-from small_review import serving, small_data, small_session
+from small_review import LABELS, serving, small_data, small_session
 from test_pipeline_review_queues import NONE, item, review
 
+from refract.models.hierarchy import Hierarchy
 from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.labels.decisions import LabelError
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.review.app import create_app
 from refract.pipeline.review.captured import captured_images
@@ -156,3 +158,11 @@ def test_an_added_image_that_is_not_a_file_is_written_to_the_folder_of_added_ima
     session.decide(26, action="add", labels=["red"], reviewer="ann", queue="unlabelled")
     (record,) = LabelHistory(tmp_path / "labels.db").decisions()
     assert (tmp_path / record.path).read_bytes() == data and record.path.startswith("collected/")
+
+
+def test_a_parent_of_the_hierarchy_is_not_a_label_as_the_data_could_then_not_be_read(tmp_path: Path) -> None:
+    tree = Hierarchy(LABELS, {"blue": "cold", "green": "cold", "red": None, "cold": None})
+    session = small_session(tmp_path, hierarchy=tree)
+    with pytest.raises(LabelError, match="'cold' is a parent in the class hierarchy; choose one of its classes"):
+        audit(session, 0, "cold", "ann")
+    audit(session, 0, "wolf", "ann")

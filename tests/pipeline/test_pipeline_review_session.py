@@ -179,7 +179,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tracking": {"enabled": False}, "evaluation": {"robustness": "none"},
     }  # fmt: skip
     train(config_from_dict(values))
-    (root / "parents.csv").unlink()  # a review needs no hierarchy
+    (root / "parents.csv").unlink()  # the bundle has it
     for number in (3, 11):
         (root / "images" / "red" / f"{number:03}.png").rename(root / "images" / "blue" / f"flip{number}.png")
     return root
