@@ -2,7 +2,6 @@
 
 import ipaddress
 import re
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -101,7 +100,9 @@ class Access:
 def _check_origin(headers: Headers) -> None:
     """Raise RequestError for a request that a page of another origin made. Programs other than browsers send neither field."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    if site not in ("same-origin", "none") or (origin is not None and urlsplit(origin).netloc != headers.get("host")):
+    if site not in ("same-origin", "none") or (
+        origin is not None and origin.partition("://")[2] != headers.get("host")
+    ):
         raise RequestError(
             403,
             "other_origin",

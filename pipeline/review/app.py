@@ -101,7 +101,7 @@ class _Api:
             entries = self._session.open_entries(name, reviewer, start=start, count=count)
             return {
                 "open": self._session.open_count(name, reviewer),
-                "items": [views.entry_view(self._session, entry) for entry in entries],
+                "items": [views.entry_view(self._session, entry, name) for entry in entries],
             }
 
         return await _json(view)

@@ -1,11 +1,11 @@
 """The decisions of reviewers as a session sees them, in step with the label history that other processes extend."""
 
 import threading
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from refract.pipeline.labels.decisions import Record
+from refract.pipeline.labels.decisions import Decision, Record
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.labels.state import ImageState, state_of, undone_by
 
@@ -13,6 +13,8 @@ ORIGIN = "review/"
 """The start of the origin of a decision; the name of the queue follows."""
 
 SETTLING = ("confirm", "relabel", "add", "exclude")
+
+_COMPARED = ("action", "labels", "reason", "origin")
 
 
 class Decisions:
@@ -24,7 +26,7 @@ class Decisions:
         self._by_reviewer: dict[str, list[Record]] = defaultdict(list)
         self._valid: dict[str, tuple[Record, ...]] = {}
         self._states: dict[str, ImageState] = {}
-        self._settled: dict[str, dict[str, Record]] = {}
+        self._settled: dict[str, tuple[Record, ...]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -43,10 +45,7 @@ class Decisions:
         records = self._records[content]
         undone = undone_by(records)
         self._valid[content] = tuple(one for one in records if one.id not in undone and one.action != "undo")
-        self._settled.pop(content, None)
-        for record in self._valid[content]:
-            if record.action in SETTLING:
-                self._settled.setdefault(content, {})[record.reviewer] = record
+        self._settled[content] = tuple(one for one in self._valid[content] if one.action in SETTLING)
         state = state_of(records).images.get(content)
         if state is None:
             self._states.pop(content, None)
@@ -77,6 +76,16 @@ class Decisions:
         valid = self._valid.get(content, ())
         return next((record for record in reversed(valid) if record.reviewer == reviewer), None)
 
+    def repeated(self, decision: Decision) -> Record | None:
+        """Return the reviewer's last decision on the image if it is this one, and if the client has not seen its record.
+
+        A client that saw no response sends a decision again, also after the review has been restarted.
+        """
+        last = self.of_reviewer(decision.content, decision.reviewer)
+        if last is None or last.id <= (decision.seen or 0):
+            return None
+        return last if all(getattr(last, name) == getattr(decision, name) for name in _COMPARED) else None
+
     def latest(self, reviewer: str) -> Iterator[Record]:
         """Yield the reviewer's decisions of a review that are not undone, the latest first."""
         with self._lock:
@@ -85,10 +94,10 @@ class Decisions:
             if record.origin.startswith(ORIGIN) and record in self._valid[record.content]:
                 yield record
 
-    def settled(self) -> dict[str, dict[str, Record]]:
-        """Return image → reviewer → the last decision other than a skip."""
+    def settled(self) -> list[tuple[Record, ...]]:
+        """Return the decisions other than skips of each image, in the order of their IDs."""
         with self._lock:
-            return {content: dict(records) for content, records in self._settled.items()}
+            return [records for records in self._settled.values() if records]
 
 
 @dataclass(frozen=True)
@@ -111,39 +120,46 @@ class Audit:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Images that two or more reviewers decided on. agreed: those on which the first two agree; kappa: Cohen's kappa of these decisions
-    (Cohen 1960), None where it is undefined."""
+    """Images that two or more reviewers decided on, apart from decisions that settled a conflict. agreed: those on which the first two
+    agree; kappa: Cohen's kappa of these decisions (Cohen 1960), None where it is undefined."""
 
     images: int
     agreed: int
     kappa: float | None
 
 
-def audit_of(settled: Mapping[str, Mapping[str, Record]], origin: str) -> Audit | None:
-    """Estimate the fraction of wrong labels from the decisions with this origin. The last decision on an image counts. None without one."""
+def audit_of(settled: Sequence[Sequence[Record]], origin: str) -> Audit | None:
+    """Estimate the fraction of wrong labels from the images with a decision of this origin. The last decision on an image counts, also one
+    that settled a conflict. None without such an image."""
     import numpy as np
 
     from refract.models.intervals import wilson
 
-    last = [
-        max(audited, key=lambda record: record.id)
-        for decisions in settled.values()
-        if (audited := [record for record in decisions.values() if record.origin == origin])
-    ]
-    if not last:
+    audited = [records for records in settled if any(record.origin == origin for record in records)]
+    if not audited:
         return None
-    wrong = sum(record.action != "confirm" for record in last)
-    low, high = wilson(np.array([wrong]), np.array([len(last)]))[0].tolist()
-    return Audit(len(last), wrong, low, high)
+    wrong = sum(_changed(records) for records in audited)
+    low, high = wilson(np.array([wrong]), np.array([len(audited)]))[0].tolist()
+    return Audit(len(audited), wrong, low, high)
 
 
-def agreement_of(settled: Mapping[str, Mapping[str, Record]]) -> Agreement | None:
-    """Compare the last decisions of the first two reviewers of each image. None if no image has two."""
-    pairs = [
-        tuple(_said(record) for record in sorted(decisions.values(), key=lambda record: record.id)[:2])
-        for decisions in settled.values()
-        if len(decisions) > 1
-    ]
+def _changed(records: Sequence[Record]) -> bool:
+    """Whether the last decision differs from the label before the first. A confirmed label may be one that an earlier decision set."""
+    last = records[-1]
+    return last.action != "confirm" or any(one.action != "confirm" and one.effect == last.effect for one in records)
+
+
+def agreement_of(settled: Sequence[Sequence[Record]], settles_conflicts: str) -> Agreement | None:
+    """Compare the last decisions of the first two reviewers of each image. None if no image has two.
+
+    settles_conflicts: origin of decisions that do not count, as their reviewers saw what others had decided.
+    """
+    pairs = []
+    for records in settled:
+        last_of = {record.reviewer: record for record in records if record.origin != settles_conflicts}
+        if len(last_of) > 1:
+            first, second, *_ = last_of.values()
+            pairs.append((_said(first), _said(second)))
     if not pairs:
         return None
     return Agreement(len(pairs), sum(first == second for first, second in pairs), _kappa(pairs))
@@ -154,10 +170,8 @@ def _said(record: Record) -> str:
     return ";".join(labels) if included else "\0excluded"
 
 
-def _kappa(pairs: list[tuple[str, ...]]) -> float | None:
+def _kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     observed = sum(first == second for first, second in pairs) / len(pairs)
-    values = {value for pair in pairs for value in pair}
-    by_chance = sum(
-        sum(first == value for first, _ in pairs) * sum(second == value for _, second in pairs) for value in values
-    ) / len(pairs) ** 2  # fmt: skip
+    firsts, seconds = (Counter(values) for values in zip(*pairs, strict=True))
+    by_chance = sum(count * seconds[value] for value, count in firsts.items()) / len(pairs) ** 2
     return None if by_chance >= 1 else round((observed - by_chance) / (1 - by_chance), 4)

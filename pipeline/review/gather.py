@@ -26,8 +26,10 @@ from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.review.captured import CapturedImage, captured_images
 from refract.pipeline.review.data import Captured, Predictions, ReviewData, listed
+from refract.pipeline.review.decisions import ORIGIN
 from refract.pipeline.review.items import Item
 from refract.pipeline.review.predict import choose, predict, robust_out_of_fold
+from refract.pipeline.review.queues import AUDIT
 from refract.pipeline.review.queues.served import familiarities
 from refract.pipeline.training.callbacks.stopping import Stop
 from refract.progress import tracked
@@ -89,7 +91,7 @@ def gather(config: Config, model: EmbeddingModel, sources: Sources, history: Lab
     choice = choose(part, multilabel=multilabel)
     digests = [contents[sample.path] for sample in samples]
     out_of_fold = robust_out_of_fold(choice, part, samples, digests, multilabel=multilabel)
-    splits = _splits(sources, samples)
+    splits, before_audit = _splits(sources, samples), _before_audit(read.source, contents, history)
     items = [
         Item(
             index,
@@ -98,6 +100,7 @@ def gather(config: Config, model: EmbeddingModel, sources: Sources, history: Lab
             _path(history, sample),
             _names(manifest, sample),
             splits.get(index, ""),
+            before_audit=before_audit.get(contents[sample.path]),
         )
         for index, sample in enumerate(samples)
     ]
@@ -125,18 +128,35 @@ def gather(config: Config, model: EmbeddingModel, sources: Sources, history: Lab
 def _distinct(manifest: Manifest, contents: Mapping[str, str]) -> tuple[list[Sample], dict[str, str]]:
     """Return (one sample with an image for each content, path → a sentence on its copies with other labels)."""
     copies: dict[str, list[Sample]] = defaultdict(list)
+    several_texts = 0
     for sample in manifest.samples:
         if sample.has_image and sample.path in contents:
             copies[contents[sample.path]].append(sample)
     if not copies:
         raise DataError(f"{manifest.source}: has no images; a review needs images")
     contradictory = {}
-    for same in copies.values():
+    for content, same in list(copies.items()):
         names = {listed(_names(manifest, sample)): sample.path for sample in same}
-        if len(names) > 1:
-            named = ", ".join(f"{label} ({path})" for label, path in names.items())
+        if len(names) > 1 and len({sample.text for sample in same}) > 1:
+            several_texts += 1  # a decision is on an image, so it would give all texts one label
+            del copies[content]
+        elif len(names) > 1:
+            named = ", ".join(f"{label} ({_utf8(path)})" for label, path in names.items())
             contradictory[same[0].path] = f"Copies of this image have different labels: {named}."
+    if several_texts:
+        log.warning("review: %d images that occur with several texts and different labels are skipped", several_texts)
     return [same[0] for same in copies.values()], contradictory
+
+
+def _before_audit(source: Manifest, contents: Mapping[str, str], history: LabelHistory) -> dict[str, tuple[str, ...]]:
+    """Return image → its labels in the source, for the images on which a decision of the audit applies."""
+    state = history.state().images
+    audited = {content for content, one in state.items() if one.applied.origin == ORIGIN + AUDIT}
+    return {
+        contents[sample.path]: _names(source, sample)
+        for sample in reversed(source.samples)  # of copies, the first counts
+        if contents.get(sample.path) in audited
+    }
 
 
 def _names(manifest: Manifest, sample: Sample) -> tuple[str, ...]:
@@ -144,7 +164,12 @@ def _names(manifest: Manifest, sample: Sample) -> tuple[str, ...]:
 
 
 def _path(history: LabelHistory, sample: Sample) -> str:
-    return history.relative(sample.path) if sample.data is None else sample.path
+    return _utf8(history.relative(sample.path) if sample.data is None else sample.path)
+
+
+def _utf8(path: str) -> str:
+    """Return the path as a text that a decision and a response can hold: the name of a file may be any bytes."""
+    return path.encode("utf-8", "replace").decode()
 
 
 def _new_images(sources: Sources, known: set[str]) -> list[_New]:
@@ -158,8 +183,11 @@ def _new_images(sources: Sources, known: set[str]) -> list[_New]:
         found = read_data(sources.unlabelled, (), multilabel=False, unlabelled=True).samples
         samples += [sample for sample in found if sample.has_image]
     facts = [*(one.captured for one in captured), *[None] * (len(samples) - len(captured))]
-    unreadable = 0
+    unreadable = unnamed = 0
     for sample, about in zip(samples, facts, strict=True):
+        if about is None and sample.path != _utf8(sample.path):
+            unnamed += 1
+            continue
         try:
             content = hashlib.sha256(sample.read()).hexdigest()
         except OSError:
@@ -170,6 +198,8 @@ def _new_images(sources: Sources, known: set[str]) -> list[_New]:
             new.append(_New(sample, content, about))
     if unreadable:
         log.warning("review: %d new images cannot be read and are skipped", unreadable)
+    if unnamed:
+        log.warning("review: %d new images are skipped, as their names are not UTF-8; rename them", unnamed)
     return new
 
 

@@ -19,7 +19,8 @@ class Item:
 
     index: its number in the session; content: SHA-256 of its bytes, in hexadecimal; sample: where its bytes are; path: for a decision, see
     `LabelHistory.relative`; labels: its labels when the review started, empty for an unlabelled image; split: of the data, empty for an
-    image that is not in it; predictions: the most probable labels first; familiarity: 0…1, None if unknown.
+    image that is not in it; predictions: the most probable labels first; familiarity: 0…1, None if unknown;
+    before_audit: its labels in the source if a decision of the audit applies, else None.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Item:
     split: str = ""
     predictions: tuple[Prediction, ...] = ()
     familiarity: float | None = None
+    before_audit: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def serve_review(
     start: returns the session and the address of its label history; it runs once the port is known to be free, as it may take minutes.
     InputError for a taken port, an invalid file of keys, and a host that other machines reach without keys.
     """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: expected 0 to 65535")
     key_file = None if keys is None else _key_file(keys)
     check_keys(host, key_file)
     try:
@@ -68,7 +70,10 @@ def _user() -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to `host` and `port`; port 0 selects a free one. OSError if the host is unknown or the port is taken."""
+    """Return a socket that listens on `host` and `port`; port 0 selects a free one. OSError if the host is unknown or the port is taken.
+
+    Connections wait until the server runs. Without `listen`, a second review could bind the same port and fail only once it is ranked.
+    """
     family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
         0
     ]
@@ -76,6 +81,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()
     except OSError:
         bound.close()
         raise

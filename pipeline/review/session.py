@@ -3,10 +3,11 @@
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from refract.augment.decoding.formats import SUFFIXES
 from refract.pipeline.files import write_atomically
 from refract.pipeline.labels.decisions import LABELLING, Action, Decision, LabelError, Record
 from refract.pipeline.review.data import ReviewData
@@ -134,6 +135,11 @@ class ReviewSession:
             return None
         return self._heat_maps(self.items[item].sample.read())
 
+    def given(self, item: int, queue: str) -> tuple[str, ...]:
+        """Return the labels that a reviewer confirms in the queue: in the audit those before it, so that reviewers decide independently."""
+        shown = self.items[item]
+        return shown.labels if queue != AUDIT or shown.before_audit is None else shown.before_audit
+
     def in_data(self, item: int) -> bool:
         """Whether the data set has the image, so that its labels can be confirmed."""
         return self.items[item].index < self._data.labelled
@@ -148,7 +154,7 @@ class ReviewSession:
         self, item: int, *, action: Action, labels: Sequence[str], reviewer: str, queue: str, reason: str = "",
         seen: int | None = None,
     ) -> int:  # fmt: skip
-        """Record a decision and return its ID. It is on disk when this returns.
+        """Record a decision and return its ID. It is on disk when this returns. One that is sent again is recorded once.
 
         labels: all labels of the image, for `relabel` and `add`; `confirm` takes those of the item. seen: see `Decision`. LabelError for
         invalid labels, an unknown queue, and an action that does not fit the item.
@@ -156,44 +162,59 @@ class ReviewSession:
         shown = self.items[item]
         if queue not in self._by_name:
             raise LabelError(f"queue: {queue!r} is not one of {', '.join(self._by_name)}")
-        action, labels = self._checked(shown, action, tuple(labels))
+        action, labels = self._checked(shown, action, tuple(labels), self.given(item, queue))
         path = shown.path
-        if action == "add" and item in self._data.captured:
+        if action == "add" and (item in self._data.captured or shown.sample.data is not None):
             path = self._decisions.history.relative(self._collect(shown))
         decision = Decision(
             content=shown.content, path=path, action=action, labels=labels, reviewer=reviewer, reason=reason,
             origin=ORIGIN + queue, seen=seen,
         )  # fmt: skip
         with self._writing:
+            self._decisions.refresh()
+            if (repeated := self._decisions.repeated(decision)) is not None:
+                return repeated.id
+            if queue == AUDIT:  # whose reviewers do not see what others decided
+                own = self._decisions.of_reviewer(shown.content, reviewer)
+                decision = replace(decision, seen=own.id if own else None)
             record = self._decisions.history.append(decision)
         self._new_labels.update(set(labels) - set(self._data.labels))
         self._decisions.refresh()
         return record
 
-    def _checked(self, item: Item, action: Action, labels: tuple[str, ...]) -> tuple[Action, tuple[str, ...]]:
+    def _checked(
+        self, item: Item, action: Action, labels: tuple[str, ...], given: tuple[str, ...]
+    ) -> tuple[Action, tuple[str, ...]]:
         in_data = self.in_data(item.index)
         if action == "undo":
             raise LabelError("action: undo takes the ID of a record; expected confirm, relabel, add, exclude or skip")
+        if action == "relabel" and in_data and sorted(labels) == sorted(given):
+            return "confirm", given  # so that the audit does not count it as a changed label
         if action == "confirm":
             if not in_data:
                 raise LabelError("action: confirm needs an image with a label; this one has none, so choose a label")
-            if labels and sorted(labels) != sorted(item.labels):
-                raise LabelError(f"labels: confirm takes the labels {', '.join(item.labels)!r}; use relabel for others")
-            return action, item.labels
+            if labels and sorted(labels) != sorted(given):
+                raise LabelError(f"labels: confirm takes the labels {', '.join(given)!r}; use relabel for others")
+            return action, given
         if action == "relabel" and not in_data:
             action = "add"
+        tree = self._data.hierarchy
+        for label in labels:
+            if tree is not None and label in tree.parents and label not in {*tree.labels, *self._data.labels}:
+                raise LabelError(f"labels: {label!r} is a parent in the class hierarchy; choose one of its classes")
         if action in LABELLING and not self.multilabel and len(labels) != 1:
             raise LabelError(f"labels: expected one label, as each image has one; received {len(labels)}")
         return action, labels
 
     def _collect(self, item: Item) -> Path:
-        """Copy a captured image to a folder that no quota limits, and return the file."""
+        """Write an image that a server's quota may delete, or that is not a file, to the folder of added images, and return the file."""
         if self._collected is None:
-            raise LabelError("action: add copies captured images to a folder; start the review with --collect FOLDER")
+            raise LabelError("action: add copies this image to a folder; start the review with --collect FOLDER")
         data = item.sample.read()
         if hashlib.sha256(data).hexdigest() != item.content:
-            raise LabelError(f"{item.sample.path}: has changed since the review started; start it again")
-        file = self._collected / f"{item.content}{Path(item.sample.path).suffix}"
+            raise LabelError(f"{item.path}: has changed since the review started; start it again")
+        suffix = Path(item.sample.path).suffix
+        file = self._collected / f"{item.content}{suffix if suffix.lower() in SUFFIXES else ''}"
         if not file.exists():
             self._collected.mkdir(parents=True, exist_ok=True)
             write_atomically(file, data)
@@ -221,4 +242,4 @@ class ReviewSession:
 
     def agreement(self) -> Agreement | None:
         """Compare the reviewers, None while no image has decisions of two."""
-        return agreement_of(self._decisions.settled())
+        return agreement_of(self._decisions.settled(), ORIGIN + CONFLICTS)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LABELS, COLLECTED = "labels.db", "collected"
+SNAPSHOT = "snapshot.json"
+"""The file next to the data of a retraining run, see `refract.pipeline.retraining.snapshot`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,17 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
     from refract.pipeline.review.session import ReviewSession
 
     config, bundle = _subject(options)
-    address = options.labels or split_address(config.data.labels)[0] or _beside(config.data.source)
+    address, number = split_address(options.labels)
+    if number is not None:
+        raise DataError(
+            f"--labels {options.labels}: a review reads and extends the whole history; name it without @{number}"
+        )
+    applied = split_address(config.data.labels)[0]
+    address = address or applied or _beside(config.data.source, options.subject)
+    if applied is None:
+        log.warning(
+            "review: set data.labels: %s in the config of the training, which else ignores these decisions", address
+        )
     history = LabelHistory(address, create=True)
     config = config.changed({"data.labels": address})
     splits = bundle.path.parent / "splits.csv" if bundle is not None else None
@@ -72,7 +84,7 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
         heat_maps=HeatMaps(bundle) if bundle is not None and reads_images_alone else None,
         collected=options.collect or _collected(address),
     )
-    return session, address
+    return session, history.address
 
 
 def _subject(options: ReviewOptions) -> "tuple[Config, Bundle | None]":
@@ -109,8 +121,16 @@ def _model(config: Config, bundle: "Bundle | None", subject: str) -> "EmbeddingM
         raise DataError(f"{subject}: model: {str(error).removeprefix(f'--model {config.model.name}: ')}") from error
 
 
-def _beside(source: str) -> str:
-    """Return the label history next to the data, relative to the working directory where that is shorter."""
+def _beside(source: str, subject: str) -> str:
+    """Return the label history next to the data, relative to the working directory where that is shorter.
+
+    DataError for the snapshot of a retraining run, next to which no training reads a history.
+    """
+    if (Path(source).parent / SNAPSHOT).is_file():
+        raise DataError(
+            f"{subject}: was trained on a snapshot of a retraining run; name the label history that the retraining applies (data.labels) "
+            "with --labels"
+        )
     if not Path(source).exists():  # digits, or a plugin's source
         return LABELS
     file = Path(source).resolve().parent / LABELS

@@ -33,11 +33,16 @@ def _queue_view(session: ReviewSession, queue: Queue, reviewer: str) -> dict[str
     }
 
 
-def entry_view(session: ReviewSession, entry: Entry) -> dict[str, Any]:
+def entry_view(session: ReviewSession, entry: Entry, queue: str) -> dict[str, Any]:
     """Describe an entry of a queue and its item."""
     related = None if entry.related is None else brief_view(session.items[entry.related])
     view = item_view(session, session.items[entry.item])
-    return view | {"reason": entry.reason, "score": entry.score, "related": related}
+    return view | {
+        "labels": list(session.given(entry.item, queue)),
+        "reason": entry.reason,
+        "score": entry.score,
+        "related": related,
+    }
 
 
 def item_view(session: ReviewSession, item: Item) -> dict[str, Any]:

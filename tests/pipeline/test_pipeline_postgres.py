@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from small_data import Run
+from small_data import Run, paint
 
 pytestmark = pytest.mark.slow
 
@@ -189,3 +189,26 @@ def test_processes_share_a_label_history_in_postgres(postgres: str) -> None:
                 cursor.execute(statement)
             connection.rollback()
     assert history.file("/data/x.png") == "/data/x.png" and history.relative("/data/x.png") == "/data/x.png"
+
+
+def test_two_reviews_share_a_label_history_in_postgres_and_do_not_show_its_password(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from refract.models.registry import build
+    from refract.pipeline.review.start import ReviewOptions, start_review
+
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path / "images", range(6))
+    torch.manual_seed(0)
+    save_file(build("resnet20", 3, image_size=(32, 32)).state_dict(), "weights.safetensors")
+    text = "data: {source: images, image_size: 32}\nmodel: {name: resnet20, weights: weights.safetensors}\n"
+    Path("my.yaml").write_text(text)
+    (first, address), (second, _) = (start_review(ReviewOptions("my.yaml", labels=postgres)) for _ in range(2))
+    assert "only-here" not in address and "127.0.0.1" in address
+    item = first.open_entries("audit", "ann")[0].item
+    first.decide(item, action="exclude", labels=[], reviewer="ann", queue="audit")
+    second.decide(item, action="confirm", labels=[], reviewer="bob", queue="audit")
+    assert [record.reviewer for record in second.state(item).conflicts] == ["ann"]

@@ -20,7 +20,7 @@ from refract.errors import InputError
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.review.app import create_app
 from refract.pipeline.review.bodies import LONGEST_BODY
-from refract.pipeline.review.server import serve_review
+from refract.pipeline.review.server import listen, serve_review
 from refract.pipeline.review.session import ReviewSession
 
 ANN, BOB = {"Authorization": "Bearer ann-secret"}, {"Authorization": "Bearer bob-secret"}
@@ -135,8 +135,8 @@ def test_a_decision_is_recorded_and_leaves_the_queue(client, session, tmp_path: 
 
 def test_a_request_that_is_sent_again_is_carried_out_once(client, tmp_path: Path) -> None:
     first, again, other = (
-        client.post("/api/decisions", json=decision(client), headers={"Idempotency-Key": key})
-        for key in ("a", "a", "b")
+        client.post("/api/decisions", json=decision(client, seen=seen), headers={"Idempotency-Key": key})
+        for key, seen in (("a", None), ("a", None), ("b", 1))
     )
     assert first.json() == again.json() and other.json()["record"] != first.json()["record"]
     assert len(LabelHistory(tmp_path / "labels.db").decisions()) == 2
@@ -253,6 +253,7 @@ def test_requests_of_other_pages_are_rejected(client, tmp_path: Path) -> None:
         {"Origin": "https://evil.example"},
         {"Origin": f"http://localhost:{port}"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ):
@@ -336,6 +337,11 @@ def test_a_taken_port_and_wrong_keys_are_reported_before_the_images_are_read(tmp
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}: .* choose another --host or --port"):
+            serve_review(start, host="127.0.0.1", port=port)
+    with listen("127.0.0.1", 0) as ranking, pytest.raises(InputError, match="cannot listen"):
+        serve_review(start, host="127.0.0.1", port=ranking.getsockname()[1])
+    for port in (-1, 65536):
+        with pytest.raises(InputError, match=f"--port {port}: expected 0 to 65535"):
             serve_review(start, host="127.0.0.1", port=port)
     with pytest.raises(InputError, match="--keys: .*missing: No such file"):
         serve_review(start, host="127.0.0.1", port=0, keys=tmp_path / "missing")

@@ -17,6 +17,7 @@ from refract.pipeline.data.manifest import DataError
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.labels.decisions import LabelError
 from refract.pipeline.labels.history import LabelHistory
+from refract.pipeline.retraining.snapshot import RECORD, TABLE
 from refract.pipeline.review.data import Captured
 from refract.pipeline.review.decisions import Decisions
 from refract.pipeline.review.session import ReviewSession
@@ -172,12 +173,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run on images in three colours, of which two red ones have since been moved to the blue ones."""
     root = tmp_path_factory.mktemp("review")
     paint(root / "images", range(20))
+    (root / "parents.csv").write_text("label,parent\nred,warm\nblue,cold\ngreen,cold\n")
     values = {
-        "data": {"source": str(root / "images"), "image_size": 32, "batch_size": 16, "workers": 0},
+        "data": {"source": str(root / "images"), "hierarchy": str(root / "parents.csv"), "image_size": 32, "batch_size": 16, "workers": 0},
         "model": {"name": "resnet20"}, "trainer": {"max_epochs": 3, "runs_dir": str(root / "runs"), "run_name": "run"},
         "tracking": {"enabled": False}, "evaluation": {"robustness": "none"},
     }  # fmt: skip
     train(config_from_dict(values))
+    (root / "parents.csv").unlink()  # the bundle has it
     for number in (3, 11):
         (root / "images" / "red" / f"{number:03}.png").rename(root / "images" / "blue" / f"flip{number}.png")
     return root
@@ -240,6 +243,8 @@ def test_a_review_of_a_config_needs_weights_and_then_no_training(run: Path, tmp_
     (tmp_path / "my.yaml").write_text(text)
     with pytest.raises(DataError, match="model.weights is none"):
         start_review(ReviewOptions("my.yaml", labels="labels.db"))
+    with pytest.raises(DataError, match="--labels labels.db@3: .* without @3"):
+        start_review(ReviewOptions("my.yaml", labels="labels.db@3"))
     (tmp_path / "my.yaml").write_text(text.replace("resnet20", "resnet20, weights: weights.safetensors"))
     session, _ = start_review(ReviewOptions("my.yaml", labels="labels.db"))
     assert [queue.name for queue in session.queues] == ["label-errors", "near-duplicates", "audit", "conflicts"]
@@ -252,3 +257,13 @@ def test_a_subject_that_is_neither_config_nor_run_is_named(tmp_path: Path, subje
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=f"{subject}.*neither a config file nor the folder of a run or bundle"):
         start_review(ReviewOptions(subject))
+
+
+def test_the_snapshot_of_a_retraining_run_needs_the_name_of_its_label_history(run: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / RECORD).write_text("{}")
+    options = ReviewOptions(str(run / "runs" / "run"), data=str(snapshot / TABLE))
+    with pytest.raises(DataError, match="snapshot of a retraining run.*--labels"):
+        start_review(options)
+    assert not (snapshot / "labels.db").exists()

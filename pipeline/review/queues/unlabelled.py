@@ -15,8 +15,11 @@ def unlabelled(data: ReviewData) -> tuple[Entry, ...] | None:
     if not items:
         return None
     predicted = data.predicted
-    rows = predicted.rows[np.searchsorted(predicted.items, items)]
-    uncertain = uncertainty_of(rows, multilabel=data.multilabel)
+    row_of = {item: row for row, item in enumerate(predicted.items)}
+    known = np.array([item in row_of for item in items])
+    uncertain = np.ones(len(items))  # of an item that the bundle could not predict
+    rows = predicted.rows[[row_of[item] for item in items if item in row_of]]
+    uncertain[known] = uncertainty_of(rows, multilabel=data.multilabel)
     entries: list[Entry] = []
     left = np.ones(len(items), bool)
     while len(entries) < min(MOST, len(items)):
@@ -58,6 +61,8 @@ def uncertainty_of(rows: np.ndarray, *, multilabel: bool) -> np.ndarray:
 
 
 def _reason(data: ReviewData, item: int) -> str:
+    if not data.items[item].predictions:
+        return "The model has no prediction for this image."
     first, *others = data.items[item].predictions
     if data.multilabel or not others:
         return f"The model is unsure: {first.label} has {percent(first.probability)}."
