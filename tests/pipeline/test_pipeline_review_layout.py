@@ -158,3 +158,12 @@ def test_the_focus_follows_the_reading_order_and_letters_can_be_turned_off(revie
     page.reload()
     ready(page)
     assert not page.is_checked("#shortcuts")
+
+
+def test_a_phone_shows_the_predictions_above_the_bar_of_actions(review) -> None:
+    page = review("label-errors", window={"viewport": {"width": 360, "height": 740}}).page
+    ready(page)
+    bar = page.locator("#one .actions").bounding_box()
+    for button in page.locator("#choices button").all():
+        box = button.bounding_box()
+        assert box["y"] + box["height"] <= bar["y"]
