@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_data import make_image, paint, write_image
+from small_data import make_image, paint, until, write_image
 from test_pipeline_review_queues import item, review
+from warm_process import WarmProcess
 
 from refract.models.registry import build
 from refract.pipeline.config.config import config_from_dict
@@ -267,3 +271,24 @@ def test_the_snapshot_of_a_retraining_run_needs_the_name_of_its_label_history(ru
     with pytest.raises(DataError, match="snapshot of a retraining run.*--labels"):
         start_review(options)
     assert not (snapshot / "labels.db").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_review_has_every_decision_that_it_acknowledged(run: Path, tmp_path: Path, warm: WarmProcess) -> None:
+    command = ["review", str(run / "runs" / "run"), "--labels", "labels.db", "--port", "0"]
+    process = warm.start(command, cwd=tmp_path, env=dict(os.environ))
+    with process.output:
+        address = re.findall(r"open (http://\S+);", until(process, "Review of"))[0]
+        acknowledged = []
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            items = client.get("/api/queues/audit?count=20").json()["items"]
+            for item in items:
+                body = {"item": item["index"], "action": "exclude", "labels": [], "queue": "audit", "reviewer": "ann"}
+                acknowledged.append(client.post("/api/decisions", json=body).json()["record"])
+                if len(acknowledged) == 12:
+                    process.kill()
+                    break
+    process.wait(60)
+    recorded = LabelHistory(tmp_path / "labels.db").decisions()
+    assert [record.id for record in recorded] == acknowledged
+    assert [record.content for record in recorded] == [item["content"] for item in items[:12]]

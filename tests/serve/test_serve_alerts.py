@@ -49,3 +49,12 @@ def test_the_dashboard_shows_the_live_accuracy_next_to_the_test_accuracy() -> No
     queries = [" ".join(target["expr"] for target in panel["targets"]) for panel in panels]
     (live,) = [query for query in queries if "refract_live_accuracy_low" in query]
     assert "refract_test_accuracy" in live and "refract_live_accuracy_high" in live
+
+
+def test_the_dashboard_shows_the_alerts_that_fire() -> None:
+    panels = json.loads((DEPLOY / "grafana.json").read_text("utf-8"))["panels"]
+    (query,) = [target["expr"] for panel in panels for target in panel["targets"] if "ALERTS" in target["expr"]]
+    (pattern,) = re.findall(r'alertname=~"([^"]+)"', query)
+    rules = yaml.safe_load((DEPLOY / "alerts.yaml").read_text("utf-8"))["groups"][0]["rules"]
+    assert all(re.fullmatch(pattern, rule["alert"]) for rule in rules) and 'alertstate="firing"' in query
+    assert len({panel["id"] for panel in panels}) == len(panels)
