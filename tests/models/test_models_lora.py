@@ -28,7 +28,8 @@ def test_adapters_are_trained_alone_and_merge_into_the_network(name: str) -> Non
     network = made(name)
     before, keys = network(IMAGES), list(network.state_dict())
     add_adapters(network, (IMAGES,), rank=4, alpha=8)
-    torch.testing.assert_close(network(IMAGES), before, rtol=0, atol=0)
+    # Not bit for bit: MKL's sums depend on the alignment of the memory.
+    torch.testing.assert_close(network(IMAGES), before, rtol=1e-5, atol=1e-7)
     head = {id(parameter) for parameter in head_of(network).parameters()}
     for key, parameter in network.named_parameters():
         assert parameter.requires_grad == (ADAPTER in key or id(parameter) in head), key

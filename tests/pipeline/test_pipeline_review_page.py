@@ -287,7 +287,8 @@ def test_the_measurements_are_shown_and_a_second_reviewer_is_independent(review,
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     saved(page, 3, tmp_path)
-    page.wait_for_selector("text=1 of 1 image")
+    page.wait_for_function("() => !session.queues.find(one => one.name === 'conflicts').open")
+    assert "0 of 1 image" in page.inner_text("#agreement"), "settling a conflict is no agreement"
     assert one.client.get("/api/queues/conflicts").json()["open"] == 0
 
 
