@@ -107,7 +107,7 @@ def test_the_interval_allows_for_the_overlap_of_the_training_sets() -> None:
 
 
 def test_mlflow_has_one_parent_with_the_folds_as_children_and_no_version(root: Path) -> None:
-    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db", f"sqlite:///{root}/mlflow.db")
     runs = {
         run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     }
