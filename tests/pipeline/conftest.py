@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from review_browser import browser, review  # noqa: F401  fixtures of the tests of a review's page
+from chromium import browser  # noqa: F401  a fixture of the tests of a review's page
+from review_browser import review  # noqa: F401  the other one
 from small_data import COLORS, Run, Training, make_image, write_image
 from warm_process import Started, WarmProcess, shared
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from review_browser import needs_chromium, ready, said, saved, title
+from chromium import needs_chromium
+from review_browser import ready, said, saved, title
 
 pytestmark = needs_chromium
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from review_browser import needs_chromium, ready, said, saved, text, title
+from chromium import needs_chromium
+from review_browser import ready, said, saved, text, title
 from small_review import LABELS
 
 from refract.models.hierarchy import Hierarchy

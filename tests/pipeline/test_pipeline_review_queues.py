@@ -1,6 +1,8 @@
 """The queues of a review, on data whose errors are known."""
 
 import hashlib
+from dataclasses import replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,25 +38,14 @@ def item(index: int, labels: tuple[str, ...], pixels: np.ndarray | None = None) 
     return Item(index, content, sample, f"{index}.png", labels)
 
 
-def review(names: list[tuple[str, ...]], probabilities: list[list[float]] | None = None, **more: object) -> ReviewData:
+def review(names: list[tuple[str, ...]], probabilities: list[list[float]] | None = None, **more: Any) -> ReviewData:
     """Return a review of labelled items, with random embeddings unless `vectors` is given."""
     targets = np.array([[label in row for label in LABELS] for row in names])
     rows = np.array(probabilities, np.float32) if probabilities else targets.astype(np.float32)
     vectors = np.random.default_rng(0).standard_normal((len(names), 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    values: dict[str, object] = {"vectors": vectors, "predicted": NONE}
     items = tuple(item(index, row) for index, row in enumerate(names))
-    return ReviewData(
-        **{
-            "items": items,
-            "labels": LABELS,
-            "labelled": len(names),
-            "targets": targets,
-            "out_of_fold": rows,
-            **values,
-            **more,
-        }
-    )  # type: ignore[arg-type] # fields vary by test
+    return replace(ReviewData(items, LABELS, len(names), vectors, targets, rows, NONE), **more)
 
 
 def test_the_label_that_the_others_contradict_most_comes_first() -> None:

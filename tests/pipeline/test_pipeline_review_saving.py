@@ -4,7 +4,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from review_browser import needs_chromium, ready, said, saved, title
+from chromium import needs_chromium
+from review_browser import ready, said, saved, title
 
 from refract.api_keys import KeyFile
 

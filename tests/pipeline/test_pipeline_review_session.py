@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -29,7 +30,7 @@ from refract.pipeline.review.start import ReviewOptions, start_review
 from refract.pipeline.training.run import train
 
 
-def opened(folder: Path, names: list[tuple[str, ...]] | None = None, **more: object) -> ReviewSession:
+def opened(folder: Path, names: list[tuple[str, ...]] | None = None, **more: Any) -> ReviewSession:
     """Return a session whose label errors are the items 0 to 3, in this order."""
     names = names or [("ant",)] * 20
     rows = [[0.01 * (i + 1), 0.99 - 0.01 * i, 0.0] if i < 4 else [0.9, 0.1, 0.0] for i in range(len(names))]
@@ -125,11 +126,11 @@ def test_conflicts_are_a_queue_until_somebody_decides_who_saw_both(tmp_path: Pat
     ],
 )
 def test_invalid_decisions_are_refused_and_not_recorded(
-    tmp_path: Path, action: str, labels: list[str], text: str
+    tmp_path: Path, action: Any, labels: list[str], text: str
 ) -> None:
     session = opened(tmp_path)
     with pytest.raises(LabelError, match=text):
-        session.decide(0, action=action, labels=labels, reviewer="ann", queue="audit")  # type: ignore[arg-type] # invalid on purpose
+        session.decide(0, action=action, labels=labels, reviewer="ann", queue="audit")
     assert LabelHistory(tmp_path / "labels.db").decisions() == []
 
 

@@ -32,6 +32,12 @@ CONFIG = "/srv/photos.yaml"
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
 
+def summary_of(store: ScheduleStore, config: str) -> str:
+    """Return what the first trigger last read, as a text; "" before its first reading."""
+    reading = store.triggers(config)[0].reading
+    return "" if reading is None else reading.summary
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> ScheduleStore:
     return ScheduleStore(tmp_path / "state")
@@ -84,7 +90,7 @@ def test_labels_count_images_that_decisions_changed_since_the_last_run(
     decide(history, 1, "confirm", "cat")
     later = datetime.now(UTC) + timedelta(hours=2)
     assert watched.check(later) is None
-    assert "0 of 3 images changed by decisions since decision 8" in store.triggers(CONFIG)[0].reading.summary  # type: ignore[union-attr]
+    assert "0 of 3 images changed by decisions since decision 8" in summary_of(store, CONFIG)
     for image in (2, 3, 4):
         decide(history, image, "relabel", "wolf")
     assert watched.check(later) == "labels: 3 of 3 images changed by decisions since decision 8"
@@ -206,7 +212,7 @@ def test_one_drift_starts_one_run_until_it_ends_or_the_champion_changes(store: S
     has_run(store, 10)
     drift.results += [("warn", "3"), ("stop", "3"), (None, "3"), ("warn", "3")]
     assert [watched.check(now) for _ in range(4)] == [None] * 4
-    assert "a run has taken this drift in" in store.triggers(CONFIG)[0].reading.summary  # type: ignore[union-attr]
+    assert "a run has taken this drift in" in summary_of(store, CONFIG)
     drift.results += [("none", "3"), ("warn", "3")]
     assert [watched.check(now) for _ in range(2)] == [None, "drift: level warn"]
     has_run(store, 0)
@@ -335,9 +341,7 @@ def test_labels_start_one_run_that_survives_a_kill(
     (tmp_path / "hold").unlink()
     until(lambda: store.triggers(config)[0].handled == "2", "the resumed run has taken both decisions in")
     assert began() == ["", "--resume"]
-    until(
-        lambda: "0 of 2 images changed by decisions since decision 2" in store.triggers(config)[0].reading.summary, "0"
-    )  # type: ignore[union-attr]
+    until(lambda: "0 of 2 images changed by decisions since decision 2" in summary_of(store, config), "0")
     runs = store.runs(config, 5)
     assert len(runs) == 2 and {run.reason for run in runs} == {
         "labels: 2 of 2 images changed by decisions in the label history"

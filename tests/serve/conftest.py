@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from chromium import browser  # noqa: F401  a fixture of the tests of the web page
 from fastapi import FastAPI
 from PIL import Image
 
