@@ -61,11 +61,12 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
         )
     applied = split_address(config.data.labels)[0]
     address = address or applied or _beside(config.data.source, options.subject)
+    history = LabelHistory(address, create=True)
     if applied is None:
         log.warning(
-            "review: set data.labels: %s in the config of the training, which else ignores these decisions", address
+            "review: set data.labels: %s in the config of the training, which else ignores these decisions",
+            history.address,  # without a password
         )
-    history = LabelHistory(address, create=True)
     config = config.changed({"data.labels": address})
     splits = bundle.path.parent / "splits.csv" if bundle is not None else None
     sources = Sources(
@@ -112,8 +113,7 @@ def _model(config: Config, bundle: "Bundle | None", subject: str) -> "EmbeddingM
         return bundle_model(bundle)
     if config.model.weights == "none":
         raise DataError(
-            f"{subject}: model.weights is none, so the network has no features yet; train it and name its run, or name a network with "
-            "--model.weights default"
+            f"{subject}: model.weights is none, so it has no features yet; train it and name its run, or set model.weights: default"
         )
     try:
         return open_model(config.model.name, config.model.weights, config.data.sides())

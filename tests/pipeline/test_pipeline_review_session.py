@@ -20,7 +20,7 @@ from refract.models.registry import build
 from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.data.prepare import prepare_data
-from refract.pipeline.labels.decisions import LabelError
+from refract.pipeline.labels.decisions import LabelDatabaseError, LabelError
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.retraining.snapshot import RECORD, TABLE
 from refract.pipeline.review.data import Captured
@@ -255,6 +255,13 @@ def test_a_review_of_a_config_needs_weights_and_then_no_training(run: Path, tmp_
     assert [queue.name for queue in session.queues] == ["label-errors", "near-duplicates", "audit", "conflicts"]
     assert session.heat_map(0) is None
     assert len(session.neighbours(0)) == 5
+
+
+def test_the_password_of_a_label_history_is_not_logged(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ReviewOptions(str(run / "runs" / "run"), labels="postgresql://ann:hunter2@127.0.0.1:1/labels")
+    with pytest.raises(LabelDatabaseError) as error:
+        start_review(options)
+    assert "hunter2" not in caplog.text + str(error.value)
 
 
 @pytest.mark.parametrize("subject", ["nothing", "empty"])

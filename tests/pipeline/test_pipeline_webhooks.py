@@ -228,7 +228,8 @@ def free_port() -> int:
 def ends(config: Config, outcome: Outcome, **record: Any) -> Path:
     """Do the last step of a run with this outcome."""
     folder = begin(config, force=False)
-    write_run(folder, read_run(folder) | {"ends": int(outcome), "why": "because", **record})  # type: ignore[typeddict-item]
+    ended: Any = read_run(folder) | {"ends": int(outcome), "why": "because", **record}
+    write_run(folder, ended)
     STEPS[-1](folder)
     assert read_run(folder)["outcome"] == outcome
     return folder
