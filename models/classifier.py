@@ -96,7 +96,7 @@ class Classifier(nn.Module):
         """The inputs of the network: {"images"}, {"texts"}, or both."""
         if not isinstance(self.network, Reader):
             return frozenset({"images"})
-        return frozenset({"texts"} | ({"images"} if self.network.pictures is not None else set()))
+        return frozenset({"texts"} | ({"images"} if self.network.images is not None else set()))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise images (N, 3, H, W) of any dtype in 0…255 to float32 of the same shape."""

@@ -34,6 +34,7 @@ from refract.models.bundle.verified_directory import (
 )
 from refract.models.classifier import Classifier
 from refract.models.factory import make_classifier
+from refract.models.multimodal.former_names import rename
 from refract.models.training_features import TrainingFeatures
 from refract.plugins import loaded
 
@@ -93,7 +94,10 @@ class Bundle:
 
     def weights(self) -> dict[str, Tensor]:
         """Read the state dict of the classifier, on the CPU. BundleError if the file changed since `load_bundle`."""
-        return _parse_weights(self.path, self.folder.read(WEIGHTS))
+        weights = _parse_weights(self.path, self.folder.read(WEIGHTS))
+        if self.info.text is not None:
+            rename(weights, "network.")
+        return weights
 
     def training_features(self) -> TrainingFeatures | None:
         """Read the training features. None if the bundle has none. BundleError if the file was altered or is damaged."""

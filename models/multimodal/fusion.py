@@ -5,12 +5,14 @@ The names of nn.Module attributes with parameters or submodules are keys of stor
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refract.models.head import HEADS, last_layer
 from refract.models.layers import pick
+from refract.models.multimodal.former_names import rename
 from refract.models.training.activation_checkpointing import frozen_batch_statistics
 
 
@@ -91,24 +93,25 @@ class Reader(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_image, self.drop_text = drop_image, drop_text
-        # The attributes with parameters or modules are keys of stored weights: keep all their names, also the two with another word.
+        # The names of parameters and modules are keys of stored weights: a new name needs an entry in `former_names`.
         self.texts = texts
         features = int(texts.width)  # type: ignore[arg-type]
         self.no_text = nn.Parameter(torch.zeros(features))
-        self.pictures: nn.Module | None = None
+        self.images: nn.Module | None = None
         self.fusion: nn.Module | None = None
         if images is not None:
-            self.pictures, image_features = without_head(images)
-            self.no_picture = nn.Parameter(torch.zeros(image_features))
+            self.images, image_features = without_head(images)
+            self.no_image = nn.Parameter(torch.zeros(image_features))
             self.fusion = pick("fusion", fusion, FUSIONS)(image_features, features, width)
             features = width
         self.head = (
             nn.Linear(features, num_classes) if head == "linear" else pick("head", head, HEADS)(features, num_classes)
         )
+        self.register_load_state_dict_pre_hook(_accept_former_names)
 
     def branches(self) -> list[nn.Module]:
         """Return the networks below the fusion layer."""
-        return [self.texts] if self.pictures is None else [self.pictures, self.texts]
+        return [self.texts] if self.images is None else [self.images, self.texts]
 
     def joint_head(self) -> nn.Module:
         """Return the layers that are trained in every mode: the fusion layer and the last layer."""
@@ -124,7 +127,7 @@ class Reader(nn.Module):
           weights, so that images, texts and targets agree
         """
         has_text, real_images = texts.ne(0).any(dim=1), has_image
-        if self.training and self.pictures is not None:
+        if self.training and self.images is not None:
             drawn = torch.rand(len(texts), device=texts.device)
             has_text = has_text & ~((drawn < self.drop_text) & has_image)
             has_image = has_image & ~((drawn > 1 - self.drop_image) & has_text)
@@ -132,10 +135,10 @@ class Reader(nn.Module):
         text = torch.where(has_text.unsqueeze(1), text, self.no_text.to(text.dtype))
         if mixed is not None:
             text = mixed.to(text.dtype) @ text
-        if self.pictures is None or self.fusion is None or images is None:
+        if self.images is None or self.fusion is None or images is None:
             return self.head(text)
-        image = self._image_features(self.pictures, images, real_images)
-        image = torch.where(has_image.unsqueeze(1), image, self.no_picture.to(image.dtype))
+        image = self._image_features(self.images, images, real_images)
+        image = torch.where(has_image.unsqueeze(1), image, self.no_image.to(image.dtype))
         return self.head(self.fusion(image, text))
 
     def _image_features(self, network: nn.Module, images: Tensor, has_image: Tensor) -> Tensor:
@@ -157,6 +160,11 @@ class Reader(nn.Module):
             with frozen_batch_statistics(network):
                 features = network(images[rows.repeat(2)])[:1]
         return features.new_zeros(len(images), features.shape[1]).index_copy(0, rows, features)
+
+
+def _accept_former_names(reader: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a state dict is loaded, rename the keys that an earlier version stored."""
+    rename(state_dict, prefix)
 
 
 def without_head(network: nn.Module) -> tuple[nn.Module, int]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from refract.models.credentials import MASK, masked
 from refract.models.head import class_parameters
+from refract.models.multimodal.former_names import present_name
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -69,7 +70,7 @@ def load_tensors(
 ) -> LoadReport:
     """Load the tensors of `path` as `load_weights` does. path: only for the log and the errors."""
     expected = network.state_dict()
-    weights = {_clean(key, expected): tensor for key, tensor in tensors.items()}
+    weights = {present_name(_clean(key, expected), expected): tensor for key, tensor in tensors.items()}
     _adapt_channels(network, weights, expected)
     if head_rows is not None:
         _arrange_rows(network, weights, head_rows)

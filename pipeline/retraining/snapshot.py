@@ -55,7 +55,7 @@ class Snapshot:
     the samples; and `snapshot.json`, this record.
 
     digest: SHA-256 of content, labels and splits; holdout: its version; counts: split → label → samples; columns: names of the
-    metadata columns; left_out: number of unreadable images that are skipped; labels: the state of the label history, empty without
+    metadata columns; skipped: number of unreadable images without a row in the table; labels: the state of the label history, empty without
     `data.labels`; corrections: since the champion, which are no part of the record, as the champion may change.
     """
 
@@ -65,7 +65,7 @@ class Snapshot:
     task: str
     counts: dict[str, dict[str, int]]
     columns: tuple[str, ...]
-    left_out: int
+    skipped: int
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     corrections: Mapping[str, Any] | None = field(default=None, compare=False)
 
@@ -80,7 +80,7 @@ class Snapshot:
             "task": self.task,
             "counts": self.counts,
             "columns": list(self.columns),
-            "left_out": self.left_out,
+            "skipped": self.skipped,
             **({"labels": dict(self.labels)} if self.labels else {}),
         }
 
@@ -348,7 +348,7 @@ def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
         record["task"],
         record["counts"],
         tuple(record["columns"]),
-        record["left_out"],
+        record["skipped"],
         record.get("labels", {}),
     )
 

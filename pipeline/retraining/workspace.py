@@ -23,6 +23,9 @@ FORMER_KEYS = {"night": "run", "run": "training_run"}
 FORMER_SUMMARY = "told"
 """Former key of `summary` in the result of a check."""
 
+FORMER_SKIPPED = "left_out"
+"""Former key of `skipped` in the snapshot of a record: the number of unreadable images."""
+
 Check = dict[str, Any]
 """The result of a check as JSON: `level` (none, warn, stop), `summary` (a sentence), and details."""
 
@@ -174,4 +177,7 @@ def _with_new_keys(record: dict[str, Any]) -> Record:
     for check in checks:
         if FORMER_SUMMARY in check:
             check["summary"] = check.pop(FORMER_SUMMARY)
+    snapshot = record.get("snapshot") or {}
+    if FORMER_SKIPPED in snapshot:
+        snapshot["skipped"] = snapshot.pop(FORMER_SKIPPED)
     return cast(Record, record)

@@ -57,7 +57,7 @@ def start_weights(config: Config, classifier: "Classifier", preprocess: "Preproc
     if config.model.weights != "none" and init != "default":
         initialise(head_of(network), init)
     if isinstance(network, Reader):  # text.weights initialises the text network
-        network = network.pictures
+        network = network.images
     if config.model.weights != "none" or network is None:
         return
     prepare = getattr(network, "prepare", None)

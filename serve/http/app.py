@@ -272,7 +272,8 @@ def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
         return None
     bundle, challenge = challenger.worker.engine.bundle, challenger.challenge
     model = {"name": bundle.info.name, "digest": bundle.digest}
-    return model | {"share": challenge.fraction, "answers": challenge.answers}
+    # `share` is the former name of `fraction`: deprecated, removed in the next minor version.
+    return model | {"fraction": challenge.fraction, "share": challenge.fraction, "answers": challenge.answers}
 
 
 def _live(recent: RecentPredictions) -> dict[str, Any]:

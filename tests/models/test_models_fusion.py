@@ -1,6 +1,9 @@
 """Fusion of images and texts: joined features, and missing, dropped or mixed inputs."""
 
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -8,8 +11,11 @@ from refract.models.classifier import Classifier, probabilities
 from refract.models.multimodal.fusion import FUSIONS, FiLM, Gated, Reader
 from refract.models.multimodal.text_networks import BagOfNgrams
 from refract.models.multimodal.tokens import HashedNgrams
+from refract.models.pretrained.weights import load_weights
 from refract.models.registry import build
 from refract.models.training.lightning_module import ClassifierModule
+from refract.pipeline.training.callbacks.averaging import KEY as AVERAGE
+from refract.pipeline.training.callbacks.averaging import WeightAverage
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -45,7 +51,7 @@ def reader(**more) -> Reader:
 
 def test_missing_inputs_are_ignored_and_present_inputs_count() -> None:
     made = reader().eval()
-    nn.init.normal_(made.no_text), nn.init.normal_(made.no_picture)
+    nn.init.normal_(made.no_text), nn.init.normal_(made.no_image)
     images, texts = torch.rand(4, 3, 8, 8), torch.randint(1, 21, (4, 5))
     here, nowhere = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
     whole = made(images, texts, here)
@@ -61,7 +67,7 @@ def test_modality_dropout_drops_the_fractions_and_never_both() -> None:
     made = reader(drop_image=0.3, drop_text=0.2)
     seen = {}
     made.fusion.register_forward_pre_hook(lambda _, given: seen.update(image=given[0], text=given[1]))
-    nn.init.constant_(made.no_text, 7.0), nn.init.constant_(made.no_picture, 9.0)
+    nn.init.constant_(made.no_text, 7.0), nn.init.constant_(made.no_image, 9.0)
     images, texts, here = torch.rand(4000, 3, 2, 2), torch.randint(1, 21, (4000, 3)), torch.ones(4000, dtype=torch.bool)
     made.train()(images, texts, here)
     no_image, no_text = (seen["image"] == 9).all(1), (seen["text"] == 7).all(1)
@@ -128,7 +134,7 @@ def test_missing_images_do_not_change_batch_norm_statistics(count: int) -> None:
         made = Reader(Normed(), BagOfNgrams(20, width=8, dropout=0.0), 3, drop_image=0.0, drop_text=0.0).train()
         answers = made(images[:number], texts[:number], has_image[:number])
         answers[:count].square().sum().backward()
-        norm = made.pictures.norm
+        norm = made.images.norm
         return answers[:count], norm.weight.grad, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
     *_, mean, variance, batches = found = learned(4)
@@ -198,8 +204,54 @@ def test_blocks_are_frozen_and_decayed_as_of_images() -> None:
     blocks, names = blocks_of(deep), {id(parameter): name for name, parameter in deep.named_parameters()}
     assert sorted(names[id(p)] for block in blocks for p in block) == sorted(names.values()), "each in one block"
     last = {names[id(p)].partition(".")[0] for p in blocks[-2]}
-    assert last == {"pictures", "texts"}, "both networks end as far from the head"
+    assert last == {"images", "texts"}, "both networks end as far from the head"
     assert len(blocks) == len(blocks_of(build("resnet20", 3, image_size=(32, 32)))), "the deeper one counts"
     with torch.no_grad():
         logits = classifier.eval()(torch.zeros(1, 3, 4, 4), torch.ones(1, 2, dtype=torch.long))
     assert probabilities(logits, task="multiclass").sum() == pytest.approx(1)
+
+
+def in_former_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict as earlier versions stored it."""
+    return {key.replace(".images.", ".pictures.").replace("no_image", "no_picture"): weights[key] for key in weights}
+
+
+@pytest.fixture
+def classifiers() -> tuple[Classifier, Classifier]:
+    """Two with different weights. The first has a normed network of images."""
+    torch.manual_seed(0)
+    made = [
+        Classifier(
+            Reader(Normed(), BagOfNgrams(20, width=8), 3), mean=MEAN, std=STD, tokens=HashedNgrams(buckets=20, max_length=4)
+        )
+        for _ in range(2)
+    ]
+    for parameter in made[0].parameters():
+        nn.init.normal_(parameter)
+    return made[0], made[1]
+
+
+def test_weights_of_an_earlier_version_load(classifiers: tuple[Classifier, Classifier], tmp_path: Path) -> None:
+    made, other = classifiers
+    weights = made.state_dict()
+    stored = in_former_names(weights)
+    assert {"network.pictures.norm.weight", "network.no_picture"} <= set(stored)
+    other.load_state_dict(stored, strict=True)
+    assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
+
+    start = other.network
+    nn.init.zeros_(start.no_image)
+    safetensors.torch.save_file(stored, tmp_path / "weights.safetensors")
+    report = load_weights(start, start.head, tmp_path / "weights.safetensors")
+    assert set(report.loaded) == set(start.state_dict()) and torch.equal(start.no_image, made.network.no_image)
+
+
+def test_an_average_of_an_earlier_version_resumes(classifiers: tuple[Classifier, Classifier]) -> None:
+    module = ClassifierModule(classifiers[0], task="multiclass", num_classes=3)
+    weights = {key: value.clone() for key, value in module.state_dict().items() if key.startswith("classifier.")}
+    average = WeightAverage(decay=0.5)
+    stored = {"weights": in_former_names(weights), "count": 1, "last_step": 1}
+    average.on_load_checkpoint(None, module, {AVERAGE: stored})
+    checkpoint: dict = {}
+    average.on_save_checkpoint(None, module, checkpoint)
+    assert set(checkpoint[AVERAGE]["weights"]) == set(weights)

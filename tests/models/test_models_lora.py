@@ -83,8 +83,8 @@ def test_every_branch_of_a_multimodal_network_gets_adapters() -> None:
     add_adapters(network, inputs, rank=2, alpha=4)
     torch.testing.assert_close(network(*inputs), before, rtol=0, atol=0)
     trained = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
-    assert {"no_text", "no_picture", "head.weight"} <= trained, "the layers that are new"
-    for part in ("pictures.blocks.0.attn.qkv", "texts.bert.encoder.layer.0.attention.self.query"):
+    assert {"no_text", "no_image", "head.weight"} <= trained, "the layers that are new"
+    for part in ("images.blocks.0.attn.qkv", "texts.bert.encoder.layer.0.attention.self.query"):
         assert any(key.startswith(f"{part}{ADAPTER}") for key in trained), part
     assert "texts.bert.embeddings.word_embeddings.weight" not in trained
     assert list(merged_state(network)) == keys

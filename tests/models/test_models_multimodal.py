@@ -1,11 +1,13 @@
 """Networks that read texts, or images and texts."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -295,6 +297,24 @@ def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(
         or name == "hashing"
         or json.loads((path / "bundle.json").read_text())["text"]["name"] == where
     )
+
+
+def test_a_bundle_with_the_former_names_of_its_weights_is_read(tmp_path) -> None:
+    part, tokens, network = make_text_encoder("hashing", weights="default", max_length=8, pooling="auto", args={})
+    joined = {"fusion": "gated", "width": 12}
+    images = build("lenet5", 3, image_size=(32, 32))
+    classifier = Classifier(Reader(images, network, 3, **joined), mean=MEAN, std=STD, tokens=tokens).eval()
+    path = bundle_of(classifier, part, tmp_path / "b", {"name": "lenet5", "image_size": [32, 32], "args": {}}, joined)
+    weights = load_bundle(path).weights()
+    former = {key.replace(".images.", ".pictures.").replace("no_image", "no_picture"): weights[key] for key in weights}
+    assert set(former) != set(weights)
+    safetensors.torch.save_file(former, path / "weights.safetensors")
+    data, manifest = (path / "weights.safetensors").read_bytes(), json.loads((path / "manifest.json").read_text())
+    manifest["files"]["weights.safetensors"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    bundle = load_bundle(path)
+    assert set(bundle.weights()) == set(weights), "refract soup averages bundles of both kinds"
+    assert torch.equal(bundle.classifier().network.no_image, classifier.network.no_image)
 
 
 def test_a_bundle_whose_tokenizer_was_changed_or_whose_text_part_is_odd_is_refused(transformers_of, tmp_path) -> None:

@@ -93,7 +93,10 @@ def to_former_layout(workspace: Path) -> None:
     records = [path for path in (workspace / "last.json", *workspace.glob("runs/*/run.json")) if path.exists()]
     for path in records:
         path.write_text(path.read_text().replace('"summary":', '"told":'))
-        write(path, {former.get(key, key): value for key, value in read(path).items()})
+        record = {former.get(key, key): value for key, value in read(path).items()}
+        if "skipped" in (snapshot := record.get("snapshot") or {}):
+            snapshot["left_out"] = snapshot.pop("skipped")
+        write(path, record)
     for path in workspace.glob("runs/*/run.json"):
         path.rename(path.with_name("night.json"))
     (workspace / "runs").rename(workspace / "nights")

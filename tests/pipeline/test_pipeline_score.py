@@ -57,7 +57,7 @@ def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("images"
         network = Reader(shown, words, 3, **joined)
         torch.nn.init.normal_(network.no_text), torch.nn.init.normal_(words.vectors.weight)
         if shown is not None:
-            torch.nn.init.normal_(network.no_picture)
+            torch.nn.init.normal_(network.no_image)
         record["text"] = text_record(part, joined)
     classifier = Classifier(network, mean=PREPROCESS.mean, std=PREPROCESS.std, tokens=tokens).eval()
     own = {"task": "multiclass", "labels": LABELS, "temperature": 0.02, **record}

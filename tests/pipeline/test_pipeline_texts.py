@@ -279,7 +279,7 @@ def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
     for init in ("zeros", "lsuv"):
         one, other = found["default"].state_dict(), found[init].state_dict()
         changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
-        assert changed == {"pictures"}, init
+        assert changed == {"images"}, init
 
 
 def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path
     ]
     manifest = load_manifest(table(tmp_path / "m.csv", given, ["path", "label", "split", "text"]))
     classifier = load_bundle(untrained(tmp_path / "b", "images texts")).classifier()
-    torch.nn.init.normal_(classifier.network.no_text), torch.nn.init.normal_(classifier.network.no_picture)
+    torch.nn.init.normal_(classifier.network.no_text), torch.nn.init.normal_(classifier.network.no_image)
     preprocess = Preprocess(32, 32)
     golden_samples = make_golden_samples(classifier, preprocess, manifest.samples, task="binary")
     assert [(golden.text, golden.has_image) for golden in golden_samples] == [

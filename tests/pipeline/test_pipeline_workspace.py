@@ -35,6 +35,7 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
     last = workspace.last()
     to_former_layout(workspace.root)
     assert read(workspace.root / "nights" / finished.name / "night.json")["night"] == finished.name
+    assert "left_out" in read(workspace.root / "nights" / finished.name / "night.json")["snapshot"]
     with workspace.held():
         assert workspace.runs() == [finished, interrupted] and not (workspace.root / "nights").exists()
         assert read_run(finished) == record and workspace.last() == last

@@ -49,7 +49,8 @@ def test_a_shadow_predicts_each_request_and_its_agreement_is_counted(bundle, oth
         challenger = client.get("/v1/model").json()["challenger"]
     assert ends(app) == {"agreed": agreed, "differed": 12 - agreed}
     assert samples(app, "refract_batch_images_sum")[0].value == 12, "the shadow's batches are not counted"
-    assert challenger == {"name": "shapes", "digest": other.digest, "share": 1, "answers": False}
+    described = {"name": "shapes", "digest": other.digest, "fraction": 1, "answers": False}
+    assert challenger == described | {"share": 1}, "share is the deprecated name of fraction"
 
 
 def test_a_model_agrees_with_itself_with_flip_tta(bundle, serving, make_image) -> None:

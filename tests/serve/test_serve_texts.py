@@ -36,7 +36,7 @@ def make(folder: Path, make_image, *, images: bool) -> Bundle:
     reader = Reader(shown, network, 4, **joined)
     torch.nn.init.normal_(reader.no_text), torch.nn.init.normal_(network.vectors.weight)
     if images:
-        torch.nn.init.normal_(reader.no_picture)
+        torch.nn.init.normal_(reader.no_image)
     classifier = Classifier(reader, mean=PREPROCESS.mean, std=PREPROCESS.std, tokens=tokens).eval()
     golden_samples = []
     for i, (text, there) in enumerate(

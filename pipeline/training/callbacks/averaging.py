@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from refract.models.classifier import Inputs, inputs_of
+from refract.models.multimodal.former_names import present_name
 from refract.models.training.lightning_imports import Callback, lightning
 
 NORM_IMAGES = 2048
@@ -78,7 +79,9 @@ class WeightAverage(Callback):
         """Restore the average of a checkpoint."""
         if KEY in checkpoint:
             stored = checkpoint[KEY]
-            self._average, self._count, self._last_step = stored["weights"], stored["count"], stored["last_step"]
+            present = pl_module.state_dict().keys()
+            self._average = {present_name(name, present): value for name, value in stored["weights"].items()}
+            self._count, self._last_step = stored["count"], stored["last_step"]
 
     @torch.no_grad()
     def _recompute_statistics(self, pl_module: lightning.LightningModule) -> None:
