@@ -67,20 +67,22 @@ def run_scheduler(plan: Plan, store: ScheduleStore) -> int:
     Returns 0, or 130 after Ctrl-C. ScheduleError if another process schedules the config. Call it in the main thread.
     """
     with _alone(plan, store):
-        runner = Runner(plan, store)
-        scheduler = _scheduler(plan, store, runner)
         signals: queue.SimpleQueue[int | None] = (
             queue.SimpleQueue()
         )  # reentrant, so that signal handlers can put into it
+        # Before the log announces the next run: a signal after that line ends the scheduler in order, and the schedule is stored.
         before = {
             number: signal.signal(number, lambda n, _: signals.put(n)) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
-        def shut_down() -> None:
-            scheduler.shutdown(wait=True)
-            signals.put(None)
-
         try:
+            runner = Runner(plan, store)
+            scheduler = _scheduler(plan, store, runner)
+
+            def shut_down() -> None:
+                scheduler.shutdown(wait=True)
+                signals.put(None)
+
             scheduler.start()
             first = signals.get()
             assert first is not None
