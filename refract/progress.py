@@ -45,11 +45,12 @@ class Progress:
         self._redirected = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty() and not output.is_quiet():
+        if _draws_bars() and not output.is_quiet():
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 
             self._redirected.enter_context(logging_redirect_tqdm())
+            self._redirected.enter_context(_reporter.hidden())
             self._bar = tqdm(
                 total=self._total,
                 desc=self._title,
@@ -112,6 +113,7 @@ class _Reporter(logging.Handler):
     count = 0
     total: int | None = None
     _bar: Any = None
+    _others = 0
     _thread: threading.Thread | None = None
 
     def start(self, command: str) -> None:
@@ -142,13 +144,24 @@ class _Reporter(logging.Handler):
         if self._bar is not None:
             self._bar.clear()
 
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Draw no bar of the stage while another bar is open."""
+        self._others += 1
+        self.clear()
+        try:
+            yield
+        finally:
+            self._others -= 1
+
     def _report(self) -> None:
-        on_terminal = sys.stderr.isatty()
+        on_terminal = _draws_bars()
         if not self._ended.wait(BAR_S) and _main_thread_imports() and not (on_terminal and self.stage):
             self._print("loading libraries")
         while not self._ended.wait(LINE_S / 10):
             if on_terminal and self.stage:
-                self._draw(self.stage)
+                if not self._others:
+                    self._draw(self.stage)
             elif time.monotonic() - self.last >= LINE_S:
                 parts = "" if self.total is None else f" ({self.count + 1} of {self.total})"
                 self._print(f"{self.stage or 'in progress'}{parts}, {_duration(time.monotonic() - self._start)} so far")
@@ -179,6 +192,18 @@ def stage(text: str, count: int = 0, total: int | None = None) -> None:
     _reporter.stage, _reporter.count, _reporter.total = text, count, total
 
 
+@contextlib.contextmanager
+def staged(text: str) -> Iterator[None]:
+    """Name what the command does in this block. Afterwards the stage is the one before."""
+    before = _reporter.stage, _reporter.count, _reporter.total
+    stage(text)
+    try:
+        yield
+    finally:
+        _reporter.stage, _reporter.count, _reporter.total = before
+        _reporter.clear()
+
+
 def clear() -> None:
     """Erase the bar of the stages before a line is printed. It appears again within a second."""
     _reporter.clear()
@@ -204,6 +229,16 @@ def silence_reported(command: str) -> Iterator[None]:
         yield
     finally:
         _reporter.stop()
+
+
+def _draws_bars() -> bool:
+    """Whether the standard error is a terminal with columns. Without any, as under `script` or on a serial console, lines report."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # a stream in memory, or one that does not know its size
+        return True
 
 
 def _main_thread_imports() -> bool:

@@ -10,6 +10,7 @@ from refract.pipeline.cli import console
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.evaluation.plots import save
 from refract.pipeline.lab import Outcome, experiments
+from refract.progress import staged
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +35,8 @@ def _lab(args: argparse.Namespace) -> int:
     failed = []
     for name in args.name or available:
         started = time.perf_counter()
-        outcome = available[name].run(args.seed)
+        with staged(name):
+            outcome = available[name].run(args.seed)
         claim, seconds = available[name].claim, time.perf_counter() - started
         print(f"{'holds' if outcome.holds else 'DOES NOT HOLD'}: {claim}")
         print(f"    {name}, {seconds:.1f} s: {outcome.summary}", flush=True)

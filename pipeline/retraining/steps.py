@@ -21,6 +21,7 @@ from refract.pipeline.retraining.run import run_config
 from refract.pipeline.retraining.trainings import train_one, training_run
 from refract.pipeline.retraining.workspace import Check, Record, read_run, workspace_of, write, write_run
 from refract.plugins import load
+from refract.progress import staged
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,10 @@ def run_steps(folder: Path) -> None:
     write_run(folder, {**record, "attempts": record.get("attempts", 0) + 1})
     for number, step in enumerate(STEPS, 1):
         if not step.is_finished(read_run(folder)):
-            log.info("step %d of %d: %s", number, len(STEPS), step.name)
-            step(folder)
+            title = f"step {number} of {len(STEPS)}: {step.name}"
+            log.info("%s", title)
+            with staged(title):
+                step(folder)
 
 
 class Step(NamedTuple):

@@ -16,6 +16,7 @@ from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
 from refract.plugins import provider
+from refract.progress import staged
 
 if TYPE_CHECKING:
     from refract.pipeline.data.manifest import Manifest
@@ -93,21 +94,25 @@ def train(
                 metrics = _finished_metrics(run, checkpoint, cost)
             else:
                 doctor = make_doctor(assembly)
-                history, embedded = _fit(assembly, run, tracker, checkpoint, [doctor, cost])
-                assessment = evaluate(assembly, run.path, doctor, history, embedded)
+                with staged("training"):
+                    history, embedded = _fit(assembly, run, tracker, checkpoint, [doctor, cost])
+                with staged("evaluating on the test set"):
+                    assessment = evaluate(assembly, run.path, doctor, history, embedded)
                 metrics = assessment.evaluation.metrics | assessment.more
                 log.info("writing the report and the bundle")
-                _write_report(assembly, run.path, assessment, doctor, history)
-                if tracker is not None:
-                    _track_metrics(assembly, tracker, assessment, epochs=len(history))
-                package(assembly, run.path, assessment)
+                with staged("writing the report and the bundle"):
+                    _write_report(assembly, run.path, assessment, doctor, history)
+                    if tracker is not None:
+                        _track_metrics(assembly, tracker, assessment, epochs=len(history))
+                    package(assembly, run.path, assessment)
             facts = read_facts(run.path, label_state(tags))
             write_card(run.path, facts)
             if tracker is not None:
                 log.info("sending the report and the bundle to MLflow")
-                _upload(assembly, run, tracker, cost)
-                if registers and config.tracking.model_name:
-                    tracker.register(config.tracking.model_name, config.tracking.alias, facts)
+                with staged("sending the report and the bundle to MLflow"):
+                    _upload(assembly, run, tracker, cost)
+                    if registers and config.tracking.model_name:
+                        tracker.register(config.tracking.model_name, config.tracking.alias, facts)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return _result(run, tracker, metrics)

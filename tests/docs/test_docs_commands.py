@@ -2,28 +2,21 @@
 
 import re
 import shlex
-from pathlib import Path
 
+import documented
 import pytest
+from documented import ROOT
 
 from refract.cli import COMMANDS, main
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGURED = {"train", "retrain", "tune", "find", "init", "preview", "score"}
 """Commands that take keys of the config as options."""
 
 
-def commands(text: str) -> list[str]:
-    """The commands in the code of a page: each line of a block, and each name in backticks."""
-    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
-    calls = (
-        re.search(r"(?:^|(?<!from)\s)refract ([a-z][a-z-]*(?:\s.*)?)$", code.partition("  #")[0].strip())
-        for code in [*lines, *inline]
-    )
-    return [call[1] for call in calls if call]
+def refract(found: list[documented.Command]) -> list[tuple[str, str]]:
+    """(page, arguments) of the commands of Refract. `refract --plugin FILE NAME` starts a command of the plugin."""
+    calls = [(command.page, re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command.line)) for command in found]
+    return [(page, line.removeprefix("refract ")) for page, line in calls if re.match(r"refract [a-z]", line)]
 
 
 def options() -> dict[str, set[str]]:
@@ -46,34 +39,15 @@ def config_keys() -> set[str]:
 def test_documented_commands_and_options_exist() -> None:
     known, keys = options(), config_keys()
     assert set(known) == set(COMMANDS) and len(keys) > 80
-    found, unknown = 0, []
-    for page in PAGES:
-        for call in commands(page.read_text("utf-8")):
-            name, *rest = call.split()
-            found += 1
-            accepted = {"--help"} | known.get(name, set()) | (keys if name in CONFIGURED else set())
-            given = re.findall(r"(?<!\S)--[a-zA-Z][\w.-]*", " ".join(rest))
-            if name not in COMMANDS or not set(given) <= accepted:
-                unknown.append(f"{page.relative_to(ROOT)}: refract {call}")
-    assert found > 150
+    calls, unknown = refract(documented.commands()), []
+    for page, call in calls:
+        name, *rest = call.split()
+        accepted = {"--help"} | known.get(name, set()) | (keys if name in CONFIGURED else set())
+        given = re.findall(r"(?<!\S)--[a-zA-Z][\w.-]*", " ".join(rest))
+        if name not in COMMANDS or not set(given) <= accepted:
+            unknown.append(f"{page}: refract {call}")
+    assert len(calls) > 150
     assert unknown == []
-
-
-PLACEHOLDER = re.compile(r"…|[\[<|]|\bCOMMAND\b")
-"""Marks a command that a reader completes first."""
-
-
-def complete_commands(page: Path) -> list[list[str]]:
-    """The arguments of the complete commands of a page: those in its blocks, and in the table of recipes."""
-    text = page.read_text("utf-8")
-    if page.name == "recipes.md":
-        lines = [call for row in text.splitlines() for call in re.findall(r"\| `refract ([^`]+)` \|", row)]
-    else:
-        blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        joined = "\n".join(blocks).replace("\\\n", " ")
-        lines = re.findall(r"^(?:\$ )?refract ([a-z][a-z-]* .*)$", joined, re.MULTILINE)
-    calls = [shlex.split(line.rstrip("& "), comments=True) for line in lines if not PLACEHOLDER.search(line)]
-    return [call for call in calls if call[0] in COMMANDS and "--url" not in call]
 
 
 def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +62,7 @@ def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch, capsy
         return 0
 
     monkeypatch.setattr(console, "run", start)
-    calls = [(page, call) for page in PAGES for call in complete_commands(page)]
+    calls = [(page, shlex.split(line)) for page, line in refract(documented.complete()) if "--url" not in line]
     assert len(calls) > 80
     rejected = []
     for page, call in calls:
@@ -103,6 +77,6 @@ def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch, capsy
         except SystemExit as end:
             code = end.code
         if code:
-            rejected.append(f"{page.relative_to(ROOT)}: refract {' '.join(call)}: {capsys.readouterr().err[-200:]}")
+            rejected.append(f"{page}: refract {' '.join(call)}: {capsys.readouterr().err[-200:]}")
     assert rejected == []
     assert {"train", "evaluate", "predict", "score", "retrain", "embed", "search", "soup"} <= set(started)

@@ -5,7 +5,6 @@ Each group of commands runs in one folder, in the order of its list. runs/NAME a
 """
 
 import contextlib
-import csv
 import json
 import os
 import re
@@ -22,6 +21,21 @@ import yaml
 from documented import BLOCK, ROOT, complete
 from not_run import NOT_RUN, PROGRAMS_NOT_RUN
 from PIL import Image
+from run_groups import (
+    AUGMENTATION,
+    EVALUATION,
+    FIRST_CONFIG,
+    FIRST_TRAINING,
+    GROUPS,
+    LABELS,
+    OPTIONS_OF_SERVE,
+    OPTIONS_OF_TRAIN,
+    RETRAINING,
+    REVIEW,
+    SERVING,
+    TEXTS,
+    TRAINING,
+)
 from warm_process import Started, WarmProcess
 
 from refract.pipeline.labels.decisions import Decision
@@ -41,141 +55,9 @@ TRACKED = {
 }
 COLORS = {"cat": (200, 90, 60), "dog": (60, 90, 200)}
 
-AUGMENTATION = (
-    "refract ops GaussianNoise",
-    "refract preview photos/ --policy mine.yaml -o grid.png",
-    "refract preview photos --policy mine.yaml",
-    "refract preview photos.yaml -o grid.png",
-    "refract explain mine.yaml photo.jpg",
-    "refract augment mine.yaml photos/ out/ --copies 5 --jobs 2",
-    "refract augment --replay out/plans.jsonl photos/ again/",
-    "refract config keys",
-    "refract config schema",
-    "refract --plugin my_plugin.py count-images photos",
-)
-FIRST_CONFIG = (
-    "refract init photos/ -o photos.yaml",
-    "refract init photos/",
-    "refract init photos/ --model.name resnet18 --model.weights default",
-    "refract augment mine.yaml photos/ out/ --copies 5",
-)
-LABELS = (
-    'refract labels set labels.db photos/cat/12.jpg --label dog --data photos --reason "it barks"',
-    "refract labels set labels.db photos/cat/13.jpg --exclude",
-    "refract labels set labels.db inbox/new.jpg --label cat --new --data photos",
-    "refract labels undo labels.db 2",
-    "refract labels set labels.db photos/cat/12.jpg --label dog --data photos",
-    "refract labels log labels.db --since 2026-01-31 --reviewer ann",
-    "refract labels log labels.db --conflicts",
-    "refract labels diff labels.db --data photos",
-    "refract labels diff labels.db --from 40 --to 57",
-    'refract labels export labels.db labels.json --prefix "/data/local-files/?d="',
-    "refract labels import labels.db project.json --data photos",
-    "refract train photos.yaml --data.labels labels.db",
-)
-OPTIONS_OF_TRAIN = (
-    "refract train photos.yaml --data.on_bad_file skip",
-    "refract train photos.yaml --loss.class_weights balanced",
-    "refract train photos.yaml --optim.head_lr 5",
-    "refract train photos.yaml --trainer.patience 5",
-    "refract train photos.yaml --tracking.enabled false",
-)
-"""Run as one command with all options."""
-TRAINING = (
-    "refract train photos.yaml",
-    "refract train photos.yaml --trainer.run_name nightly",
-    "refract train --resume runs/nightly",
-    "refract train photos.yaml --resume auto",
-    "refract train photos.yaml --data.sampler balanced",
-    "refract train photos.yaml --model.mode probe",
-    "refract train photos.yaml --model.weights runs/NAME/bundle",
-    "refract train photos.yaml --trainer.folds 5 --trainer.run_name five",
-    "refract train --resume runs/five",
-    "refract train --resume runs/NAME",
-    "refract train pets.yaml --data.hierarchy classes.csv",
-    "refract find lr photos.yaml",
-    "refract tune photos.yaml space.yaml --trials 50",
-    "refract train runs/tune-photos/best.yaml",
-    "refract rerun runs/NAME",
-)
-EVALUATION = (
-    "refract evaluate runs/NAME/bundle photos/ --report report/",
-    "refract evaluate runs/NAME/bundle photos/ --robustness full",
-    "refract doctor runs/NAME",
-    "refract compare runs/a runs/b",
-    "refract compare runs/a runs/b runs/c --curves curves.png",
-    "refract soup runs/a runs/b -o runs/soup",
-    "refract soup runs/a runs/b runs/c -o runs/soup",
-    "refract soup runs/a runs/b runs/c -o runs/soup --method uniform",
-    "refract drift runs/NAME/bundle new/ --report drift/",
-    "refract drift runs/NAME/bundle photos-of-today/ --report today/",
-    "refract score runs/NAME/bundle photos/ -o scores.parquet --embeddings",
-    "refract score runs/NAME/bundle new.csv -o scores.parquet --jobs 8 --batch-size 128",
-    "refract embed photos/ --model runs/NAME/bundle -o features/",
-    "refract embed photos/ --model runs/NAME -o features/",
-    "refract search features/ new.jpg",
-    "refract search features/ new.jpg --top 5",
-)
-RETRAINING = (
-    "refract retrain photos.yaml",
-    "refract retrain photos.yaml --retrain.start_from champion",
-    "refract retrain photos.yaml --retrain.relabelled_stop null",
-    "refract retrain photos.yaml --retrain.disagreement_stop null",
-    "refract rollback photos",
-    "refract train photos.yaml --model.weights models:/photos@champion",
-    'refract promote photos 7 --force --why "seen by hand"',
-    "refract promote photos 7",
-    "refract sync",
-    'refract schedule photos.yaml --cron "0 2 * * *"',
-    "refract schedule photos.yaml",
-    'refract schedule photos.yaml --cron "0 2 * * *" --timezone Europe/Berlin',
-    "refract schedule photos.yaml --on-drift captured",
-    "refract schedule --list",
-    "refract serve models:/photos@champion",
-    "refract serve models:/photos@champion --challenger models:/photos@challenger --canary 0.1",
-)
-TEXTS = (
-    "python -m benchmarks.captions texts --kind texts",
-    "refract train configs/text.yaml",
-    "python -m benchmarks.captions captions",
-    "refract train configs/image-text.yaml",
-    'refract predict runs/NAME/bundle a.png --text "which form does it have"',
-    "curl -s -F file=@a.jpg -F text='which form does it have' localhost:8000/v1/predict",
-    """curl -s -H 'Content-Type: application/json' -d '{"text": "a text alone"}' localhost:8000/v1/predict""",
-    "curl -s -H 'Content-Type: text/plain' -d 'a text alone' localhost:8000/v1/predict",
-)
-OPTIONS_OF_SERVE = (
-    "refract serve runs/NAME/bundle --keys keys",
-    "refract serve runs/NAME/bundle --metrics-port 9000",
-    "refract serve runs/NAME/bundle --min-familiarity 0.01",
-    "refract serve runs/NAME/bundle --root-path /models",
-)
-"""Run as one command with all options."""
-SERVING = (
-    "refract serve runs/NAME/bundle --sample log/",
-    "refract drift runs/NAME/bundle log/",
-    "refract serve runs/NAME/bundle --sample log/ --sample-fraction 0.01 --sample-mb 100 --sample-below 0.5",
-    "refract serve runs/NAME/bundle --backend int8",
-    "refract predict --url http://localhost:8000 new.jpg",
-    "refract feedback labels.csv --url http://localhost:8000",
-)
-REVIEW = (
-    "refract review runs/NAME",
-    "refract review photos.yaml",
-    "refract review runs/photos",
-    "refract review photos.yaml --host 0.0.0.0 --keys keys",
-    "refract review runs/photos --unlabelled inbox --captured captured --port 8100",
-    "refract review runs/photos-20260101-020000-00 --labels labels.db --captured captured",
-    'curl "http://localhost:8100/api/queues/label-errors?count=5"',
-    'curl "http://localhost:8100/api/decided?reviewer=ann"',
-)
-GROUPS = (
-    AUGMENTATION, FIRST_CONFIG, LABELS, OPTIONS_OF_TRAIN, TRAINING, EVALUATION, RETRAINING, TEXTS, OPTIONS_OF_SERVE, SERVING, REVIEW,
-)  # fmt: skip
-
 SMALLER = (
     ("--trials 50", "--trials 1"),
-    ("--folds 5", "--folds 2"),
+    (".folds 5", ".folds 2"),
     ("--jobs 2", "--jobs 1"),
     ("--jobs 8", "--jobs 1"),
 )
@@ -269,7 +151,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, warm: WarmProcess) -> Path
     for name, number in (("new.jpg", 60), ("photo.jpg", 61), ("a.jpg", 60), ("inbox/new.jpg", 61)):
         shutil.copy(folder / "others" / "cat" / f"{number}.jpg", folder / name)
     (folder / "keys").write_text("0123456789abcdef0123456789abcdef  # ann\n")
-    Shell(folder, warm).run("refract train photos.yaml --trainer.run_name NAME")
+    Shell(folder, warm).run(FIRST_TRAINING[0], "--trainer.run_name", "NAME")
     return folder
 
 
@@ -348,7 +230,7 @@ def test_training(shell: Shell) -> None:
     (shell.folder / "space.yaml").write_text("optim.lr: {low: 1e-3, high: 1e-2, log: true}\n")
     for line in (_together(OPTIONS_OF_TRAIN), *TRAINING):
         if "--resume runs/" in line:
-            _unfinish(shell.folder / line.split()[-1])
+            _unfinish(next((shell.folder / line.split()[-1]).rglob("run.json")))
         shell.run(line)
 
 
@@ -357,13 +239,12 @@ def _together(lines: Sequence[str]) -> str:
     return " ".join([lines[0], *(" ".join(line.split()[3:]) for line in lines[1:])])
 
 
-def _unfinish(run: Path) -> None:
-    """Make a run one that was killed while it wrote its bundle; of folds, each."""
-    for record in run.rglob("run.json"):
-        values = json.loads(record.read_text("utf-8"))
-        values.pop("finished", None)
-        record.write_text(json.dumps(values))
-        shutil.rmtree(record.with_name("bundle"), ignore_errors=True)
+def _unfinish(record: Path) -> None:
+    """Make a run, or a fold, one that was killed while it wrote its bundle. record: its run.json."""
+    values = json.loads(record.read_text("utf-8"))
+    values.pop("finished", None)
+    record.write_text(json.dumps(values))
+    shutil.rmtree(record.with_name("bundle"), ignore_errors=True)
 
 
 def test_evaluation(shell: Shell) -> None:
@@ -371,8 +252,6 @@ def test_evaluation(shell: Shell) -> None:
         shutil.copytree(shell.folder / "runs/NAME", shell.folder / "runs" / name)
     for name in ("new", "photos-of-today"):
         shutil.copytree(shell.folder / "photos", shell.folder / name)
-    with (shell.folder / "new.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["path"], ["new.jpg"], ["photo.jpg"]])
     for line in EVALUATION:
         if line.startswith(("refract soup", "refract score")):
             shutil.rmtree(shell.folder / "runs/soup", ignore_errors=True)

@@ -222,7 +222,10 @@ def classifiers() -> tuple[Classifier, Classifier]:
     torch.manual_seed(0)
     made = [
         Classifier(
-            Reader(Normed(), BagOfNgrams(20, width=8), 3), mean=MEAN, std=STD, tokens=HashedNgrams(buckets=20, max_length=4)
+            Reader(Normed(), BagOfNgrams(20, width=8), 3),
+            mean=MEAN,
+            std=STD,
+            tokens=HashedNgrams(buckets=20, max_length=4),
         )
         for _ in range(2)
     ]

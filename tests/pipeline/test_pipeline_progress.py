@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import sys
 import time
@@ -101,6 +102,44 @@ def test_the_stages_of_a_start_are_lines_or_on_a_terminal_a_bar(
     with silence_reported("serve"):
         start()
     assert terminal.getvalue() == bar, "nothing with --quiet"
+
+
+def test_a_terminal_without_columns_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of `script` in a job: a bar of no width would show nothing."""
+    monkeypatch.setattr(progress, "BAR_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_S", 0.2)
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        with silence_reported("serve"), progress.staged("loading shapes"):
+            time.sleep(0.5)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "refract serve: loading shapes, " in shown
+
+
+def test_a_stage_is_named_until_its_end_and_gives_way_to_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "BAR_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_S", 0.2)
+    with silence_reported("train"):
+        with progress.staged("training"), progress.staged("writing the report"):
+            time.sleep(0.4)
+        time.sleep(0.4)
+    lines = capsys.readouterr().err
+    assert "refract train: writing the report, " in lines and "refract train: in progress, " in lines
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with silence_reported("train"), progress.staged("training"):
+        with Progress("epoch 1/2", 10):
+            before = terminal.getvalue()
+            time.sleep(0.2)
+            assert "training" not in terminal.getvalue().removeprefix(before), "one bar at a time"
+        time.sleep(0.2)
+    assert "\rtraining, 00:0" in terminal.getvalue()
+    assert terminal.getvalue().rpartition("\r")[2] == "", "the bar is erased"
 
 
 def test_a_failed_training_closes_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
