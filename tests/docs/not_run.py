@@ -31,6 +31,7 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "refract score runs/NAME/bundle /shared/photos/ -o /shared/scores.parquet --engine ray": "needs a Ray cluster",
         "refract score runs/NAME/bundle new.csv -o scores.parquet --jobs 8 --batch-size 128": "eight processes that import PyTorch",
         "refract score runs/NAME/bundle photos/ -o scores.parquet": "the same as with --embeddings, which runs",
+        "refract serve models:/photos@champion": "the same with a challenger, which runs",
         "refract serve runs/NAME/bundle --device all": "needs a GPU; tests/serve/test_serve_gpu.py has the selection of devices",
         "refract train --resume runs/five": "as runs/nightly, which runs; test_pipeline_folds_training.py resumes folds",
         "refract train --resume runs/NAME": "the same as for runs/nightly, which runs",

@@ -88,7 +88,6 @@ RETRAINING = (
     'refract schedule photos.yaml --cron "0 2 * * *" --timezone Europe/Berlin',
     "refract schedule photos.yaml --on-drift captured",
     "refract schedule --list",
-    "refract serve models:/photos@champion",
     "refract serve models:/photos@champion --challenger models:/photos@challenger --canary 0.1",
 )
 TEXTS = (
