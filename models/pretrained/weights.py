@@ -70,7 +70,7 @@ def load_tensors(
 ) -> LoadReport:
     """Load the tensors of `path` as `load_weights` does. path: only for the log and the errors."""
     expected = network.state_dict()
-    weights = {present_name(_clean(key, expected), expected): tensor for key, tensor in tensors.items()}
+    weights = {_clean(key, expected): tensor for key, tensor in tensors.items()}
     _adapt_channels(network, weights, expected)
     if head_rows is not None:
         _arrange_rows(network, weights, head_rows)
@@ -239,8 +239,10 @@ def _arrange_rows(network: nn.Module, weights: dict[str, Tensor], rows: Sequence
 
 
 def _clean(key: str, expected: Mapping[str, Tensor]) -> str:
-    """Remove the prefixes that the network's keys do not have. A key that the network does not have at all stays unchanged."""
-    return next((shortened for shortened in _shortened(key) if shortened in expected), key)
+    """Return the network's own key: without prefixes that its keys do not have, and under its present name. A key that the network does not
+    have at all stays unchanged."""
+    names = (present_name(shortened, expected) for shortened in _shortened(key))
+    return next((name for name in names if name in expected), key)
 
 
 def _shortened(key: str) -> Iterator[str]:
