@@ -85,6 +85,8 @@ class Shell:
             done = self.warm.run([*arguments, *more], cwd=self.folder, env=self.environment, seconds=120)
         else:
             program = {"python": sys.executable}.get(program, program)
+            if shutil.which(program) is None:
+                pytest.skip(f"{program} is not installed")
             done = subprocess.run(
                 [program, *arguments],
                 cwd=self.folder,
