@@ -27,7 +27,9 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "refract retrain photos.yaml --resume": "needs an interrupted run; test_pipeline_retrain_command.py interrupts some",
         'refract schedule photos.yaml --cron "0 2 * * 0" --on-labels 200': "needs data.labels; see test_pipeline_triggers.py",
         "refract schedule photos.yaml --on-labels 200": "needs data.labels; see test_pipeline_triggers.py",
-        "refract schedule photos.yaml --on-drift log": "the same as with the folder captured, which runs",
+        'refract schedule photos.yaml --cron "0 2 * * *"': "the same with a time zone, which runs",
+        "refract schedule photos.yaml --on-drift captured": "its first check measures drift; see test_pipeline_triggers.py",
+        "refract schedule photos.yaml --on-drift log": "the same as with the folder captured",
         "refract score runs/NAME/bundle /shared/photos/ -o /shared/scores.parquet --engine ray": "needs a Ray cluster",
         "refract score runs/NAME/bundle new.csv -o scores.parquet --jobs 8 --batch-size 128": "eight processes that import PyTorch",
         "refract score runs/NAME/bundle photos/ -o scores.parquet": "the same as with --embeddings, which runs",
@@ -38,7 +40,8 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "refract train photos.yaml --data.labels postgresql://ann@db.example.com/labels": "needs a PostgreSQL server",
         "refract train photos.yaml --model.mode lora": "needs a transformer; test_pipeline_lora.py trains a small one",
         "refract train photos.yaml --trainer.devices 2": "needs two GPUs; test_pipeline_training.py trains with two processes",
-        "refract train photos.yaml --trainer.folds 5": "the same as with a name for the run, which runs",
+        "refract train photos.yaml --trainer.folds 5 --trainer.run_name five": "five trainings; see test_pipeline_folds_training.py",
+        "refract train photos.yaml --trainer.folds 5": "five trainings; test_pipeline_folds_training.py has two folds",
         "refract tune photos.yaml space.yaml --trials 50 --minutes 60 --workers 2": "two more processes that import PyTorch; "
         "test_pipeline_tuning.py starts them",
     }

@@ -57,13 +57,12 @@ COLORS = {"cat": (200, 90, 60), "dog": (60, 90, 200)}
 
 SMALLER = (
     ("--trials 50", "--trials 1"),
-    (".folds 5", ".folds 2"),
     ("--jobs 2", "--jobs 1"),
     ("--jobs 8", "--jobs 1"),
 )
 """What the tests shorten: (as documented, as run). Each worker process imports PyTorch."""
 
-READY = re.compile(r"Refract serves .* on (\S+)|Review of .*: open (\S+);|next run |: checked every ")
+READY = re.compile(r"Refract serves .* on (\S+)|Review of .*: open (\S+);|next run ")
 """What a command prints that runs until it is stopped. The groups are its address."""
 
 
@@ -232,7 +231,7 @@ def test_training(shell: Shell) -> None:
     (shell.folder / "space.yaml").write_text("optim.lr: {low: 1e-3, high: 1e-2, log: true}\n")
     for line in (_together(OPTIONS_OF_TRAIN), *TRAINING):
         if "--resume runs/" in line:
-            _unfinish(next((shell.folder / line.split()[-1]).rglob("run.json")))
+            _unfinish(shell.folder / line.split()[-1] / "run.json")
         shell.run(line)
 
 
@@ -242,7 +241,7 @@ def _together(lines: Sequence[str]) -> str:
 
 
 def _unfinish(record: Path) -> None:
-    """Make a run, or a fold, one that was killed while it wrote its bundle. record: its run.json."""
+    """Make a run one that was killed while it wrote its bundle. record: its run.json."""
     values = json.loads(record.read_text("utf-8"))
     values.pop("finished", None)
     record.write_text(json.dumps(values))
@@ -268,8 +267,6 @@ def test_retraining(shell: Shell, new_tracking: Path) -> None:
     shutil.copy(new_tracking, shell.folder / "mlflow.db")
     (shell.folder / "photos.yaml").write_text(yaml.safe_dump({**CONFIG, **TRACKED}))
     for line in RETRAINING:
-        if "--on-drift" in line:
-            (shell.folder / "captured").mkdir()
         if "start_from" in line:
             paint(shell.folder / "photos", numbers=range(50, 56))
         shell.run_or_start(line.replace("photos 7", "photos 1"))
