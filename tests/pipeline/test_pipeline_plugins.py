@@ -76,6 +76,16 @@ def test_a_training_uses_each_kind_and_its_run_and_bundle_name_the_plugin(traine
     assert "worst_recall" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_the_ranks_that_rank_0_starts_load_the_plugin(trained: Path, warm: WarmProcess) -> None:
+    options = ["--trainer.devices", "2", "--trainer.device", "cpu", "--trainer.run_name", "two", "--data.workers", "0"]
+    done = warm.run(["train", "c.yaml", *options], cwd=trained, env=os.environ, seconds=240)
+    assert done.returncode == 0, done.stderr
+    info = json.loads((trained / "runs" / "two" / "bundle" / "bundle.json").read_text())
+    assert info["network"]["name"] == "TinyNet" and 0 <= info["metrics"]["worst_recall"] <= 1
+    assert (trained / "runs" / "two" / "plugins" / "my_plugin.py").read_text() == EXAMPLE
+
+
 def test_commands_need_the_plugin_of_a_bundle_and_work_with_it(trained: Path, refract: Run, tmp_path: Path) -> None:
     bundle, image = trained / "runs" / "first" / "bundle", next((trained / "images").glob("*/*.png"))
     message = refract("predict", bundle, image, code=2).stderr
