@@ -1,5 +1,6 @@
 """The training module under a real Trainer, on a few random images labelled by their brightness."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from refract.models.classifier import Classifier
 from refract.models.registry import build
+from refract.models.training import lightning_imports
 from refract.models.training.lightning_imports import lightning
 from refract.models.training.lightning_module import ClassifierModule, MeanAveragePrecision
 from refract.models.training.specs import OptimSpec
@@ -240,3 +242,12 @@ def test_mean_average_precision_skips_labels_without_positives() -> None:
         nothing = MeanAveragePrecision(3)
         nothing.update(probabilities, torch.zeros(3, 3, dtype=torch.int64))
         assert nothing.compute().item() == 0
+
+
+def test_a_torchmetrics_of_another_structure_is_left_to_an_ordinary_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(lightning_imports, "_PACKAGES", ("torchmetrics", "torchmetrics.not_in_this_version"))
+    monkeypatch.setattr(lightning_imports, "_waiting", waiting := set())
+    lightning_imports.defer_torchmetrics()
+    assert not waiting and not any(name.partition(".")[0] == "torchmetrics" for name in sys.modules)

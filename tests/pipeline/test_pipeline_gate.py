@@ -1,7 +1,6 @@
 """What the gate asks of two sets of answers, each demand on both its sides: what passes, and what just does not."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import cv2
