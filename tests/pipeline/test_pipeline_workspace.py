@@ -31,7 +31,7 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
     record |= {"labels": {"changed": check}, "drift": {**check, "checks": {}}, "gate": {"lines": [check]}}
     write_run(finished, record)
     keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "outcome")
-    write(workspace.root / "last.json", {key: record[key] for key in keys})
+    write(workspace.root / "last.json", {key: value for key, value in record.items() if key in keys})
     last = workspace.last()
     to_former_layout(workspace.root)
     assert read(workspace.root / "nights" / finished.name / "night.json")["night"] == finished.name
