@@ -23,6 +23,8 @@ def projected(matrix: tuple[float, ...], x: float, y: float) -> np.ndarray:
 @given(st.tuples(slopes, slopes, offsets, slopes, slopes, offsets, tilts, tilts))
 @example((1.9, 0.0, 90.0, 0.0, 1.0, 0.0, -0.004, 0.0))  # the offset decides about the power of two
 @example((1.0, 0.0, 0.0, 0.0, 1.9, 90.0, 0.0, -0.004))
+@example((4.0, 6.0, 0.0, 0.0, 1.0, 0.0, -0.004, 0.0))  # the shear does
+@example((1.0, 0.0, 0.0, 6.0, 4.0, 0.0, 0.0, -0.004))
 def test_a_perspective_is_reduced_by_the_slope_at_its_centre(numbers: tuple[float, ...]) -> None:
     """Compared with differences of the projection itself."""
     matrix = (*numbers, 1.0)

@@ -301,6 +301,14 @@ def test_transparency_over_white(extra: str, dtype: str, photometric: str) -> No
     np.testing.assert_allclose(decode(data)[..., 1], 127.5 * opacity + 255 * (1 - opacity), atol=2)
 
 
+def test_premultiplied_colour_is_rounded_without_a_bias() -> None:
+    """Over white it is colour + 255 - alpha. Each of the two divisions rounds."""
+    colour = np.arange(255, dtype=np.uint16).reshape(1, 255, 1).repeat(3, axis=2)
+    pixels = 257 * np.concatenate([colour, np.full((1, 255, 1), 254, np.uint16)], axis=2)
+    error = decode(written(pixels, "rgb", "<", extrasamples=["assocalpha"])) - (colour + 1.0)
+    assert abs(error).max() <= 1 and abs(error.mean()) < 0.1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_sixteen_bits(orientation: int) -> None:
     from PIL import ImageOps

@@ -192,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_epoch_step_and_samples() -> N
     with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 1, step 4, samples") as caught:
         fit(make_module(mix=poison), epochs=3)
     assert str(poison.indices) in str(caught.value)
+    assert poison.left == -1, "on a CPU no further step runs"
 
 
 def test_a_class_index_out_of_range_stops() -> None:

@@ -217,3 +217,9 @@ def test_fastnets_third_convolution_is_residual() -> None:
         )
     with pytest.raises(ValueError, match="depth=4: expected 2 or 3"):
         build("fastnet", 3, image_size=(32, 32), depth=4)
+
+
+@pytest.mark.parametrize("features", ["pixels", "colour_histogram", "hog"])
+def test_a_linear_classifier_fits_its_features(features: str) -> None:
+    network = build("linear", 3, image_size=(24, 32), args={"features": features}).eval()
+    assert network(torch.rand(2, 3, 24, 32)).shape == (2, 3)
