@@ -217,6 +217,9 @@ def test_fastnets_third_convolution_is_residual() -> None:
         )
     with pytest.raises(ValueError, match="depth=4: expected 2 or 3"):
         build("fastnet", 3, image_size=(32, 32), depth=4)
+    for widths in ([64, 64], [64, 0, 64], [64, 1.5, 64]):
+        with pytest.raises(ValueError, match=r"widths=.*: expected three whole numbers above 0"):
+            build("fastnet", 3, image_size=(32, 32), widths=widths)
 
 
 @pytest.mark.parametrize("features", ["pixels", "colour_histogram", "hog"])
