@@ -1,8 +1,8 @@
 """Measure which faults the tests catch: change one expression or statement of a copy of the repository, and run the tests of its module.
 
-A seed draws the mutants. The test files of a mutant are those named after its module, then those with a test named after it or that
-import it, directly or through other modules; short files first, up to a minute in all. A mutant that survives them meets more files, up
-to four minutes. A test that fails must pass without the change, else the mutant counts as `unclear`.
+A seed draws the mutants. The test files of a mutant are those named after its module or folder, then those with a test named after it or
+that import it, directly or through other modules; short files first, up to a minute in all. A mutant that survives them meets more files,
+up to four minutes. A test that fails must pass without the change, else the mutant counts as `unclear`.
 `tests/mutants.json` lists accepted survivors with their reason.
 """
 
@@ -83,8 +83,9 @@ class TestFiles:
                 self.importers[imported].add(name)
 
     def of(self, file: str, seconds: float = SECONDS) -> list[str]:
-        named = f"test_{Path(file).parts[0]}_{Path(file).stem}"
-        distances = {test: 0 for test in self.tests if f"{Path(test).stem}_".startswith(f"{named}_")}
+        package, *folders = Path(file).with_suffix("").parts
+        named = tuple(f"test_{package}_{name}_" for name in folders[-2:])  # the module, and the folder that it is in
+        distances = {test: 0 for test in self.tests if f"{Path(test).stem}_".startswith(named)}
         test_name = re.compile(rf"^def test_(\w+_)?{Path(file).stem}_", re.MULTILINE)
         for test in self.tests:
             if Path(test).parts[1] == Path(file).parts[0] and test_name.search((ROOT / test).read_text("utf-8")):

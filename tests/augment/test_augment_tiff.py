@@ -288,7 +288,8 @@ def test_tiles_far_larger_than_their_image_are_refused() -> None:
 @pytest.mark.parametrize("extra", ["unassalpha", "assocalpha"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
-def test_transparency_over_white(extra: str, dtype: str, photometric: str) -> None:
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_transparency_over_white(extra: str, dtype: str, photometric: str, planar: str) -> None:
     """Includes premultiplied alpha: Pillow's modes La and RGBa."""
     full, colours = np.iinfo(dtype).max, 3 if photometric == "rgb" else 1
     alpha = np.broadcast_to(np.linspace(0, full, WIDTH), (HEIGHT, WIDTH)).astype(dtype)
@@ -296,7 +297,7 @@ def test_transparency_over_white(extra: str, dtype: str, photometric: str) -> No
         colours, axis=-1
     )
     pixels = np.concatenate([colour, alpha[..., None]], axis=-1)
-    data = written(pixels, photometric, "<", extrasamples=[extra], planarconfig="contig")
+    data = written(pixels, photometric, "<", extrasamples=[extra], planarconfig=planar)
     opacity = alpha / full
     np.testing.assert_allclose(decode(data)[..., 1], 127.5 * opacity + 255 * (1 - opacity), atol=2)
 
