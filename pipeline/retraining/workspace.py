@@ -23,8 +23,35 @@ FORMER_KEYS = {"night": "run", "run": "training_run"}
 FORMER_SUMMARY = "told"
 """Former key of `summary` in the result of a check."""
 
-Check = dict[str, Any]
-"""The result of a check as JSON: `level` (none, warn, stop), `summary` (a sentence), and details."""
+
+class Check(TypedDict, total=False):
+    """The result of a check of the data as JSON.
+
+    level: none, warn or stop; summary: a sentence; file: the list of the samples. checks: each measured drift, as `effect` and `level`.
+    known, changed: known samples, and those whose label changed. count, wrong, held, held_wrong, doubt, p: see
+    `label_checks.Disagreement`. kinds: `from → to` of a label → number of samples, the most frequent.
+    """
+
+    level: str
+    summary: str
+    file: str
+    checks: dict[str, "CheckedDrift"]
+    known: int
+    changed: int
+    count: int
+    wrong: int
+    held: int
+    held_wrong: int
+    doubt: float
+    p: float
+    kinds: dict[str, int]
+
+
+class CheckedDrift(TypedDict):
+    """The effect of one kind of drift, and its level."""
+
+    effect: float
+    level: str
 
 
 class Record(TypedDict, total=False):
