@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle
 from refract.models.classifier import Classifier
-from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
@@ -62,7 +63,7 @@ class Measured:
         return make_drift_report(*profiles, facts=self.facts, samples=samples, probabilities=probabilities)
 
 
-def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
+def reference_of(classifier: Classifier, preprocess: Preprocess, manifest: Manifest, **kinds: Any) -> Profile:
     """Build the reference of a bundle: the profile of at most MOST_IMAGES samples of the test set, filled up from validation.
 
     Training samples are excluded: a network has fitted them, so their features and confidences differ from those of all other images,

@@ -23,6 +23,7 @@ from refract.pipeline.features.store import FeatureStore, Key
 from refract.pipeline.training.callbacks.stopping import stop_requests
 
 if TYPE_CHECKING:
+    from refract.pipeline.tracking.tracker import Tracker
     from refract.pipeline.training.fit import Assembly
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ class EmbeddedFit:
     device: str
 
 
-def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any) -> EmbeddedFit:
+def fit_on_embeddings(
+    assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: "Tracker | None"
+) -> EmbeddedFit:
     """Fit the head by `model.mode`, and track its metrics as those of one epoch. Arguments and errors: see `fitted_head`."""
     fit = fitted_head(assembly, assembly.config.model.mode, network, run_dir)
     if tracker is not None:
@@ -149,7 +152,7 @@ def _is_linear(layer: nn.Module) -> bool:
     return (pointwise or type(layer) is nn.Linear) and {*layer.state_dict()} == {"weight", "bias"}
 
 
-def _check(classifier: Any, head: nn.Module, assembly: "Assembly", samples: Sequence[Sample]) -> None:
+def _check(classifier: Classifier, head: nn.Module, assembly: "Assembly", samples: Sequence[Sample]) -> None:
     """Raise ConfigError if the network does more after its head, so that the fitted head would predict something else."""
     pixels = np.stack([assembly.data.preprocess(sample.read()) for sample in samples])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(assembly.device)
