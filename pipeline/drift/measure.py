@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Measured:
     """The drift of new data, with what its report shows.
 
-    title, facts: of the report; reference, new: the compared profiles; shown: the new samples with their predictions, or the images of a
-    server's log, None if it has none.
+    title, facts: the title and facts of the report; reference, new: the compared profiles; shown: the new samples with their predictions,
+    or the images of a server's log, None if it has none.
     """
 
     title: str

@@ -84,7 +84,7 @@ class WrongLabel:
     """A label of an image that is likely wrong.
 
     image: index of the image; label: index of the label; kind: `missing` if the image should have the label, `extra` if it should not;
-    probability: of the label.
+    probability: the probability of the label.
     """
 
     image: int

@@ -67,7 +67,7 @@ class LabelChanges:
         }
 
     def write(self, file: Path) -> None:
-        """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError as usual."""
+        """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError if that fails."""
         with_texts = any(sample.text for sample, _, _ in self.rows)
         table = io.StringIO(newline="")
         writer = csv.writer(table, quoting=csv.QUOTE_ALL)

@@ -184,12 +184,12 @@ def read_run(folder: Path) -> Record:
 
 
 def write_run(folder: Path, record: Record) -> None:
-    """Write the record of a retraining run. OSError as usual."""
+    """Write the record of a retraining run. OSError if that fails."""
     write(folder / RUN_RECORD, record)
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace the file by a JSON object. OSError as usual."""
+    """Replace the file by a JSON object. OSError if that fails."""
     write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -58,7 +58,7 @@ def bundle_folder(weights: str) -> Path | None:
 def source_model(config: Config, digest: str | None = None) -> SourceModel | None:
     """Return the model that `model.weights` names, verified. None if it names other weights.
 
-    digest: of the bundle that a resumed run started from; its download is then used without MLflow.
+    digest: the digest of the bundle that a resumed run started from; its download is then used without MLflow.
     ConfigError if the model is unknown, has no bundle, is damaged, or has another digest; TrackingError if MLflow cannot be reached.
     """
     weights = config.model.weights
