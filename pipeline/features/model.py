@@ -18,7 +18,7 @@ from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.inference.scoring import preprocess_of
 from refract.pipeline.training.build import make_preprocess
-from refract.pipeline.training.fit import network_record
+from refract.pipeline.training.network_record import network_record
 from refract.plugins import provider
 
 INFO = "bundle.json"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
+from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.ranks import Ranks, current_ranks, is_further_rank
 from refract.pipeline.training.source_model import SourceModel, source_model
 from refract.plugins import load
@@ -245,13 +246,6 @@ def _network_facts(assembly: Assembly) -> dict[str, Any]:
         "normalize": preprocess.normalize,
         "seed": config.trainer.seed,
     }
-
-
-def network_record(config: Config) -> dict[str, Any]:
-    """Return the bundle's record of the image network."""
-    head = {} if config.model.head_name == "linear" else {"head": config.model.head_name}
-    size = list(config.data.sides())
-    return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
 
 
 def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: "list[Callback]", checkpoint: Path | None) -> None:

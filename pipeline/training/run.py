@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
-from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
+from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit
+from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
 from refract.plugins import provider
 
