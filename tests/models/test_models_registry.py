@@ -226,3 +226,9 @@ def test_fastnets_third_convolution_is_residual() -> None:
 def test_a_linear_classifier_fits_its_features(features: str) -> None:
     network = build("linear", 3, image_size=(24, 32), args={"features": features}).eval()
     assert network(torch.rand(2, 3, 24, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_a_dropout_outside_its_range_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=r"dropout=1.5"):
+        build(name, 3, image_size=(16, 16), args={"dropout": 1.5})
