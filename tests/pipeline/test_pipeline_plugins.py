@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -326,6 +327,8 @@ def test_a_failing_source_is_named_with_its_error(tmp_path: Path) -> None:
 def test_the_entries_work_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "my_plugin.py").write_text(EXAMPLE)
     load(["my_plugin.py"])
+    names = ("Solarise", "TinyNet", "hinge", "worst_recall", "listed", "count_images")
+    assert all(callable(vars(sys.modules["refract_plugin_my_plugin"])[name]) for name in names), "decorated, and usable"
     augmenter = Augmenter([{"Solarise": {"threshold": 100}}])
     pixels = np.array([[[50, 100, 200]]], np.uint8)
     assert augmenter(pixels, epoch=0, index=0).tolist() == [[[50, 155, 55]]]
