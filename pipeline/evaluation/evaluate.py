@@ -33,8 +33,9 @@ class Evaluation:
 
     metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: (C, C)
     counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: the hierarchy of
-    the labels, see `refract.pipeline.evaluation.hierarchy.with_levels`. In the order of the samples: probabilities: (N, C) float32; truth:
-    (N,) class indices, or (N, C) bool for multi-label; right: (N,) bool, whether the prediction is right, for multi-label in all labels.
+    the labels, see `refract.pipeline.evaluation.hierarchy.with_levels`.
+    In the order of the samples: probabilities: (N, C) float32; truth: (N,) class indices, or (N, C) bool for multi-label; right: (N,)
+    bool, whether the prediction is right, for multi-label in all labels.
     """
 
     metrics: dict[str, float]
