@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Preprocess:
     """Convert an image of any size to the network's input, identically in validation, evaluation and serving.
 
-    height, width: of the result, in pixels.
+    height, width: the size of the result, in pixels.
     resize: `crop` takes the centre crop of the result's aspect ratio, `crop_ratio` of the shorter side; `squash` takes the whole image and
     changes its aspect ratio.
     mean, std: of RGB in 0…1. normalize: one of `refract.augment.statistics.KINDS`. The network's first layer applies these three, not

@@ -16,7 +16,7 @@ from refract.augment.random import generator
 
 
 class SampleKey(NamedTuple):
-    """The key of a draw. epoch: from 0. index: of the sample. repeat: number of the sample's draw in this epoch, from 0."""
+    """The key of a draw. epoch: from 0. index: the index of the sample. repeat: number of the sample's draw in this epoch, from 0."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index

@@ -92,9 +92,7 @@ def from_bytes(files: list[bytes], form: str) -> dict[str, Sample]:
 
     return {
         "refract": refract(lambda i: files[i], form),
-        "albumentations (cv2 decode)": albumentations_peer(
-            lambda i: cv2.imdecode(np.frombuffer(files[i], np.uint8), cv2.IMREAD_COLOR_RGB), form
-        ),
+        "albumentations (cv2 decode)": albumentations_peer(lambda i: decoded(files[i]), form),
         "torchvision v2 (decode_jpeg, tensor)": torchvision_peer(
             lambda i: decode_jpeg(tensors[i], mode="RGB"), form, pil=False
         ),
@@ -103,8 +101,14 @@ def from_bytes(files: list[bytes], form: str) -> dict[str, Sample]:
     }
 
 
+def decoded(data: bytes) -> np.ndarray:
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert array is not None
+    return array
+
+
 def enlarged(array: np.ndarray) -> bytes:
-    image = cv2.resize(array, (4000, 3000), interpolation=cv2.INTER_CUBIC)
+    image: np.ndarray = cv2.resize(array, (4000, 3000), interpolation=cv2.INTER_CUBIC)
     noise = np.random.default_rng(0).normal(0, 3, image.shape).astype(np.float32)
     return simplejpeg.encode_jpeg(np.clip(image + noise, 0, 255).astype(np.uint8), 90, "RGB", "420")
 
@@ -120,7 +124,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
-    arrays = [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) for data in files]
+    arrays = [decoded(data) for data in files]
     images = [Image.fromarray(array) for array in arrays]
     tensors_of = [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
     pixels = np.mean([array.shape[0] * array.shape[1] for array in arrays])

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from refract.augment.executors import torch_batch
 warnings.simplefilter("ignore")
 
 SIDE = 224
-POLICY = [
+POLICY: list[dict[str, dict[str, Any]]] = [
     {"HorizontalFlip": {"p": 0.5}},
     {"RandomResizedCrop": {"size": SIDE, "scale": [0.5, 1.0]}},
     {"Affine": {"degrees": 15, "translate": 0.1, "scale": [0.9, 1.1], "shear": 5}},

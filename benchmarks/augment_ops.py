@@ -262,6 +262,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     photo = cv2.imread(str(args.image), cv2.IMREAD_COLOR_RGB)
+    if photo is None:
+        parser.error(f"--image {args.image}: OpenCV cannot read it; expected an image")
     report: dict[str, Any] = {
         "environment": environment(
             "refract", "albumentations", "torchvision", "imgaug", "kornia", "pillow", "opencv-python-headless"

@@ -199,7 +199,7 @@ def killed(work: Path, kills: int, engine: str) -> dict[str, Any]:
     subprocess.run(command(work, "killed.parquet", engine), capture_output=True, check=True)
     table = pd.read_parquet(work / "killed.parquet")
     once = table["path"].is_unique and table["path"].tolist() == calm["path"].tolist() and table["error"].isna().all()
-    apart = np.abs(np.stack(table["probabilities"]) - np.stack(calm["probabilities"])).max()
+    apart = np.abs(np.stack(table["probabilities"].to_list()) - np.stack(calm["probabilities"].to_list())).max()
     return {
         "kills": len(at),
         "parts_at_kills": at,

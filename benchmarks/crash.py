@@ -139,9 +139,10 @@ def _tracked(work: Path) -> dict[str, Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{work}/mlflow.db")
-    runs = {
-        run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("refract").experiment_id])
-    }
+    experiment = client.get_experiment_by_name("refract")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    runs = {run.info.run_name: run for run in found}
     history: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, run in runs.items():
         own = history.setdefault(name, {})
@@ -150,9 +151,8 @@ def _tracked(work: Path) -> dict[str, Any]:
     twice = sum(len(points) - len({step for step, _ in points}) for points in history["killed"].values())
     compared = [name for name in history["calm"] if name != "epoch_seconds" and not name.startswith("cost_")]
     alike = all(history["calm"][name] == history["killed"].get(name) for name in compared)
-    count = len(client.search_runs([client.get_experiment_by_name("refract").experiment_id]))
     return {
-        "runs": count,
+        "runs": len(found),
         "metrics": sum(map(len, history["killed"].values())),
         "metrics_logged_twice": twice,
         "metrics_equal": alike,

@@ -5,7 +5,7 @@ Each meaning has one word in the pivot language and several in English, so that 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def meaning(rng: np.random.Generator) -> Meaning:
 
 def _one_of(words: Sequence[str], rng: np.random.Generator) -> str:
     """Draw a word as `rng.choice` does, without turning the words into an array each time."""
-    return words[rng.integers(len(words))]
+    return words[int(rng.integers(len(words)))]
 
 
 def english(words: Meaning, rng: np.random.Generator) -> str:
@@ -100,10 +100,14 @@ def _train(folder: Path, known: Sequence[tuple[str, str]], steps: int, seed: int
     size |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
     size |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 128)
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
-    size |= {"d_model": 64, "max_position_embeddings": 64, "vocab_size": len(vocabulary)}
-    config = MarianConfig(
-        dropout=0.0, scale_embedding=True, init_std=0.12, **size, **tokens
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        **size,
+        **tokens,
+        "d_model": 64,
+        "max_position_embeddings": 64,
+        "vocab_size": len(vocabulary),
+    }
+    config = MarianConfig(dropout=0.0, scale_embedding=True, init_std=0.12, **shape)
     model = MarianMTModel(config)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps, pct_start=0.2)

@@ -46,6 +46,7 @@ def run(manifest: Path, seed: int, policy: str | None, runs: Path) -> dict[str, 
     config = load_config(CONFIG, options + ([] if policy is None else ["--augment.policy", policy]))
     started = time.perf_counter()
     result = train(config, name="mnist")
+    assert result is not None  # as on each further rank
     return {
         "seed": seed,
         "error": round(1 - result.metrics["accuracy"], 5),

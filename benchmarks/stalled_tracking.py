@@ -34,9 +34,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        work, taken = Path(folder), []
+        work, taken = Path(folder), list[object]()
         (work / "config.yaml").write_text(CONFIG % args.epochs)
-        threading.Thread(target=lambda: [taken.append(server.accept()) for _ in range(10_000)], daemon=True).start()
+        threading.Thread(target=lambda: taken.extend(iter(server.accept, None)), daemon=True).start()
         silent = f"http://127.0.0.1:{server.getsockname()[1]}"
         ways = {
             "without tracking": ["--tracking.enabled", "false"],

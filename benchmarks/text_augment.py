@@ -37,7 +37,7 @@ SINGLE = [
     "OCR",
     "Spelling",
 ]
-EXTERNAL = [
+EXTERNAL: list[dict[str, dict[str, str]]] = [
     {"nlpaug.RandomWordAug": {"action": "delete"}}, {"nlpaug.RandomWordAug": {"action": "swap"}}, {"nlpaug.SplitAug": {}},
     {"nlpaug.RandomCharAug": {"action": "insert"}}, {"nlpaug.KeyboardAug": {}}, {"nlpaug.OcrAug": {}}, {"nlpaug.SpellingAug": {}},
 ]  # fmt: skip
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         grammar.train_models(Path(folder) / "models", seed=99)
         speed = throughput(Path(folder) / "models")
-        found = {name: [] for name in ("nothing", "cheap ops", "back-translation", "both")}
+        found: dict[str, list[float]] = {name: [] for name in ("nothing", "cheap ops", "back-translation", "both")}
         for seed in range(args.seeds):
             for name, value in errors(Path(folder), seed, args.epochs).items():
                 found[name].append(value)

@@ -48,6 +48,7 @@ def plain(assembly: "Assembly") -> dict[str, float]:
     order, total, right = [key[1] for key in data.order], torch.zeros(()), torch.zeros(())
     for first in range(0, len(order), data.batch_size):
         rows = order[first : first + data.batch_size]
+        assert dataset.decoded is not None  # the images stay in memory
         drawn = [planes(dataset.augmenter(dataset.decoded[i], epoch=0, index=i)) for i in rows]
         images = torch.from_numpy(np.stack(drawn)).contiguous(memory_format=torch.channels_last)
         targets = torch.from_numpy(dataset.targets[rows])

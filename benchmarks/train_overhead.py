@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -33,7 +34,7 @@ def fresh(name: str) -> Classifier:
 
 def plain(name: str, batches: DataLoader, device: str, precision: str) -> float:
     """Return the milliseconds per step of the plain loop."""
-    classifier = fresh(name).to(device, memory_format=torch.channels_last)
+    classifier = fresh(name).to(device).to(memory_format=torch.channels_last)
     mixed = precision.startswith("bf16")
     return 1000 * seconds_a_step(classifier, batches, len(batches), device, warm_up=WARM_UP, mixed=mixed)
 
@@ -44,14 +45,14 @@ class Clock(Callback):
     def __init__(self, device: str, last: int) -> None:
         self.device, self.last, self.started, self.elapsed = device, last, 0.0, 0.0
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if batch_idx in (WARM_UP - 1, self.last):
             wait(self.device)
             self.elapsed = time.perf_counter() - self.started
             self.started = time.perf_counter()
 
 
-def with_lightning(name: str, batches: DataLoader, device: str, precision: str) -> float:
+def with_lightning(name: str, batches: DataLoader, device: str, precision: Any) -> float:
     """Return the milliseconds per step of `ClassifierModule` in a Trainer."""
     clock = Clock(device, len(batches) - 1)
     module = ClassifierModule(fresh(name), task="multiclass", num_classes=CLASSES, channels_last=True)

@@ -37,8 +37,8 @@ class PluginError(InputError):
 class Plugin:
     """A plugin's code.
 
-    name: of the file, such as `my_ops.py`, or of the module; path: of the file; sha256: of the file's content, in hexadecimal;
-    source: that content, None for a module, which Python imports by its name.
+    name: the name of the file, such as `my_ops.py`, or of the module; path: the path of the file; sha256: the SHA-256 of the file's
+    content, in hexadecimal; source: that content, None for a module, which Python imports by its name.
     """
 
     name: str

@@ -34,8 +34,8 @@ class ServerError(RuntimeError):
 
 class _BaseClient:
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 30.0, tries: int = TRIES) -> None:
-        """url: such as http://localhost:8000; key: an API key, if the server requires one; timeout_s: of one try, in seconds; tries: most
-        tries of a request, at least 1. Raises ValueError for an invalid url, key or number of tries."""
+        """url: such as http://localhost:8000; key: an API key, if the server requires one; timeout_s: the seconds of one try, in seconds;
+        tries: most tries of a request, at least 1. Raises ValueError for an invalid url, key or number of tries."""
         if tries < 1:
             raise ValueError(f"tries={tries}: expected at least 1")
         if not str(url).lower().startswith(("http://", "https://")):
@@ -154,8 +154,8 @@ class Client(_BaseClient):
     def feedback(self, id: str, labels: Sequence[str], *, index: int | None = None) -> dict[str, Any]:
         """Send the true labels of a prediction. Returns a dict with `predicted`, `correct`, `replaced` and `model`.
 
-        id: the prediction's `id`; labels: one for a single-label model; index: of the image in its request, needed if it had several.
-        Feedback is safe to repeat: a second one replaces the first. retries and errors: as in `predict`.
+        id: the prediction's `id`; labels: one for a single-label model; index: the index of the image in its request, needed if it had
+        several. Feedback is safe to repeat: a second one replaces the first. retries and errors: as in `predict`.
         """
         return _content(self._send(_feedback(id, labels, index)))
 

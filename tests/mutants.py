@@ -1,8 +1,8 @@
 """Measure which faults the tests catch: change one expression or statement of a copy of the repository, and run the tests of its module.
 
-A seed draws the mutants. The test files of a mutant are those named after its module, then those with a test named after it or that
-import it, directly or through other modules; short files first, up to a minute in all. A test that fails must pass without the change,
-else the mutant counts as `unclear`.
+A seed draws the mutants. The test files of a mutant are those named after its module or folder, then those with a test named after it or
+that import it, directly or through other modules; short files first, up to a minute in all. A mutant that survives them meets more files,
+up to four minutes. A test that fails must pass without the change, else the mutant counts as `unclear`.
 `tests/mutants.json` lists accepted survivors with their reason.
 """
 
@@ -28,7 +28,8 @@ from mutations import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("augment", "models", "pipeline", "serve", "refract")
-SECONDS = 60  # of tests for each mutant, by tests/durations.json
+# Seconds of tests for each mutant, and for one that survives these, by tests/durations.json.
+SECONDS, SURVIVOR_SECONDS = 60, 240
 # A change may cause an endless loop: the tests of a mutant stop after 5 times their usual seconds, plus time for the imports.
 SLOW_FACTOR, START_SECONDS = 5, 120
 
@@ -81,9 +82,10 @@ class TestFiles:
             for imported in imports(file) & modules.keys():
                 self.importers[imported].add(name)
 
-    def of(self, file: str) -> list[str]:
-        named = f"test_{Path(file).parts[0]}_{Path(file).stem}"
-        distances = {test: 0 for test in self.tests if f"{Path(test).stem}_".startswith(f"{named}_")}
+    def of(self, file: str, seconds: float = SECONDS) -> list[str]:
+        package, *folders = Path(file).with_suffix("").parts
+        named = tuple(f"test_{package}_{name}_" for name in folders[-2:])  # the module, and the folder that it is in
+        distances = {test: 0 for test in self.tests if f"{Path(test).stem}_".startswith(named)}
         test_name = re.compile(rf"^def test_(\w+_)?{Path(file).stem}_", re.MULTILINE)
         for test in self.tests:
             if Path(test).parts[1] == Path(file).parts[0] and test_name.search((ROOT / test).read_text("utf-8")):
@@ -92,11 +94,11 @@ class TestFiles:
         for distance in range(1, 6):
             reached |= set().union(*(self.importers.get(name, set()) for name in reached))
             distances = {**{name: distance for name in reached if name.endswith(".py")}, **distances}
-            if sum(self.seconds.get(test, 0.0) for test in distances) > SECONDS:
+            if sum(self.seconds.get(test, 0.0) for test in distances) > seconds:
                 break
         files = sorted(distances, key=lambda test: (distances[test], self.seconds.get(test, 0.0), test))
         ends = accumulate(self.seconds.get(test, 0.0) for test in files)
-        return files[: max(1, sum(end <= SECONDS for end in ends))]
+        return files[: max(1, sum(end <= seconds for end in ends))]
 
 
 def copy_tree(target: Path) -> Path:
@@ -132,17 +134,21 @@ def failing_test(tree: Path, tests: list[str], limit: float) -> str | None:
 
 def examine(tree: Path, mutant: Mutant, test_files: TestFiles) -> tuple[str, str]:
     """Return caught or unclear with the test that failed, or survived with the test files that passed."""
-    target, files = tree / mutant.file, test_files.of(mutant.file)
-    limit = SLOW_FACTOR * sum(test_files.seconds.get(file, 0.0) for file in files) + START_SECONDS
+    target = tree / mutant.file
     original = target.read_text("utf-8")
-    target.write_text(mutant.apply(original), "utf-8")
-    try:
-        failed = failing_test(tree, files, limit)
-    finally:
-        target.write_text(original, "utf-8")
-    if failed is None:
-        return "survived", " ".join(files)
-    return ("unclear" if failing_test(tree, files if failed == "timeout" else [failed], limit) else "caught"), failed
+    first = test_files.of(mutant.file)
+    more = [file for file in test_files.of(mutant.file, SURVIVOR_SECONDS) if file not in first]
+    for files in filter(None, (first, more)):
+        limit = SLOW_FACTOR * sum(test_files.seconds.get(file, 0.0) for file in files) + START_SECONDS
+        target.write_text(mutant.apply(original), "utf-8")
+        try:
+            failed = failing_test(tree, files, limit)
+        finally:
+            target.write_text(original, "utf-8")
+        if failed is not None:
+            passes = failing_test(tree, files if failed == "timeout" else [failed], limit) is None
+            return ("caught" if passes else "unclear"), failed
+    return "survived", " ".join(first + more)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PAIRS = [
     (ast.Lt, ast.LtE),
@@ -59,7 +59,7 @@ def mutants_of(file: str, source: str) -> list[Mutant]:
     return mutants
 
 
-def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+def _changes(node: Any) -> Iterator[tuple[Any, str]]:
     if _stays(node):
         return
     yield from ((node, new) for new in _replacements(node))

@@ -62,6 +62,9 @@ def test_a_module_is_tested_by_files_with_its_name_and_by_files_that_import_it(t
     files = test_files.of("pipeline/retraining/gate.py")
     assert files[0] == "tests/pipeline/test_pipeline_gate.py"
     assert sum(test_files.seconds.get(file, 0.0) for file in files) <= mutants.SECONDS
+    more = test_files.of("pipeline/retraining/gate.py", mutants.SURVIVOR_SECONDS)
+    assert set(files) < set(more), "a mutant that survives meets more files"
+    assert "tests/models/test_models_bundle.py" in test_files.of("models/bundle/info.py")
     assert "tests/augment/test_augment_decode.py" in test_files.of("augment/decoding/formats.py")
     assert "tests/models/test_models_freezing.py" in test_files.of("models/training/sam.py")  # def test_sam_…
     assert test_files.of("serve/runtime/backends/openvino.py")  # imported by its name in a table

@@ -29,8 +29,8 @@ class _UnknownKindError(ImageError):
 class Source(NamedTuple):
     """An opened file of another format than JPEG.
 
-    size: (height, width) as stored. layout: of a TIFF. image: the Pillow image, not yet decoded; None for a TIFF that Pillow does not
-    read correctly. chunks: of a PNG.
+    size: (height, width) as stored. layout: the layout of a TIFF. image: the Pillow image, not yet decoded; None for a TIFF that Pillow
+    does not read correctly. chunks: the chunks of a PNG.
     """
 
     size: tuple[int, int]

@@ -139,7 +139,7 @@ def profile_of(data: bytes, header: JpegHeader) -> bytes:
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (code, start, end) of each segment, up to and including the end marker. data: starts with SOI.
 
-    start: of the marker. end: after the segment; for SOS, before the entropy-coded data. (ITU-T T.81, annex B.)
+    start: the start of the marker. end: after the segment; for SOS, before the entropy-coded data. (ITU-T T.81, annex B.)
     """
     position = 2
     while match := _MARKER.search(data, position):

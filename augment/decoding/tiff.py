@@ -59,7 +59,7 @@ _BY_PILLOW = (5, 34925, 32773, 50000)  # LZW, LZMA, PackBits, Zstandard: libtiff
 class Layout:
     """The pixel layout that the first directory declares.
 
-    size: (height, width) as stored. bits: of each sample. form: 1 unsigned or undefined, 2 signed, 3 floating point.
+    size: (height, width) as stored. bits: the bits of each sample. form: 1 unsigned or undefined, 2 signed, 3 floating point.
     low, high: the declared range of each sample; empty if undeclared. block: (height, width) of a strip or tile.
     """
 

@@ -115,7 +115,7 @@ class Transpose(GeometricOp):
 class Rot90(GeometricOp):
     """Rotate counter-clockwise by 90° × a number drawn from `turns`, each equally likely. Exact.
 
-    turns: one or several of 0, 1, 2, 3. Odd numbers exchange height and width.
+    turns: one or several of 0, 1, 2, 3. Odd numbers swap height and width.
     """
 
     turns: int | tuple[int, ...] = (0, 1, 2, 3)

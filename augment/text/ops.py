@@ -28,7 +28,7 @@ Indices = list[int]
 class TextOp(Op):
     """Change the text of a sample. Its random key is independent of the image ops.
 
-    fraction: of the words to change, in [0, 1]; above 0, at least one word changes. keep: protected words, see
+    fraction: the fraction of the words to change, in [0, 1]; above 0, at least one word changes. keep: protected words, see
     `refract.augment.text.words.protected_words`; the default protects words with a digit and negations.
     """
 
@@ -88,7 +88,7 @@ class WordDelete(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordSwap(TextOp):
-    """Exchange pairs of words. The number of exchanges is `fraction` × the number of words, at least one."""
+    """Swap pairs of words. The number of swaps is `fraction` × the number of words, at least one."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:

@@ -5,6 +5,7 @@ import gzip
 import json
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def _v2(rng: np.random.Generator) -> Iterator[Case]:
     path, pixels = "/v2/models/MODEL/infer", random_image(rng, 8, 8)
     good = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": pixels.ravel().tolist()}
     yield Case("v2 tensor", json.dumps({"inputs": [good]}).encode(), "application/json", path, statuses=(200,))
-    changes: list[dict[str, object]] = [
+    changes: list[dict[str, Any]] = [
         *(
             {"shape": shape}
             for shape in (
@@ -215,22 +216,21 @@ def _v2(rng: np.random.Generator) -> Iterator[Case]:
     for k, change in enumerate(changes):
         document = {"inputs": [{**good, **change}]}
         yield Case(f"v2 {k} {str(change)[:40]}", json.dumps(document).encode(), "application/json", path)
-    for k, document in enumerate(
-        (
-            {},
-            {"inputs": []},
-            {"inputs": {}},
-            {"inputs": [good, good]},
-            {"inputs": [None]},
-            {"inputs": [good], "outputs": 3},
-            {"inputs": [good], "outputs": [None, {"name": 3}]},
-            {"inputs": [good], "id": ["x"]},
-            [],
-            None,
-            "x",
-        )
-    ):
-        yield Case(f"v2 document {k}", json.dumps(document).encode(), "application/json", path)
+    documents: list[Any] = [
+        {},
+        {"inputs": []},
+        {"inputs": {}},
+        {"inputs": [good, good]},
+        {"inputs": [None]},
+        {"inputs": [good], "outputs": 3},
+        {"inputs": [good], "outputs": [None, {"name": 3}]},
+        {"inputs": [good], "id": ["x"]},
+        [],
+        None,
+        "x",
+    ]
+    for k, whole in enumerate(documents):
+        yield Case(f"v2 document {k}", json.dumps(whole).encode(), "application/json", path)
     file = encoded(pixels, "PNG")
     head = json.dumps(
         {

@@ -1,6 +1,7 @@
 """Images that any viewer shows, in unusual files."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
@@ -59,21 +60,23 @@ def odd_but_valid(rng: np.random.Generator) -> Iterator[Case]:
     for orientation in range(1, 9):
         exif[0x0112] = orientation
         shown = np.asarray(image.transpose(TURNS[orientation])) if orientation in TURNS else pixels
-        for form, options in (
-            ("JPEG", {"quality": 98, "subsampling": 0}),
-            ("PNG", {}),
-            ("WEBP", {"lossless": True}),
-            ("TIFF", {}),
-        ):
-            yield case(f"{form.lower()} of orientation {orientation}", saved(image, form, exif=exif, **options), shown)
-    for name, options in {
+        forms: dict[str, dict[str, Any]] = {
+            "JPEG": {"quality": 98, "subsampling": 0},
+            "PNG": {},
+            "WEBP": {"lossless": True},
+            "TIFF": {},
+        }
+        for form, settings in forms.items():
+            yield case(f"{form.lower()} of orientation {orientation}", saved(image, form, exif=exif, **settings), shown)
+    jpegs: dict[str, dict[str, Any]] = {
         "progressive": {"progressive": True},
         "4:2:0": {"subsampling": 2},
         "optimised": {"optimize": True},
         "restart markers": {"restart_marker_blocks": 1},
         "kept in rgb": {"keep_rgb": True},
         "300 dpi": {"dpi": (300, 300)},
-    }.items():
+    }
+    for name, options in jpegs.items():
         yield case(f"jpeg {name}", saved(image, "JPEG", quality=97, **options))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     yield case("jpeg with an icc profile", saved(image, "JPEG", quality=97, icc_profile=profile))

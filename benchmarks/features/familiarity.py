@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ def _auroc(same: np.ndarray, other: np.ndarray) -> float:
     return float(roc_auc_score(np.r_[np.zeros(len(same)), np.ones(len(other))], np.r_[same, other]))
 
 
+def _neighbours(reference: np.ndarray, prepared: Distances, k: int, rows: np.ndarray) -> np.ndarray:
+    return _neighbour(reference, prepared(rows), k)
+
+
 def _methods(features: np.ndarray, labels: np.ndarray) -> dict[str, Distances]:
     from refract.pipeline.drift.profile import folded
 
@@ -83,8 +88,8 @@ def _methods(features: np.ndarray, labels: np.ndarray) -> dict[str, Distances]:
     half = _unit(folded(features)).astype(np.float16).astype(np.float32)
     methods: dict[str, Distances] = {}
     for k in (1, 5, 10, 50):
-        methods[f"{k}-NN"] = lambda rows, k=k: _neighbour(_unit(features), _unit(rows), k)
-        methods[f"{k}-NN, 512 features in float16"] = lambda rows, k=k: _neighbour(half, _unit(folded(rows)), k)
+        methods[f"{k}-NN"] = partial(_neighbours, _unit(features), _unit, k)
+        methods[f"{k}-NN, 512 features in float16"] = partial(_neighbours, half, lambda rows: _unit(folded(rows)), k)
     methods["Mahalanobis"] = _mahalanobis(features, labels)
     methods["Mahalanobis, 512 features"] = _mahalanobis(folded(features), labels, folded)
     methods["energy"] = lambda rows: -np.logaddexp.reduce(_logits(head, rows), axis=1)
@@ -169,7 +174,7 @@ def _embedder(classifier: Classifier) -> Callable[[list[bytes]], np.ndarray]:
     preprocess = Preprocess(height=SIZE, width=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def embed(files: list[bytes]) -> np.ndarray:
-        samples = [SampleInput(lambda data=data: data) for data in files]
+        samples = [SampleInput(partial(bytes, data)) for data in files]
         rows = score_outputs(classifier, preprocess, samples, embed=True, task="multiclass", batch_size=16, threads=1)
         return np.stack([row.embedding for row in rows if isinstance(row, Scored) and row.embedding is not None])
 

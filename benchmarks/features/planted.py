@@ -141,6 +141,7 @@ def _plant(train: Sequence[Sample], folder: Path, count: int) -> dict[str, str]:
     draw, source_of = np.random.default_rng(0), {}
     for row in draw.choice(len(train), count, replace=False):
         pixels = cv2.imread(train[row].path)
+        assert pixels is not None
         for kind, change in CHANGES.items():
             target = folder / kind / f"{row}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)

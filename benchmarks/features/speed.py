@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ def _heads() -> dict[str, dict[str, float]]:
     targets = np.eye(CLASSES, dtype=bool)[labels]
     first = COUNT * 4 // 5
     train, val = Part(features[:first], targets[:first]), Part(features[first:], targets[first:])
-    found = {
-        f"refract {mode}": _timed(lambda mode=mode: fit_head(mode, train, val, multilabel=False)) for mode in MODES
-    }  # type: ignore[misc]
+    found = {f"refract {mode}": _timed(partial(fit_head, mode, train, val, multilabel=False)) for mode in MODES}
 
     def peer() -> None:
         from sklearn.linear_model import LogisticRegression

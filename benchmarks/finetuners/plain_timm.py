@@ -48,8 +48,9 @@ def main() -> None:
     torch.manual_seed(task.seed)
     model = timm.create_model(task.network, num_classes=len(task.labels()))
     model.load_state_dict(state(task.weights), strict=False)
-    nn.init.zeros_(model.get_classifier().weight)
-    nn.init.zeros_(model.get_classifier().bias)
+    head: nn.Module = model.get_classifier()  # type: ignore[operator]  # timm does not declare it on nn.Module
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     loaders = {
         split: DataLoader(Images(task, split), task.batch_size, shuffle=split == "train", num_workers=2)
         for split in ("train", "val", "test")
@@ -57,7 +58,7 @@ def main() -> None:
     best, kept = -1.0, model.state_dict()
     for whole, epochs, peak in phases(task):
         model.requires_grad_(whole)
-        model.get_classifier().requires_grad_(True)
+        head.requires_grad_(True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=WEIGHT_DECAY)
         steps = epochs * len(loaders["train"])

@@ -49,7 +49,7 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     config = load_config(CONFIG, ["--trainer.device", device, "--tracking.enabled", "false", *more])
     record.fact(**device_facts(device), config=CONFIG.name, overrides=list(more))
     started = time.perf_counter()
-    split = {"val_fraction": config.data.val_fraction, "seed": config.trainer.seed}
+    split: dict[str, Any] = {"val_fraction": config.data.val_fraction, "seed": config.trainer.seed}
     manifest = data.colours(**split) if options.quick or options.cifar is None else data.cifar(options.cifar, **split)
     assembly = assemble(config, (manifest, {"fingerprint": "benchmark", "content": "benchmark"}))
     record.measure("preparation", time.perf_counter() - started)
@@ -81,7 +81,7 @@ def train_plainly(
     from refract.models.training.objective import classification_loss
 
     module, order = assembly.module, assembly.data.order
-    classifier.to(device, memory_format=torch.channels_last).train()
+    classifier.to(device).to(memory_format=torch.channels_last).train()
     optimizer = module.optim.make(classifier.network)
     size, epochs, decay = config.data.batch_size, config.trainer.max_epochs, config.trainer.ema
     total = epochs * -(-len(order) // size)

@@ -7,7 +7,7 @@ the batch executor. A waiting fraction is the part of a training loop's time in 
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.data import jpegs, write_jpegs
 from benchmarks.gpu.plan import Clock, Options
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from refract.models.classifier import Classifier
 
-POLICY = [{"RandomResizedCrop": {"size": 224, "scale": [0.35, 1.0]}}, "HorizontalFlip"]
+POLICY: list[dict[str, dict[str, Any]] | str] = [
+    {"RandomResizedCrop": {"size": 224, "scale": [0.35, 1.0]}},
+    "HorizontalFlip",
+]
 HEIGHT, WIDTH = 375, 500
 
 Batches = Iterator["torch.Tensor"]
@@ -64,7 +67,7 @@ def trainer_of(device: str, side: int, *, quick: bool) -> tuple["Classifier", Ca
     from refract.models.registry import build
 
     network = build("cnn" if quick else "resnet50", 100, image_size=(side, side), args={"widths": [8]} if quick else {})
-    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).to(device, memory_format=torch.channels_last)
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(classifier.network.parameters(), 0.01, momentum=0.9)
 
     def step(images: "torch.Tensor") -> None:

@@ -40,7 +40,7 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     args = {"widths": [8]} if quick else {}
     torch.manual_seed(0)
     network = build("cnn" if quick else "resnet50", CLASSES, image_size=(side, side), args=args)
-    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).to(device, memory_format=torch.channels_last)
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).to(device).to(memory_format=torch.channels_last)
     record.fact(**device_facts(device), batch=size, side=side)
     batch = {
         "images": torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8).to(device, memory_format=torch.channels_last),

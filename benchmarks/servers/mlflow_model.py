@@ -12,19 +12,21 @@ from typing import Any
 
 import mlflow
 import torch
+from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from benchmarks.servers.peer import pixels
 from refract.models.bundle.bundle import load_bundle
 
 
-class Model(mlflow.pyfunc.PythonModel):
+class Model(PythonModel):
     """One request, one batch, as an MLflow model is served."""
 
-    def load_context(self, context: mlflow.pyfunc.PythonModelContext | None) -> None:
+    def load_context(self, context: PythonModelContext | None) -> None:
         self.bundle = load_bundle(os.environ["REFRACT_BENCH_BUNDLE"])
         self.classifier = self.bundle.classifier()
 
-    def predict(self, context: mlflow.pyfunc.PythonModelContext, model_input: list[str]) -> list[dict[str, Any]]:
+    # MLflow derives the schema from this signature.
+    def predict(self, context: PythonModelContext, model_input: list[str]) -> list[dict[str, Any]]:  # type: ignore[override]
         size = self.bundle.info.network["image_size"]
         images = torch.stack([pixels(base64.b64decode(text), size) for text in model_input])
         with torch.inference_mode():

@@ -60,8 +60,8 @@ def serving(
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow looks for uvicorn there
     environ = {**os.environ, "PATH": path, "REFRACT_BENCH_BUNDLE": str(bundle), **more}
     environ["HOME"] = str(bundle.parent)  # a choice of backend that was kept elsewhere was made at another time
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(arguments, env=environ, start_new_session=True, **silent) as process:
+    null = subprocess.DEVNULL
+    with subprocess.Popen(arguments, env=environ, start_new_session=True, stdout=null, stderr=null) as process:
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(900):

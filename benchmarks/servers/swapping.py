@@ -25,7 +25,7 @@ def main() -> None:
             await asyncio.sleep(0.05)
         print("ready", flush=True)
         for k in range(count):
-            engine = await asyncio.to_thread(lambda k=k: Engine(load_bundle(folders[(k + 1) % 2])))
+            engine = await asyncio.to_thread(Engine, load_bundle(folders[(k + 1) % 2]))
             await service.models.swap(engine)
         threads = sum(thread.name == "inference" for thread in threading.enumerate())
         print(f"{count} {threads}", flush=True)

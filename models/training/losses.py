@@ -28,7 +28,7 @@ class Loss:
 
     - terms: (logits (N, C), soft targets (N, C), the needs by name) → (N, C), each class's term of a sample's loss; float32
     - tasks: the supported tasks, some of TASKS
-    - reduction: of a sample's terms, sum or mean; for multilabel always mean
+    - reduction: the reduction of a sample's terms, sum or mean; for multilabel always mean
     - needs: some of NEEDS
     - weighted_terms: class weights multiply each term, as in PyTorch's cross-entropy. Else a sample's loss is multiplied by the weight of
       its target. The two differ for smoothed targets.

@@ -1,13 +1,17 @@
 """Groups of parameters by learning rate and weight decay: matrices and kernels decay, norms and biases do not."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from refract.models.training.freezing import NORMS, blocks_of
 from refract.models.training.optimizers import Groups
-from refract.models.training.specs import OptimSpec
+
+if TYPE_CHECKING:
+    from refract.models.training.specs import OptimSpec
 
 
-def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
+def parameter_groups(network: nn.Module, spec: "OptimSpec") -> Groups:
     """Group the trainable parameters by learning rate and weight decay. Matrices and kernels of layers decay, other parameters do not.
 
     Decay of a norm's scale, a bias, a class token or a position table does not improve generalisation. Parameters in the network's

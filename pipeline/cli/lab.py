@@ -9,7 +9,8 @@ from refract import output
 from refract.pipeline.cli import console
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.evaluation.plots import save
-from refract.pipeline.lab import Outcome, experiments
+from refract.pipeline.lab import experiments
+from refract.pipeline.lab.experiment import Outcome
 from refract.progress import staged
 
 

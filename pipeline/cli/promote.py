@@ -4,11 +4,14 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract import output
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +83,7 @@ def _promote(args: argparse.Namespace) -> int:
     return 0
 
 
-def try_to_load(client: Any, name: str, version: str) -> None:
+def try_to_load(client: "MlflowClient", name: str, version: str) -> None:
     """Load a version's bundle. BundleError if it is damaged, PromotionError if it cannot be downloaded."""
     import tempfile
 

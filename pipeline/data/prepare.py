@@ -49,8 +49,8 @@ class FoldedData:
     """The data of a training in folds.
 
     manifest: with the splits of a training without folds; fold_of: key of a training or validation sample → its fold, from 1 on;
-    digests: sample key → SHA-256 of the image, or of the text of a sample without an image; fingerprint: of the manifest; identity: of the
-    data, without a fingerprint.
+    digests: sample key → SHA-256 of the image, or of the text of a sample without an image; fingerprint: the fingerprint of the manifest;
+    identity: the identity of the data, without a fingerprint.
     """
 
     manifest: Manifest
@@ -84,8 +84,8 @@ def prepare_folds(config: Config) -> FoldedData:
 class ReadSamples:
     """The readable samples of a config's data, before they are split.
 
-    source: with the labels of the source; manifest: with the decisions of `data.labels`; scanned: of the manifest's samples; identity: of
-    the data, without a fingerprint.
+    source: with the labels of the source; manifest: with the decisions of `data.labels`; scanned: the scan of the manifest's samples;
+    identity: of the data, without a fingerprint.
     """
 
     source: Manifest

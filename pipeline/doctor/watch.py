@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from refract.models.classifier import Inputs, inputs_of
 from refract.models.training.lightning_imports import Callback, lightning
@@ -26,6 +27,9 @@ FLAT = 0.97
 """A sigmoid or tanh output is saturated beyond this fraction of the distance from the middle of its range to an end."""
 
 
+Hook = Callable[[nn.Module, object, Tensor], None]
+
+
 class Doctor(Callback):
     """A callback that fills a `Record`, logs early findings after the first step, and returns all findings at the end.
 
@@ -39,7 +43,7 @@ class Doctor(Callback):
         self.reported: set[str] = set()
         self._losses: list[Tensor] = []
         self._clock = time.perf_counter()
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def state_dict(self) -> dict[str, Any]:
         self._collect()
@@ -152,8 +156,8 @@ class Doctor(Callback):
         """Register hooks that measure the units in the next forward pass."""
         self.record.dead, self.record.saturated = {}, {}
 
-        def watch(name: str, into: dict[str, float], fraction: Callable[[Tensor], Tensor]) -> Any:
-            def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+        def watch(name: str, into: dict[str, float], fraction: Callable[[Tensor], Tensor]) -> Hook:
+            def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
                 if name not in into and output.ndim > 1:
                     into[name] = float(fraction(output.detach()))
 

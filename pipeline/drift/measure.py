@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle
 from refract.models.classifier import Classifier
-from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 class Measured:
     """The drift of new data, with what its report shows.
 
-    title, facts: of the report; reference, new: the compared profiles; shown: the new samples with their predictions, or the images of a
-    server's log, None if it has none.
+    title, facts: the title and facts of the report; reference, new: the compared profiles; shown: the new samples with their predictions,
+    or the images of a server's log, None if it has none.
     """
 
     title: str
@@ -62,7 +63,7 @@ class Measured:
         return make_drift_report(*profiles, facts=self.facts, samples=samples, probabilities=probabilities)
 
 
-def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
+def reference_of(classifier: Classifier, preprocess: Preprocess, manifest: Manifest, **kinds: Any) -> Profile:
     """Build the reference of a bundle: the profile of at most MOST_IMAGES samples of the test set, filled up from validation.
 
     Training samples are excluded: a network has fitted them, so their features and confidences differ from those of all other images,

@@ -176,7 +176,7 @@ def folded(features: np.ndarray) -> np.ndarray:
 def _statistics(
     samples: Sequence[Sample], measured: Sequence[ImageStatistics], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, np.ndarray]:
-    """Return name → (N,) float32, NaN for samples without an image. measured, sizes: of each sample, a placeholder's without one."""
+    """Return name → (N,) float32, NaN for samples without an image. measured, sizes: one value for each sample, or a placeholder's."""
     has_image = np.array([sample.has_image for sample in samples])
     values = {
         name: np.array(column)

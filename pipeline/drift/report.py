@@ -34,7 +34,7 @@ def make_drift_report(
     probabilities: np.ndarray | None = None,
     galleries: Mapping[str, list[dict[str, str]]] | None = None,
 ) -> Report:
-    """Build the report. samples, probabilities: of the new data, in the profile's order, for the gallery; galleries: further galleries."""
+    """Build the report. samples, probabilities: the new data in the profile's order, for the gallery; galleries: further galleries."""
     numbers = drift_numbers(drift, facts, samples)
     shown = {"confidence": figures.two_histograms(reference.confidence, new.confidence, "confidence")}
     for name in (check.name for check in drift.checks if check.name in reference.statistics):

@@ -89,9 +89,9 @@ def assess(
 ) -> Assessment:
     """Calibrate, evaluate and report a trained classifier.
 
-    classifier: in eval mode, on any device. name: of the run, for the report's title. doctor, history: of the training, None and empty for
-    an average of runs. embedded: the fit of the head on embeddings, None for other modes.
-    Raises DataError with the path of an unreadable image.
+    classifier: in eval mode, on any device. name: the name of the run, for the report's title. doctor, history: the record and history of
+    the training, None and empty for an average of runs. embedded: the fit of the head on embeddings, None for other modes. Raises DataError
+    with the path of an unreadable image.
     """
     test, task = manifest.of("test"), manifest.task
     decision = _choose_decision(classifier, preprocess, manifest, config.evaluation)
@@ -147,7 +147,7 @@ def _checked_on_embeddings(
 ) -> tuple[Manifest, Predictions]:
     """Return (the manifest with the near-duplicates that embeddings show, predictions by which all labels are checked).
 
-    features: of the evaluation's samples, on the CPU.
+    features: the features of the evaluation's samples, on the CPU.
     """
     import torch
 

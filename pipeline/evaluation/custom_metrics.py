@@ -8,54 +8,40 @@ from types import MappingProxyType
 
 import numpy as np
 
+from refract.pipeline.evaluation.metrics import METRICS
 from refract.plugins import PluginError, add_entry
 
 log = logging.getLogger(__name__)
 
-Metric = Callable[[np.ndarray, np.ndarray], float]
+CustomMetric = Callable[[np.ndarray, np.ndarray], float]
 """(probabilities (N, C) float32, truth: class indices (N,), or bool (N, C) for multi-label) → a finite number."""
 
-_metrics: dict[str, Metric] = {}
+_metrics: dict[str, CustomMetric] = {}
 
-METRICS: Mapping[str, Metric] = MappingProxyType(_metrics)
+CUSTOM_METRICS: Mapping[str, CustomMetric] = MappingProxyType(_metrics)
 """Name → metric, of the loaded plugins."""
 
-RESERVED = frozenset(
-    {
-        "accuracy",
-        "top5_accuracy",
-        "macro_f1",
-        "micro_f1",
-        "sample_f1",
-        "subset_accuracy",
-        "mean_average_precision",
-        "mean_auroc",
-        "nll",
-        "calibration_error",
-        "label_calibration_error",
-        "risk_coverage_area",
-        "corruption_error",
-        "lca_height",
-        "back_off_coverage",
-        "back_off_precision",
-    }
+ELSEWHERE: Mapping[str, bool] = MappingProxyType(
+    {"corruption_error": True, "lca_height": False, "back_off_coverage": True, "back_off_precision": True}
 )
-"""The names of Refract's metrics, without those that end in a number."""
+"""Metrics that `robustness.py` and `hierarchy.py` add → whether their values are in 0…1. Further ones end in a number."""
 
 _NUMBERED = re.compile(r"accuracy_level_\d+")
 
 
 def is_reserved(name: str) -> bool:
     """Return whether a metric of Refract has the name."""
-    return name in RESERVED or _NUMBERED.fullmatch(name) is not None
+    return name in METRICS or name in ELSEWHERE or _NUMBERED.fullmatch(name) is not None
 
 
 def is_fraction(name: str) -> bool:
     """Return whether it is a metric of Refract with values in 0…1."""
-    return is_reserved(name) and name not in ("nll", "lca_height")
+    if name in METRICS:
+        return METRICS[name].fraction
+    return ELSEWHERE.get(name, _NUMBERED.fullmatch(name) is not None)
 
 
-def register_metric(name: str, metric: Metric) -> None:
+def register_metric(name: str, metric: CustomMetric) -> None:
     """Add the metric of a plugin. PluginError if Refract or another plugin has the name."""
     if is_reserved(name):
         raise PluginError(f"the metric {name!r} exists already, in refract.pipeline.evaluation; rename the new metric")
@@ -65,7 +51,7 @@ def register_metric(name: str, metric: Metric) -> None:
 def custom_metrics(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Compute the metrics of the plugins. One that fails or is not finite is skipped with a warning: it must not cost a training."""
     values: dict[str, float] = {}
-    for name, metric in METRICS.items():
+    for name, metric in CUSTOM_METRICS.items():
         try:
             value = float(metric(probabilities.copy(), truth.copy()))
         except Exception as error:  # the plugin's code may raise any

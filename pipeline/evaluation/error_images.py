@@ -25,7 +25,7 @@ def write_error_images(report: Report, samples: Sequence[Sample], run_dir: Path)
     """Write the images of the report's gallery of errors to the folder `errors`, the most confident first, and return it.
 
     samples: those of the evaluation. Samples without an image are skipped; None if no image remains. The folder appears when it is
-    complete. OSError as usual.
+    complete. OSError if that fails.
     """
     by_path = {sample.path: sample for sample in samples if sample.has_image}
     rows = [row for row in report.galleries.get("Most confident errors", ()) if row["path"] in by_path]

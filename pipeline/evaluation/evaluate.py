@@ -13,7 +13,8 @@ from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.custom_metrics import custom_metrics
-from refract.pipeline.evaluation.multilabel import label_calibration_errors, label_rates, set_errors, set_intervals
+from refract.pipeline.evaluation.metrics import LabelledPredictions, measured_metrics
+from refract.pipeline.evaluation.multilabel import label_rates, set_errors, set_intervals
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.progress import tracked
 
@@ -31,8 +32,8 @@ class Evaluation:
     """The metrics and predictions of an evaluation.
 
     metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: (C, C)
-    counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: of the labels,
-    see `refract.pipeline.evaluation.hierarchy.with_levels`.
+    counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: the hierarchy of
+    the labels, see `refract.pipeline.evaluation.hierarchy.with_levels`.
     In the order of the samples: probabilities: (N, C) float32; truth: (N,) class indices, or (N, C) bool for multi-label; right: (N,)
     bool, whether the prediction is right, for multi-label in all labels.
     """
@@ -90,11 +91,8 @@ def evaluate(
 
     tta: see `refract.pipeline.inference.scoring.views`. Raises DataError with the path of an unreadable image.
 
-    Metrics for one label per sample: accuracy, top-5 accuracy (for more than five classes), macro F1 over the classes that are true or
-    predicted for a sample (as scikit-learn), negative log likelihood, expected calibration error, area under the risk-coverage curve.
-    Metrics for multi-label: macro, micro and sample F1, subset accuracy, mean average precision over the labels with positives, mean
-    AUROC over the labels with positives and negatives, negative log likelihood, calibration errors, area under the risk-coverage curve.
-    A label is predicted if its probability reaches its threshold, 0.5 by default. The metrics of plugins follow.
+    The metrics are those of `refract.pipeline.evaluation.metrics.METRICS` for the task, then those of plugins. For multi-label, a label is
+    predicted if its probability reaches its threshold, 0.5 by default.
     """
     probabilities = probabilities_of(classifier, preprocess, samples, task=task, temperature=temperature, tta=tta)
     return measured(probabilities, samples, task=task, labels=labels, thresholds=thresholds)
@@ -109,9 +107,11 @@ def measured(
     thresholds: Sequence[float] = (),
 ) -> Evaluation:
     """Evaluate predictions, as `evaluate`. probabilities: (N, C) float32, in the order of the samples."""
+    truth = truth_of(samples, task, len(labels))
     if task == "multilabel":
-        return _multilabel(probabilities, samples, labels, tuple(thresholds) or (0.5,) * len(labels))
-    return _single_label(probabilities, samples, labels)
+        given = LabelledPredictions(probabilities, truth, tuple(thresholds) or (0.5,) * len(labels))
+        return _multilabel(given, samples, labels)
+    return _single_label(LabelledPredictions(probabilities, truth), samples, labels)
 
 
 def probabilities_of(
@@ -140,69 +140,40 @@ def truth_of(samples: Sequence[Sample], task: str, count: int) -> np.ndarray:
     return truth
 
 
-def _single_label(probabilities: np.ndarray, samples: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+def _single_label(given: LabelledPredictions, samples: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
+    from sklearn.metrics import confusion_matrix
 
-    truth, predicted = truth_of(samples, "multiclass", len(labels)), probabilities.argmax(1)
+    truth, predicted = given.truth, given.labels
     indices = np.arange(len(labels))
-    metrics = {"accuracy": accuracy_score(truth, predicted)}
-    if len(labels) > 5:
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
-        metrics["top5_accuracy"] = (best == truth[:, None]).any(1).mean()
-    metrics["macro_f1"] = f1_score(truth, predicted, average="macro", zero_division=0)
-    metrics["nll"] = measures.nll(probabilities, truth, multilabel=False)
-    metrics["calibration_error"] = measures.calibration_error(probabilities, truth, multilabel=False)
-    metrics["risk_coverage_area"] = measures.risk_coverage(probabilities, truth).area
     bounds = measures.intervals(truth, predicted, len(labels))
     per_class = _per_class(truth[:, None] == indices, predicted[:, None] == indices, labels)
     _add_intervals(per_class, bounds)
     return Evaluation(
-        _floats(metrics) | custom_metrics(probabilities, truth),
+        measured_metrics(given) | custom_metrics(given.probabilities, truth),
         {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("accuracy", "macro_f1")},
         per_class,
         confusion_matrix(truth, predicted, labels=indices),
-        probabilities,
+        given.probabilities,
         truth,
-        predicted == truth,
+        given.right,
         samples,
     )
 
 
-def _multilabel(
-    probabilities: np.ndarray, samples: Sequence[Sample], labels: Sequence[str], thresholds: tuple[float, ...]
-) -> Evaluation:
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    truth = truth_of(samples, "multilabel", len(labels))
-    predicted = predicted_labels(probabilities, "multilabel", thresholds)
-    errors, right = set_errors(predicted, truth), (predicted == truth).all(axis=1)
-    seen = truth.any(0)  # average precision is undefined for a label without positives
-    both = seen & ~truth.all(0)
-    of_labels, rates = label_calibration_errors(probabilities, truth), label_rates(predicted, truth)
-    metrics = {
-        "macro_f1": rates["f1"].mean(),
-        "micro_f1": rates["micro_f1"],
-        "sample_f1": 1 - errors.mean(),
-        "subset_accuracy": right.mean(),
-        "mean_average_precision": average_precision_score(truth[:, seen], probabilities[:, seen], average="macro")
-        if seen.any()
-        else 0.0,
-        "nll": measures.nll(probabilities, truth, multilabel=True),
-        "calibration_error": measures.calibration_error(probabilities, truth, multilabel=True),
-        "label_calibration_error": of_labels.mean(),
-        "risk_coverage_area": measures.risk_curve(confidences(probabilities, "multilabel", thresholds), errors).area,
-    }
-    if both.any():
-        metrics["mean_auroc"] = roc_auc_score(truth[:, both], probabilities[:, both], average="macro")
+def _multilabel(given: LabelledPredictions, samples: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
+    truth, predicted, thresholds = given.truth, given.labels, tuple(given.thresholds)
     bounds = set_intervals(predicted, truth)
     intervals = {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("macro_f1", "micro_f1")}
-    intervals |= {"sample_f1": measures.mean_interval(1 - errors), "subset_accuracy": measures.mean_interval(right)}
+    intervals |= {
+        "sample_f1": measures.mean_interval(1 - given.errors),
+        "subset_accuracy": measures.mean_interval(given.right),
+    }
     per_class = _per_class(truth, predicted, labels)
     _add_intervals(per_class, bounds)
-    for row, threshold, calibration in zip(per_class, thresholds, of_labels, strict=True):
+    for row, threshold, calibration in zip(per_class, thresholds, given.label_calibration_errors, strict=True):
         row |= {"threshold": threshold, "calibration_error": float(calibration)}
-    values = _floats(metrics) | custom_metrics(probabilities, truth)
-    return Evaluation(values, intervals, per_class, None, probabilities, truth, right, samples, thresholds)
+    values = measured_metrics(given) | custom_metrics(given.probabilities, truth)
+    return Evaluation(values, intervals, per_class, None, given.probabilities, truth, given.right, samples, thresholds)
 
 
 def _add_intervals(per_class: list[dict[str, Any]], bounds: Mapping[str, np.ndarray]) -> None:
@@ -218,7 +189,3 @@ def _per_class(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) 
         {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
         for label, p, r, f, n in zip(labels, *columns, strict=True)
     ]
-
-
-def _floats(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refract.pipeline.evaluation import measures
-
 SUREST = 0.25
 """Fraction of the predictions that count as the most confident ones."""
 
@@ -91,19 +89,37 @@ def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidenc
 def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the indices of samples whose label is likely wrong, the likeliest first; none if the model is not good enough.
 
-    The candidates are those of `measures.likely_label_errors` (Northcutt et al. 2021, arXiv:1911.00068). If the labels are noisy, all
-    candidates stay. Otherwise those stay whose confidence belongs to the range found by `_unexplained`.
+    The candidates are those of `confident_learning`. If the labels are noisy, all candidates stay. Otherwise those stay whose confidence
+    belongs to the range found by `_unexplained`.
     """
     if not len(truth):
         return np.zeros(0, dtype=np.int64)
     evidence = noise_evidence(probabilities, truth)
     if not evidence.good_enough:
         return np.zeros(0, dtype=np.int64)
-    candidates = measures.likely_label_errors(probabilities, truth)
+    candidates, _ = confident_learning(probabilities, truth)
     if evidence.is_noise:
         return candidates
     unexplained = _unexplained(probabilities, truth)
     return candidates[unexplained[candidates]]
+
+
+def confident_learning(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the indices of samples whose label is suspicious, the likeliest error first; the margin of each).
+
+    For such a sample, another class is more probable than the label, and at least as probable as that class is on average for samples
+    with its label. The margin is the difference of the two probabilities.
+    Source: Northcutt et al. 2021, "Confident learning", arXiv:1911.00068, section 3.1.
+    """
+    count = probabilities.shape[1]
+    mean_own = np.array([probabilities[truth == c, c].mean() if (truth == c).any() else 2.0 for c in range(count)])
+    candidates = np.where(probabilities >= mean_own, probabilities, -1)
+    suspect = candidates.argmax(axis=1)
+    labelled = probabilities[np.arange(len(truth)), truth]
+    margin = candidates.max(axis=1) - labelled
+    indices = np.flatnonzero((candidates.max(axis=1) > 0) & (suspect != truth) & (margin > 0))
+    indices = indices[np.argsort(-margin[indices], kind="stable")]
+    return indices, margin[indices]
 
 
 def _unexplained(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:

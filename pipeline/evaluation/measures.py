@@ -198,27 +198,4 @@ def paired_difference(right: np.ndarray, other_right: np.ndarray, *, seed: int =
     return Difference(float(gains.mean()), float(low), float(high), float(p_value))
 
 
-def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the indices of images whose label is likely wrong, the likeliest first.
-
-    For such an image, another class is more probable than the label, and at least as probable as that class is on average for images with
-    its label. The predictions must be on images that the model was not trained on.
-    Source: Northcutt et al. 2021, "Confident learning", arXiv:1911.00068, section 3.1.
-    """
-    return suspects(probabilities, truth)[0]
-
-
-def suspects(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (indices as `likely_label_errors`, the other class's probability minus that of the label)."""
-    count = probabilities.shape[1]
-    mean_own = np.array([probabilities[truth == c, c].mean() if (truth == c).any() else 2.0 for c in range(count)])
-    candidates = np.where(probabilities >= mean_own, probabilities, -1)
-    suspect = candidates.argmax(axis=1)
-    labelled = probabilities[np.arange(len(truth)), truth]
-    margin = candidates.max(axis=1) - labelled
-    indices = np.flatnonzero((candidates.max(axis=1) > 0) & (suspect != truth) & (margin > 0))
-    indices = indices[np.argsort(-margin[indices], kind="stable")]
-    return indices, margin[indices]
-
-
 _TINY = 1e-12

@@ -10,7 +10,8 @@ import numpy as np
 
 from refract.models.intervals import LEVEL, wilson
 from refract.pipeline.evaluation.intervals import DRAWS, class_intervals, macro_interval
-from refract.pipeline.evaluation.measures import calibration_error, suspects
+from refract.pipeline.evaluation.label_errors import confident_learning
+from refract.pipeline.evaluation.measures import calibration_error
 
 CHUNK = 100
 """Bootstrap resamples per chunk, which bounds the memory."""
@@ -83,7 +84,7 @@ class WrongLabel:
     """A label of an image that is likely wrong.
 
     image: index of the image; label: index of the label; kind: `missing` if the image should have the label, `extra` if it should not;
-    probability: of the label.
+    probability: the probability of the label.
     """
 
     image: int
@@ -95,13 +96,12 @@ class WrongLabel:
 def likely_wrong_labels(probabilities: np.ndarray, truth: np.ndarray) -> list[WrongLabel]:
     """Return the labels that are likely missing or extra, the likeliest first.
 
-    Applies confident learning (see `measures.likely_label_errors`) to each label against its absence. probabilities: (N, C), on images
-    that the model was not trained on.
+    Applies `confident_learning` to each label against its absence. probabilities: (N, C), on images that the model was not trained on.
     """
     candidates = []
     for label in range(truth.shape[1]):
         column = probabilities[:, label].astype(np.float64)
-        indices, margins = suspects(np.stack([1 - column, column], axis=1), truth[:, label].astype(int))
+        indices, margins = confident_learning(np.stack([1 - column, column], axis=1), truth[:, label].astype(int))
         for index, margin in zip(indices.tolist(), margins.tolist(), strict=True):
             kind: Literal["missing", "extra"] = "extra" if truth[index, label] else "missing"
             candidates.append((margin, WrongLabel(index, label, kind, float(column[index]))))

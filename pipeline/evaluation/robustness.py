@@ -29,7 +29,7 @@ NOISE = (4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Effort:
-    """The extent of a measurement. images: at most, None for all; severities: of each corruption."""
+    """The extent of a measurement. images: at most, None for all; severities: the severities of each corruption."""
 
     images: int | None
     severities: tuple[int, ...]
@@ -109,8 +109,8 @@ def measure_robustness(
 ) -> Robustness:
     """Corrupt the preprocessed images and measure the errors of the predictions, see `Robustness`.
 
-    thresholds, temperature: of a multi-label bundle. A sample's label of -1 is one that the classifier lacks. The chosen images and their
-    corruptions depend on the seed, the image's index and the severity only.
+    thresholds, temperature: the values of a multi-label bundle. A sample's label of -1 is one that the classifier lacks. The chosen images
+    and their corruptions depend on the seed, the image's index and the severity only.
     """
     chosen = spread_subset(samples, effort.images, seed)
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}

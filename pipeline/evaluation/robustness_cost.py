@@ -27,9 +27,9 @@ which a training has more, is not overestimated."""
 def affordable(*, seen: int, available: int, pixels: int, flops: float) -> Effort | None:
     """Return the effort that costs at most COST_RATIO of the training, or None if that is fewer than FEWEST images.
 
-    seen: training images, counted once per epoch; available: images of the test set; pixels: of the network's input; flops: of one image's
-    forward pass, 0 on a GPU. A training image counts as one forward pass, not as the three of forward and backward, because training may
-    compute in bf16 and robustness is measured in fp32.
+    seen: training images, counted once per epoch; available: images of the test set; pixels: the pixels of the network's input; flops: the
+    flops of one image's forward pass, 0 on a GPU. A training image counts as one forward pass, not as the three of forward and backward,
+    because training may compute in bf16 and robustness is measured in fp32.
     """
     network = flops / FLOPS
     training, measuring = (network + fixed + rate * pixels / 1000 for fixed, rate in (LOADING, CORRUPTING))

@@ -37,7 +37,7 @@ WORTH_A_PROCESS = 30.0
 
 @dataclass
 class Embedded:
-    """keys: of each sample's plain embedding, None where it failed; computed: number of embeddings that the store lacked;
+    """keys: the keys of each sample's plain embedding, None where it failed; computed: number of embeddings that the store lacked;
     reused: number of those that it had; failed: path → reason.
     """
 

@@ -55,8 +55,8 @@ EVERYWHERE, BLUR = np.ones((SIDE, SIDE), np.uint8), 5
 def with_near_duplicates(manifest: Manifest, fit: "EmbeddedFit", test: np.ndarray) -> Manifest:
     """Add the near-duplicates of training images in `val` and `test`, found by embeddings, to `near`.
 
-    fit: of the manifest's training and validation samples; test: embeddings of its test samples, (N, D). OSError if an image is no longer
-    readable.
+    fit: the embeddings of the manifest's training and validation samples; test: embeddings of its test samples, (N, D). OSError if an image
+    is no longer readable.
     """
     vectors, count = fit.store.vectors(fit.keys), len(manifest.of("train"))
     measured, train = [*manifest.of("val"), *manifest.of("test")], manifest.of("train")

@@ -36,9 +36,9 @@ def predict_out_of_fold(
 ) -> OutOfFold:
     """Divide the samples into FOLDS folds, and predict each fold by a head that is fitted on the others.
 
-    mode, choice: see `refract.pipeline.features.heads`; part: of the samples; contents: of each sample; doubted: bool (N,), samples on
-    which no head is fitted. The folds are stratified by label, and samples of the same content are in one fold. A sample has no prediction
-    if one of its labels occurs in its fold alone.
+    mode, choice: see `refract.pipeline.features.heads`; part: the part of the samples; contents: the contents of each sample; doubted: bool
+    (N,), samples on which no head is fitted. The folds are stratified by label, and samples of the same content are in one fold. A sample
+    has no prediction if one of its labels occurs in its fold alone.
     """
     groups = groups_of(contents)
     folds = min(FOLDS, len(groups))

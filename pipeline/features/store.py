@@ -159,7 +159,7 @@ class FeatureStore:
 
 
 def write_vectors(folder: Path, keys: Sequence[Key], samples: Sequence[StoredSample], vectors: np.ndarray) -> None:
-    """Write one shard. folder: of the model; vectors: float (N, D). ValueError for values that float16 cannot hold."""
+    """Write one shard. folder: the folder of the model; vectors: float (N, D). ValueError for values that float16 cannot hold."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -23,6 +23,7 @@ from refract.pipeline.features.store import FeatureStore, Key
 from refract.pipeline.training.callbacks.stopping import stop_requests
 
 if TYPE_CHECKING:
+    from refract.pipeline.tracking.tracker import Tracker
     from refract.pipeline.training.fit import Assembly
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class EmbeddedFit:
     """A head that was fitted on embeddings.
 
     history: its metrics, as those of one epoch; choice: its setting, see `refract.pipeline.features.heads`; samples: the training and
-    validation samples; keys: of their embeddings in `store`; device: of the training.
+    validation samples; keys: of their embeddings in `store`; device: the device of the training.
     """
 
     history: list[dict[str, float]]
@@ -47,7 +48,9 @@ class EmbeddedFit:
     device: str
 
 
-def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: Any) -> EmbeddedFit:
+def fit_on_embeddings(
+    assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: "Tracker | None"
+) -> EmbeddedFit:
     """Fit the head by `model.mode`, and track its metrics as those of one epoch. Arguments and errors: see `fitted_head`."""
     fit = fitted_head(assembly, assembly.config.model.mode, network, run_dir)
     if tracker is not None:
@@ -126,7 +129,7 @@ def _named(metrics: dict[str, float], monitor: str) -> dict[str, float]:
 
 
 def install_head(network: nn.Module, head: nn.Module, name: str) -> None:
-    """Give the network the fitted head, in place. name: of the network. ConfigError if its last layer is of another kind."""
+    """Give the network the fitted head, in place. name: the name of the network. ConfigError if its last layer is of another kind."""
     old = called_head(network)
     if isinstance(old, nn.Conv2d) and isinstance(head, nn.Linear) and _is_linear(old):
         with torch.no_grad():
@@ -149,7 +152,7 @@ def _is_linear(layer: nn.Module) -> bool:
     return (pointwise or type(layer) is nn.Linear) and {*layer.state_dict()} == {"weight", "bias"}
 
 
-def _check(classifier: Any, head: nn.Module, assembly: "Assembly", samples: Sequence[Sample]) -> None:
+def _check(classifier: Classifier, head: nn.Module, assembly: "Assembly", samples: Sequence[Sample]) -> None:
     """Raise ConfigError if the network does more after its head, so that the fitted head would predict something else."""
     pixels = np.stack([assembly.data.preprocess(sample.read()) for sample in samples])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(assembly.device)
@@ -171,8 +174,8 @@ def _agree(logits: Tensor, expected: Tensor) -> bool:
 def why_not_fitted(classifier: Classifier, size: tuple[int, int]) -> str | None:
     """Return why a linear layer that is fitted on embeddings cannot be the head, as the end of a sentence on the network, None if it can.
 
-    classifier: for images alone, on the CPU; it is left as it was. size: of the images. A new head has zeros, so the check gives it random
-    weights: they show what follows the head.
+    classifier: for images alone, on the CPU; it is left as it was. size: the size of the images. A new head has zeros, so the check gives
+    it random weights: they show what follows the head.
     """
     head, training = called_head(classifier.network), classifier.training
     if not _is_linear(head):

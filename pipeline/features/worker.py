@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """An embedding to compute. path: of the sample, for messages."""
+    """An embedding to compute. path: the path of the sample, for messages."""
 
     path: str
     key: Key
@@ -54,8 +54,8 @@ class Done(NamedTuple):
 class Job:
     """The job of an embedder.
 
-    model: pickled by `pickled`, empty for an embedder in the same process; folder: of the model in the store; threads: for the network, and
-    as many for decoding.
+    model: pickled by `pickled`, empty for an embedder in the same process; folder: the folder of the model in the store; threads: for the
+    network, and as many for decoding.
     """
 
     model: bytes = field(repr=False)

@@ -118,7 +118,7 @@ def _scored(computed: np.ndarray, embedding: torch.Tensor | None, familiarity: F
 def problem_of(outcome: Scored | Exception, reads: Collection[str], has_image: bool, text: str) -> str | None:
     """Return the reason why a sample has no prediction, None if it has one.
 
-    outcome: of `score_outputs`; reads: the inputs of the network, images, texts or both; has_image, text: of the sample.
+    outcome: of `score_outputs`; reads: the inputs of the network, images, texts or both; has_image, text: the values of the sample.
     """
     has_text = bool(trimmed(text))
     if not has_image and not has_text:

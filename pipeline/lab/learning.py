@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from refract.augment import Augmenter
 from refract.augment.executors import torch_batch
 from refract.models.registry import build
-from refract.pipeline.lab import Experiment, Outcome
+from refract.pipeline.lab.experiment import Experiment, Outcome
 from refract.pipeline.lab.small import accuracy, centred, digits, train
 
 FEW, TRIALS = 500, 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from refract.models.layers.initialisation import initialise
 from refract.models.registry import build
 from refract.models.training.objective import classification_loss
-from refract.pipeline.lab import Experiment, Outcome
+from refract.pipeline.lab.experiment import Experiment, Outcome
 from refract.pipeline.lab.small import accuracy, centred, digits, train
 
 GATES = {"and": [0, 0, 0, 1], "or": [0, 1, 1, 1], "xor": [0, 1, 1, 0]}

@@ -29,9 +29,9 @@ Names = tuple[str, ...]
 class AppliedLabels:
     """What decisions changed in a data set, in images; copies of an image count once.
 
-    contents: of the images with an applied decision; digest: SHA-256 of these decisions, independent of reviewers, times and paths;
-    corrected: (labels before, labels now) → images; not_applied: one line for each decision without its image; conflicts: images with
-    conflicting decisions.
+    contents: the contents of the images with an applied decision; digest: SHA-256 of these decisions, independent of reviewers, times and
+    paths; corrected: (labels before, labels now) → images; not_applied: one line for each decision without its image; conflicts: images
+    with conflicting decisions.
     """
 
     contents: frozenset[str]

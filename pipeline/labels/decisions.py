@@ -35,8 +35,8 @@ class Decision:
 
     content: SHA-256 of the image's bytes in hexadecimal, which identifies the image; path: where the image was, relative to the folder of
     the database or absolute; labels: all labels of the image for the actions in LABELLING, else empty; reviewer: name of the person or
-    program; reason: free text; origin: where the decision comes from, such as review, import, feedback; time: of the decision, with a
-    time zone, None for now.
+    program; reason: free text; origin: where the decision comes from, such as review, import, feedback; time: the time of the decision,
+    with a time zone, None for now.
 
     seen: ID of the newest record of this image that the reviewer knew, None for no record. Two reviewers who decide differently, one
     without having seen the other's decision, are in conflict.

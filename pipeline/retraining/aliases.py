@@ -13,10 +13,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.errors import InputError
 from refract.models.credentials import masked
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +57,13 @@ class RolledBack(PromotionError):
     """The version was champion, and a user rolled it back."""
 
 
-def aliases(client: Any, name: str) -> dict[str, str]:
+def aliases(client: "MlflowClient", name: str) -> dict[str, str]:
     """Return alias → version, as text. PromotionError if the model is not registered."""
     return {alias: str(version) for alias, version in _model(client, name).aliases.items()}
 
 
 def promote(
-    client: Any, name: str, version: str, *, instead_of: str | None, why: str = "", by_hand: bool = False
+    client: "MlflowClient", name: str, version: str, *, instead_of: str | None, why: str = "", by_hand: bool = False
 ) -> None:
     """Make the version champion. For the present champion only the reason changes.
 
@@ -88,7 +91,7 @@ def promote(
         client.set_registered_model_tag(name, LAST, version)
 
 
-def name_version(client: Any, name: str, version: str, *, first: str) -> dict[str, str]:
+def name_version(client: "MlflowClient", name: str, version: str, *, first: str) -> dict[str, str]:
     """Give a version that a training registered its alias. Repeating the call changes nothing.
 
     first: the alias of the model's first version. With `champion`, the first version becomes champion unless a champion is or was named.
@@ -116,7 +119,7 @@ def name_version(client: Any, name: str, version: str, *, first: str) -> dict[st
     return {key: value for key, value in (("alias", alias), ("champion", champion)) if value is not None}
 
 
-def _first_without_alias(client: Any, name: str, version: str) -> str | None:
+def _first_without_alias(client: "MlflowClient", name: str, version: str) -> str | None:
     """Return the model's first version if it must become champion: it is `version`, or its process died before it set the alias."""
     model = _model(client, name)
     if CHAMPION in model.aliases:
@@ -130,7 +133,7 @@ def _first_without_alias(client: Any, name: str, version: str) -> str | None:
     return lowest if wanted == CHAMPION else None
 
 
-def _set_challenger(client: Any, name: str, version: str) -> None:
+def _set_challenger(client: "MlflowClient", name: str, version: str) -> None:
     """Set the alias. If two processes set a new alias at once, the database rejects one of them, and its retry replaces the alias."""
     from mlflow.exceptions import MlflowException
 
@@ -143,7 +146,7 @@ def _set_challenger(client: Any, name: str, version: str) -> None:
                 raise
 
 
-def _lowest(client: Any, name: str) -> str:
+def _lowest(client: "MlflowClient", name: str) -> str:
     """Return the lowest version number of the model."""
     return str(min(int(version.version) for version in client.search_model_versions(of_model(name))))
 
@@ -154,7 +157,7 @@ def of_model(name: str) -> str:
     return f"name = {quote}{name}{quote}"
 
 
-def way_back(client: Any, name: str) -> tuple[str, str]:
+def way_back(client: "MlflowClient", name: str) -> tuple[str, str]:
     """Return (the champion, the version that `rollback` restores). PromotionError if there is none."""
     now = aliases(client, name)
     champion, previous = now.get(CHAMPION), now.get(PREVIOUS)
@@ -163,7 +166,7 @@ def way_back(client: Any, name: str) -> tuple[str, str]:
     return champion, previous
 
 
-def rollback(client: Any, name: str, *, expected: tuple[str, str] | None = None) -> tuple[str, str]:
+def rollback(client: "MlflowClient", name: str, *, expected: tuple[str, str] | None = None) -> tuple[str, str]:
     """Swap champion and previous version. Returns (the restored champion, the replaced one).
 
     expected: the result of `way_back`; PromotionError if the aliases have changed since.
@@ -181,7 +184,7 @@ def rollback(client: Any, name: str, *, expected: tuple[str, str] | None = None)
         return previous, champion
 
 
-def _check_user_decisions(client: Any, name: str, version: str, champion: str | None) -> None:
+def _check_user_decisions(client: "MlflowClient", name: str, version: str, champion: str | None) -> None:
     """Raise RolledBack for a version that a user rolled back, and PromotionError if the last champion's alias was deleted."""
     by_hand = f"`refract promote {name} {version}`"
     if since := version_tags(client, name, version).get("rolled_back"):
@@ -195,7 +198,7 @@ def _check_user_decisions(client: Any, name: str, version: str, champion: str | 
         )
 
 
-def _move(client: Any, name: str, champion: str | None, version: str, held: Callable[[], bool]) -> None:
+def _move(client: "MlflowClient", name: str, champion: str | None, version: str, held: Callable[[], bool]) -> None:
     """Set the champion. PromotionError if another process has set it meanwhile."""
     still_held = held()
     now = aliases(client, name).get(CHAMPION)
@@ -210,7 +213,7 @@ def _move(client: Any, name: str, champion: str | None, version: str, held: Call
     )
 
 
-def _model(client: Any, name: str) -> Any:
+def _model(client: "MlflowClient", name: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -224,7 +227,7 @@ def _model(client: Any, name: str) -> Any:
 
 
 @contextmanager
-def _alone(client: Any, name: str) -> Iterator[Callable[[], bool]]:
+def _alone(client: "MlflowClient", name: str) -> Iterator[Callable[[], bool]]:
     """Hold the lock; yields a function that checks whether this process still holds it. Busy as `promote`."""
     lock, holder = f"{name}.promoting", f"{platform.node()} {os.getpid()} {uuid.uuid4().hex}"
 
@@ -239,7 +242,7 @@ def _alone(client: Any, name: str) -> Iterator[Callable[[], bool]]:
             _remove(client, lock)
 
 
-def _take(client: Any, lock: str, own_holder: str) -> None:
+def _take(client: "MlflowClient", lock: str, own_holder: str) -> None:
     """Create the lock, once it is free or was left by a dead process."""
     start = since = time.monotonic()
     seen, removed = None, False
@@ -267,7 +270,7 @@ def _take(client: Any, lock: str, own_holder: str) -> None:
             _take(client, lock, own_holder)
 
 
-def _create(client: Any, lock: str, holder: str) -> bool:
+def _create(client: "MlflowClient", lock: str, holder: str) -> bool:
     """Create the lock; False if it exists."""
     from mlflow.exceptions import MlflowException
 
@@ -281,7 +284,7 @@ def _create(client: Any, lock: str, holder: str) -> bool:
     return True
 
 
-def _holder(client: Any, lock: str) -> str | None:
+def _holder(client: "MlflowClient", lock: str) -> str | None:
     """Return the holder of the lock; None if the lock is free."""
     from mlflow.exceptions import MlflowException
 
@@ -308,7 +311,7 @@ def _dead(holder: str) -> bool:
     return False
 
 
-def _remove(client: Any, lock: str) -> None:
+def _remove(client: "MlflowClient", lock: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -318,7 +321,7 @@ def _remove(client: Any, lock: str) -> None:
             raise
 
 
-def _tag(client: Any, name: str, version: str, tags: dict[str, str]) -> None:
+def _tag(client: "MlflowClient", name: str, version: str, tags: dict[str, str]) -> None:
     """Set tags of a version. PromotionError if the version does not exist."""
     from mlflow.exceptions import MlflowException
 
@@ -344,7 +347,7 @@ def _reason(why: str) -> dict[str, str]:
     return {"promotion.why": why} if why.strip() else {}
 
 
-def version_tags(client: Any, name: str, version: str) -> dict[str, str]:
+def version_tags(client: "MlflowClient", name: str, version: str) -> dict[str, str]:
     """Return the tags of a version. PromotionError if the version does not exist."""
     from mlflow.exceptions import MlflowException
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.config.config import Config
@@ -19,6 +19,9 @@ from refract.pipeline.retraining.workspace import Workspace
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
 from refract.pipeline.training.build import reads
 from refract.progress import tracked
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 SPLITS = "splits.csv"
 
@@ -44,13 +47,13 @@ class ChampionData:
         return overlap
 
 
-def champion_data(config: Config, client: Any, version: str) -> ChampionData | None:
+def champion_data(config: Config, client: "MlflowClient", version: str) -> ChampionData | None:
     """Read the sample list of a registered version's run; None if MLflow has no such list."""
     rows = _listed(config, client, version)
     return None if rows is None else _known(config, rows)
 
 
-def champion_splits(config: Config, client: Any, version: str) -> dict[str, str] | None:
+def champion_splits(config: Config, client: "MlflowClient", version: str) -> dict[str, str] | None:
     """Return content → split of a registered version's training and validation samples; None if MLflow has no list of them."""
     rows = _listed(config, client, version)
     if rows is None:
@@ -60,7 +63,7 @@ def champion_splits(config: Config, client: Any, version: str) -> dict[str, str]
     return dict(sorted(known, key=lambda entry: entry[1], reverse=True))  # `train` comes last, and replaces `val`
 
 
-def _listed(config: Config, client: Any, version: str) -> "list[_Row] | None":
+def _listed(config: Config, client: "MlflowClient", version: str) -> "list[_Row] | None":
     """Read the sample list of a version's run; None if MLflow has no such list."""
     from mlflow.exceptions import MlflowException
 
@@ -98,7 +101,7 @@ class _Row(NamedTuple):
     split: str
 
 
-def _rows(client: Any, run: str) -> list[_Row]:
+def _rows(client: "MlflowClient", run: str) -> list[_Row]:
     import pandas as pd
     from mlflow.artifacts import download_artifacts
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
@@ -17,7 +17,7 @@ from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.label_checks import label_changes, level_of, moved_by_decisions
 from refract.pipeline.retraining.registry import download, registry_of
 from refract.pipeline.retraining.snapshot import FILES, Snapshot, known_contents
-from refract.pipeline.retraining.workspace import Workspace, read
+from refract.pipeline.retraining.workspace import Check, CheckedDrift, Workspace, read
 from refract.pipeline.training.build import reads
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
     return total
 
 
-def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> dict[str, Any]:
+def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> Check:
     """Report known content whose label changed since the last accepted run: `level` (none, warn or stop), `summary`, and numbers.
 
     From level warn on, `folder` gets `relabelled.csv`, the list of all such samples, and the record names it as `file`.
@@ -77,12 +77,12 @@ def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path
     if record["level"] == "none":
         return record
     changes.write(folder / RELABELLED)
-    return record | {"file": str(folder / RELABELLED)}
+    return {**record, "file": str(folder / RELABELLED)}
 
 
 def compared_with_champion(
     config: Config, now: Snapshot, workspace: Workspace, folder: Path
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+) -> tuple[Check | None, Check | None]:
     """Compare the samples that are new since the champion's snapshot with the champion.
 
     Returns (their drift from the champion's reference, the champion's disagreement with their labels). Each has `level` (none, warn or
@@ -118,7 +118,7 @@ def compared_with_champion(
         return new_drift.drift, labels and lowered_if_drifted(labels, new_drift.drift)
 
 
-def _neither(enabled: tuple[bool, bool], why: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _neither(enabled: tuple[bool, bool], why: str) -> tuple[Check | None, Check | None]:
     drift, labels = enabled
     return _drift_not_compared(why) if drift else None, _labels_not_compared(why) if labels else None
 
@@ -129,7 +129,7 @@ def _by_label(config: Config) -> Threshold:
 
 def disagreed(
     bundle: "Bundle", now: Snapshot, new: "New", profiled: "ProfiledSamples | None", threshold: Threshold
-) -> dict[str, Any]:
+) -> Check:
     """Report the champion's disagreement with the new labels, as in `compared_with_champion`.
 
     profiled: the champion's predictions if the drift check computed them.
@@ -148,16 +148,16 @@ def disagreed(
     return result.record(threshold)
 
 
-def lowered_if_drifted(disagreement: dict[str, Any], drift: Mapping[str, Any] | None) -> dict[str, Any]:
+def lowered_if_drifted(disagreement: Check, drift: Check | None) -> Check:
     """Lower the disagreement to a warning if the images' features drifted, as the champion cannot judge labels of unfamiliar images."""
-    features = (drift or {}).get("checks", {}).get("features", {"level": "none"})
-    if disagreement["level"] != "stop" or features["level"] == "none":
+    features = None if drift is None else drift.get("checks", {}).get("features")
+    if disagreement["level"] != "stop" or features is None or features["level"] == "none":
         return disagreement
     reason = "; a warning only, as the images drifted"
     return {**disagreement, "level": "warn", "summary": disagreement["summary"] + reason}
 
 
-def _labels_not_compared(why: str) -> dict[str, Any]:
+def _labels_not_compared(why: str) -> Check:
     return {"level": "none", "summary": f"new labels not compared with the champion: {why}"}
 
 
@@ -205,7 +205,7 @@ def new_samples(now: Snapshot, before: Path | None, champion: ChampionData | Non
 class NewDrift(NamedTuple):
     """drift: as in `compared_with_champion`; profiled: the new samples with the bundle's predictions, None if it has not predicted them."""
 
-    drift: dict[str, Any] | None
+    drift: Check | None
     profiled: "ProfiledSamples | None"
 
 
@@ -219,7 +219,7 @@ def drift_of_new(
     rows = [(sample, labels) for sample, labels in new.of_images if known.issuperset(labels)]
     new_classes = sorted({label for _, labels in new.of_images for label in labels} - known)
     fraction = 1 - len(rows) / len(new.of_images)
-    checks = {}
+    checks: dict[str, CheckedDrift] = {}
     if new_classes:
         checks["new classes"] = {"effect": fraction, "level": level_of(fraction, thresholds["new classes"])}
     if len(rows) < FEWEST:
@@ -239,25 +239,28 @@ def drift_of_new(
     except DataError as error:
         return NewDrift(_drift_not_compared(str(error), checks, stops=stops), None)
     measured.report.write(folder / "drift")
-    checks = {check.name: {"effect": check.effect, "level": check.level} for check in measured.drift.checks} | checks
+    drifts: dict[str, CheckedDrift] = {
+        check.name: {"effect": check.effect, "level": check.level} for check in measured.drift.checks
+    }
+    checks = drifts | checks
     without = f", without those of {', '.join(new_classes)}" if new_classes else ""
     summary = f"{_words(checks, stops) or 'none'}, of {new.text()}{without}"
     return NewDrift({"level": _worst(checks), "summary": summary, "checks": checks}, measured.profiled)
 
 
-def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
+def _worst(checks: Mapping[str, CheckedDrift]) -> str:
     return max((check["level"] for check in checks.values()), key=LEVELS.index, default="none")
 
 
-def _words(checks: Mapping[str, Mapping[str, Any]], stops: bool) -> str:
+def _words(checks: Mapping[str, CheckedDrift], stops: bool) -> str:
     words = {"warn": "warn", "stop": "stop" if stops else "large, reported only"}
     raised = [(name, check) for name, check in checks.items() if check["level"] != "none"]
     return ", ".join(f"{name} {check['effect']:.3f} ({words[check['level']]})" for name, check in raised)
 
 
 def _drift_not_compared(
-    why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), *, stops: bool = True
-) -> dict[str, Any]:
+    why: str, checks: Mapping[str, CheckedDrift] = MappingProxyType({}), *, stops: bool = True
+) -> Check:
     summary = "; ".join(filter(None, (_words(checks, stops), f"not compared: {why}")))
     return {"level": _worst(checks) if checks else "none", "summary": summary, "checks": dict(checks)}
 

@@ -60,7 +60,7 @@ class Corrections:
 @dataclass(frozen=True)
 class Version:
     """A version that took effect. number: from 1 on; digest: SHA-256 of content and labels; decision: the last one of the label history
-    that it takes in, 0 without one; corrections: of the frozen labels, in words."""
+    that it takes in, 0 without one; corrections: the corrections of the frozen labels, in words."""
 
     number: int
     digest: str

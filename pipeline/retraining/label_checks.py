@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from refract.pipeline.drift.new_data import NewData
 from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
 from refract.pipeline.files import write_atomically
 from refract.pipeline.retraining.snapshot import FILES, Snapshot, decided_contents
-from refract.pipeline.retraining.workspace import read
+from refract.pipeline.retraining.workspace import Check, read
 
 if TYPE_CHECKING:
     from refract.models.bundle.bundle import Bundle
@@ -56,13 +56,18 @@ class LabelChanges:
             return f"none of {self.known:,} known samples changed label{decided}"
         return f"{self.changed:,} of {self.known:,} known samples changed label: {listed(self.kinds)}{decided}"
 
-    def record(self, threshold: Threshold) -> dict[str, Any]:
+    def record(self, threshold: Threshold) -> Check:
         """Return the entry of the run's record: `level`, `summary`, and numbers."""
-        numbers = {"known": self.known, "changed": self.changed, "kinds": dict(Counter(self.kinds).most_common(100))}
-        return {"level": level_of(self.fraction, threshold), "summary": self.text(), **numbers}
+        return {
+            "level": level_of(self.fraction, threshold),
+            "summary": self.text(),
+            "known": self.known,
+            "changed": self.changed,
+            "kinds": dict(Counter(self.kinds).most_common(100)),
+        }
 
     def write(self, file: Path) -> None:
-        """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError as usual."""
+        """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError if that fails."""
         with_texts = any(sample.text for sample, _, _ in self.rows)
         table = io.StringIO(newline="")
         writer = csv.writer(table, quoting=csv.QUOTE_ALL)
@@ -107,12 +112,20 @@ class Disagreement:
         kinds = f": {listed(self.kinds)}" if self.wrong else ""
         return f"the champion disagrees with {numbers}{kinds}"
 
-    def record(self, threshold: Threshold) -> dict[str, Any]:
+    def record(self, threshold: Threshold) -> Check:
         """Return the entry as `LabelChanges.record`. The level is raised only by an excess that is both large and improbable."""
         level = level_of(self.excess, threshold) if self.p <= ALPHA else "none"
-        numbers = {"count": self.count, "wrong": self.wrong, "held": self.held, "held_wrong": self.held_wrong}
-        kinds = dict(Counter(self.kinds).most_common(100))
-        return {"level": level, "summary": self.text(), **numbers, "doubt": self.doubt, "p": self.p, "kinds": kinds}
+        return {
+            "level": level,
+            "summary": self.text(),
+            "count": self.count,
+            "wrong": self.wrong,
+            "held": self.held,
+            "held_wrong": self.held_wrong,
+            "doubt": self.doubt,
+            "p": self.p,
+            "kinds": dict(Counter(self.kinds).most_common(100)),
+        }
 
 
 def level_of(effect: float, threshold: Threshold) -> str:

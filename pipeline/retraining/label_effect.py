@@ -21,7 +21,7 @@ Effect = dict[str, Any]
 def train_without(folder: Path, config: Config, record: Record, taken: Snapshot) -> Effect | None:
     """Train the config on the data without the corrections since the champion, in a run that is not registered.
 
-    config: of the training with the corrections. Returns None if `retrain.effect_of_labels` is off, or without a label history.
+    config: the config of the training with the corrections. Returns None if `retrain.effect_of_labels` is off, or without a label history.
     """
     corrections = record.get("corrections")
     if not config.retrain.effect_of_labels or corrections is None:

@@ -33,7 +33,7 @@ def outbox(config: Config) -> Outbox | None:
 def notify(folder: Path, config: Config, record: Record, outcome: int, why: str) -> None:
     """Store the event of a run in the outbox and try to deliver all that wait. Errors are logged: no webhook fails a run.
 
-    outcome: an exit code; folder: of the run. A step that is repeated after a kill stores the same ID again.
+    outcome: an exit code; folder: the folder of the run. A step that is repeated after a kill stores the same ID again.
     """
     try:
         box = outbox(config)

@@ -1,7 +1,7 @@
 """Whether challenger or champion was trained on the holdout that the gate compares them on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import Sample
@@ -11,9 +11,17 @@ from refract.pipeline.retraining.gate import Line
 from refract.pipeline.retraining.snapshot import known_contents
 from refract.pipeline.retraining.workspace import Workspace
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 
 def holdout_line(
-    config: Config, workspace: Workspace, snapshot: str, held: Sequence[Sample], client: Any, champion: str | None
+    config: Config,
+    workspace: Workspace,
+    snapshot: str,
+    held: Sequence[Sample],
+    client: "MlflowClient",
+    champion: str | None,
 ) -> Line:
     """Build the gate's line on samples of the holdout that a model was trained on.
 
@@ -41,7 +49,7 @@ def trained_on(workspace: Workspace, digest: str | None, held: Sequence[Sample])
 
 
 def _champion_trained_on(
-    config: Config, workspace: Workspace, held: Sequence[Sample], client: Any, champion: str
+    config: Config, workspace: Workspace, held: Sequence[Sample], client: "MlflowClient", champion: str
 ) -> frozenset[str] | None:
     """Use the champion's snapshot if it is in the workspace, else the splits of its run."""
     tags = client.get_model_version(str(config.tracking.model_name), champion).tags

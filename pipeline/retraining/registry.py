@@ -7,6 +7,8 @@ from refract.pipeline.config.config import Config
 from refract.pipeline.tracking.address import absolute, tracking_uri, with_credentials
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from refract.pipeline.tracking.model_card import ModelFacts
 
 
@@ -32,7 +34,7 @@ def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
         return client, name, {}
 
 
-def download(client: Any, name: str, version: str, folder: Path) -> Path:
+def download(client: "MlflowClient", name: str, version: str, folder: Path) -> Path:
     """Download the bundle of a registered version to the folder, and return its path."""
     import mlflow
 
@@ -40,7 +42,7 @@ def download(client: Any, name: str, version: str, folder: Path) -> Path:
     return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=client.tracking_uri))
 
 
-def add_gate(client: Any, name: str, version: str, facts: "ModelFacts") -> None:
+def add_gate(client: "MlflowClient", name: str, version: str, facts: "ModelFacts") -> None:
     """Add the gate's result to a version's description, in place of an earlier one. What users added before it stays."""
     from refract.pipeline.tracking.model_card import version_description, with_gate
 

@@ -6,12 +6,12 @@ A step that was killed is repeated, and finds what it did before.
 import logging
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refract.errors import ServiceError
 from refract.models.credentials import masked
@@ -381,7 +381,7 @@ def _ends(outcome: Outcome, why: str) -> Record:
     return {"ends": int(outcome), "why": why}
 
 
-def _failed(verdict: Check) -> str:
+def _failed(verdict: Mapping[str, Any]) -> str:
     """Name the checks that the version failed, and the holdout size that would decide those that this holdout cannot."""
     from refract.pipeline.retraining.holdout_size import rounded
 

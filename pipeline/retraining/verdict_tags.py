@@ -14,7 +14,7 @@ def store_verdict(
 ) -> None:
     """Tag the version with each line of the verdict and with its result, the last. effect: of corrections, empty if not measured.
 
-    MlflowException as usual.
+    MlflowException if MLflow refuses.
     """
     tags = {f"gate.{_key(line.name)}": f"{_word(line.passed)}: {line.summary}" for line in verdict.lines}
     if effect:

@@ -26,8 +26,35 @@ FORMER_SUMMARY = "told"
 FORMER_SKIPPED = "left_out"
 """Former key of `skipped` in the snapshot of a record: the number of unreadable images."""
 
-Check = dict[str, Any]
-"""The result of a check as JSON: `level` (none, warn, stop), `summary` (a sentence), and details."""
+
+class Check(TypedDict, total=False):
+    """The result of a check of the data as JSON.
+
+    level: none, warn or stop; summary: a sentence; file: the list of the samples. checks: each measured drift, as `effect` and `level`.
+    known, changed: known samples, and those whose label changed. count, wrong, held, held_wrong, doubt, p: see
+    `label_checks.Disagreement`. kinds: `from → to` of a label → number of samples, the most frequent.
+    """
+
+    level: str
+    summary: str
+    file: str
+    checks: dict[str, "CheckedDrift"]
+    known: int
+    changed: int
+    count: int
+    wrong: int
+    held: int
+    held_wrong: int
+    doubt: float
+    p: float
+    kinds: dict[str, int]
+
+
+class CheckedDrift(TypedDict):
+    """The effect of one kind of drift, and its level."""
+
+    effect: float
+    level: str
 
 
 class Record(TypedDict, total=False):
@@ -160,12 +187,12 @@ def read_run(folder: Path) -> Record:
 
 
 def write_run(folder: Path, record: Record) -> None:
-    """Write the record of a retraining run. OSError as usual."""
+    """Write the record of a retraining run. OSError if that fails."""
     write(folder / RUN_RECORD, record)
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace the file by a JSON object. OSError as usual."""
+    """Replace the file by a JSON object. OSError if that fails."""
     write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 

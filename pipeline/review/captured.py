@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class CapturedImage(NamedTuple):
-    """file: of the image."""
+    """file: the image file."""
 
     file: Path
     captured: Captured

@@ -50,13 +50,13 @@ class ReviewData:
     - vectors: float32 (N, at most 512), of length 1
     - targets: bool (M, C)
     - out_of_fold: float32 (M, C), probabilities by models that were not trained on the item, NaN rows where unknown
-    - predicted: of the new items
+    - predicted: the predictions for the new items
     - contradictory: item → a sentence on its copies, which have different labels
     - alike: (item, item) of near-duplicates by their hashes, both in the data set
     - captured: of items that a server captured
     - champion: the bundle's predictions for items that it was not trained on; challenger: another bundle's predictions for the same items;
       None without these bundles
-    - hierarchy: of the classes, None without one
+    - hierarchy: the hierarchy of the classes, None without one
     """
 
     items: tuple[Item, ...]

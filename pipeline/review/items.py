@@ -18,9 +18,9 @@ class Item:
     """One image under review.
 
     index: its number in the session; content: SHA-256 of its bytes, in hexadecimal; sample: where its bytes are; path: for a decision, see
-    `LabelHistory.relative`; labels: its labels when the review started, empty for an unlabelled image; split: of the data, empty for an
-    image that is not in it; predictions: the most probable labels first; familiarity: 0…1, None if unknown;
-    before_audit: its labels in the source if a decision of the audit applies, else None.
+    `LabelHistory.relative`; labels: its labels when the review started, empty for an unlabelled image; split: the split of the data, empty
+    for an image that is not in it; predictions: the most probable labels first; familiarity: 0…1, None if unknown; before_audit: its labels
+    in the source if a decision of the audit applies, else None.
     """
 
     index: int

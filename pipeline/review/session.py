@@ -51,7 +51,7 @@ class ReviewSession:
         self, title: str, data: ReviewData, decisions: Decisions, *, heat_maps: HeatMaps | None = None,
         collected: Path | None = None,
     ) -> None:  # fmt: skip
-        """title: of the page; collected: folder to which added images are copied that a server captured, as its quota deletes them."""
+        """title: the title of the page; collected: folder for copies of added images that a server captured, as its quota deletes them."""
         self.title, self._data, self._decisions, self._heat_maps = title, data, decisions, heat_maps
         self.items: Sequence[Item] = data.items
         self.multilabel = data.multilabel

@@ -1,13 +1,11 @@
 """What a review's page reads, as JSON: items of a queue, the state of an item, and the measurements of the session."""
 
-from typing import Any
-
 from refract.pipeline.labels.decisions import Record
 from refract.pipeline.review.items import Entry, Item, Queue
 from refract.pipeline.review.session import Decided, ItemState, ReviewSession
 
 
-def session_view(session: ReviewSession, reviewer: str, *, fixed: bool) -> dict[str, Any]:
+def session_view(session: ReviewSession, reviewer: str, *, fixed: bool) -> dict[str, object]:
     """Describe the session for a reviewer. fixed: whether an API key decides the reviewer's name."""
     audit, agreement = session.audit(), session.agreement()
     return {
@@ -22,7 +20,7 @@ def session_view(session: ReviewSession, reviewer: str, *, fixed: bool) -> dict[
     }
 
 
-def _queue_view(session: ReviewSession, queue: Queue, reviewer: str) -> dict[str, Any]:
+def _queue_view(session: ReviewSession, queue: Queue, reviewer: str) -> dict[str, object]:
     count = session.open_count(queue.name, reviewer)
     return {
         "name": queue.name,
@@ -33,7 +31,7 @@ def _queue_view(session: ReviewSession, queue: Queue, reviewer: str) -> dict[str
     }
 
 
-def entry_view(session: ReviewSession, entry: Entry, queue: str) -> dict[str, Any]:
+def entry_view(session: ReviewSession, entry: Entry, queue: str) -> dict[str, object]:
     """Describe an entry of a queue and its item."""
     related = None if entry.related is None else brief_view(session.items[entry.related])
     view = item_view(session, session.items[entry.item])
@@ -45,7 +43,7 @@ def entry_view(session: ReviewSession, entry: Entry, queue: str) -> dict[str, An
     }
 
 
-def item_view(session: ReviewSession, item: Item) -> dict[str, Any]:
+def item_view(session: ReviewSession, item: Item) -> dict[str, object]:
     """Describe an item and the decision that applies to it."""
     return brief_view(item) | {
         "in_data": session.in_data(item.index),
@@ -56,12 +54,12 @@ def item_view(session: ReviewSession, item: Item) -> dict[str, Any]:
     }
 
 
-def brief_view(item: Item) -> dict[str, Any]:
+def brief_view(item: Item) -> dict[str, object]:
     """Describe an item that is shown next to another."""
     return {"index": item.index, "path": item.path, "labels": list(item.labels), "split": item.split}
 
 
-def state_view(state: ItemState) -> dict[str, Any]:
+def state_view(state: ItemState) -> dict[str, object]:
     """Describe the decision that applies to an item, and those in conflict with it."""
     return {
         "applied": None if state.applied is None else _decision(state.applied),
@@ -70,11 +68,11 @@ def state_view(state: ItemState) -> dict[str, Any]:
     }
 
 
-def _decision(record: Record) -> dict[str, Any]:
+def _decision(record: Record) -> dict[str, object]:
     return {"record": record.id, "action": record.action, "labels": list(record.labels), "reviewer": record.reviewer}
 
 
-def decided_view(decided: Decided) -> dict[str, Any]:
+def decided_view(decided: Decided) -> dict[str, object]:
     """Describe an earlier decision of a reviewer."""
     return {
         "record": decided.record,

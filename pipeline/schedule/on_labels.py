@@ -13,7 +13,7 @@ from refract.pipeline.schedule.store import Reading
 
 @dataclass(frozen=True)
 class OnLabels:
-    """address: of the label history; least: number of changed images; last: file of the last retraining run's record, `last.json`."""
+    """address: the address of the label history; least: number of changed images; last: file of the last run's record, `last.json`."""
 
     address: str
     least: int

@@ -64,7 +64,7 @@ class Watch:
         reason = "; ".join(due)
         for last in self.store.runs(self.config, 1):
             earliest = last.began + timedelta(seconds=self.min_interval_s)
-            if last.began <= now < earliest:  # a start after now is of a clock that was set back
+            if last.began <= now < earliest:  # a start after now means that the clock was set back
                 log.info("a run is due (%s), but not before %s", reason, f"{earliest.astimezone(UTC):%H:%M:%S} UTC")
                 return None
         return reason

@@ -25,7 +25,7 @@ class Content:
     """Properties of the images.
 
     grey: nearly all images are grey; glyphs: nearly all images are strokes on a plain ground; swapped: two classes that a horizontal flip
-    exchanges, or None; decoded: number of images that were examined.
+    swaps, or None; decoded: number of images that were examined.
     """
 
     grey: bool
@@ -85,7 +85,7 @@ def _otsu(counts: np.ndarray) -> tuple[float, int]:
 
 
 def swapped_by_flip(luma: np.ndarray, labels: Sequence[str]) -> tuple[str, str] | None:
-    """Return two classes that a horizontal flip exchanges, such as left and right arrows, or None.
+    """Return two classes that a horizontal flip swaps, such as left and right arrows, or None.
 
     The classifier is the nearest class mean on thumbnails; an image is compared with means that exclude it. luma: float (N, H, W); labels:
     label of each image. Only classes with FEWEST_FLIPPED images or more are compared. Without a flip, at least 60 % of the images of both

@@ -1,4 +1,4 @@
-"""Classify the names of the classes: signs, or classes that a horizontal flip exchanges."""
+"""Classify the names of the classes: signs, or classes that a horizontal flip swaps."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _SIDES = (
     ("left", "right"), ("l", "r"), ("links", "rechts"), ("gauche", "droite"), ("izquierda", "derecha"), ("sinistra", "destra"),
     ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"), ("east", "west"),
 )  # fmt: skip
-"""Pairs of words that a horizontal flip exchanges."""
+"""Pairs of words that a horizontal flip swaps."""
 
 
 def are_signs(labels: Sequence[str]) -> bool:

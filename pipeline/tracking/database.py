@@ -11,7 +11,7 @@ from refract.pipeline.tracking.address import sqlite_path, sqlite_uri
 
 
 def make_database(uri: str) -> None:
-    """Create the SQLite file that the URI names, unless it exists. Other URIs are ignored. OSError as usual."""
+    """Create the SQLite file that the URI names, unless it exists. Other URIs are ignored. OSError if that fails."""
     path = sqlite_path(uri)
     if path is None or path.exists() or not path.parent.is_dir():
         return

@@ -47,7 +47,7 @@ class Journal:
         self.delivered["uri"] = uri
 
     def append(self, entry: Entry) -> None:
-        """Write the entry to disk. OSError as usual."""
+        """Write the entry to disk. OSError if that fails."""
         with self._lock, self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()

@@ -30,7 +30,7 @@ TRAINING_ONLY = ("python", "lightning")
 def write_model_files(bundle_folder: Path, folder: Path, run_id: str) -> dict[str, Any]:
     """Write `MLmodel`, the requirements and the input example of a bundle to an empty folder.
 
-    run_id: of the run whose artifact folder `bundle` has the bundle. Returns the model's description for the run's tag
+    run_id: the ID of the run whose artifact folder `bundle` has the bundle. Returns the model's description for the run's tag
     `mlflow.log-model.history`. BundleError for a damaged bundle, OSError for a folder that cannot be written.
     """
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # else MLflow copies the lock file of the current folder

@@ -62,8 +62,8 @@ class Gate:
 class ModelFacts:
     """What a run's folder says about its model.
 
-    digest: of the bundle; familiar: whether the bundle has training features; errors: whether the folder has a gallery of errors; report:
-    the content of `report.json`; labels: the label state, empty without a label history; gate: None before the gate.
+    digest: the digest of the bundle; familiar: whether the bundle has training features; errors: whether the folder has a gallery of
+    errors; report: the content of `report.json`; labels: the label state, empty without a label history; gate: None before the gate.
     """
 
     name: str
@@ -100,7 +100,7 @@ def label_state(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_card(run_dir: Path, facts: ModelFacts) -> Path:
-    """Write the model card to the run's folder and return its path. OSError as usual."""
+    """Write the model card to the run's folder and return its path. OSError if that fails."""
     write_atomically(run_dir / CARD, model_card(facts).encode())
     return run_dir / CARD
 

@@ -5,14 +5,18 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.models.credentials import masked
 from refract.pipeline.retraining.aliases import FIRST, name_version, of_model
 from refract.pipeline.tracking.address import artifact_folder, check_address, with_credentials
 from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Entry
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +44,27 @@ class Store:
         """ConfigError for an address that MLflow cannot use, or that lacks its credentials."""
         self.uri, self.run_dir = with_credentials(uri), run_dir
         check_address(self.uri)
-        self._client: Any = None
 
     @property
     def address(self) -> str:
         """The address without credentials, for messages."""
         return masked(self.uri)
 
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        from mlflow import MlflowClient
+
+        make_database(self.uri)
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
     def deliver(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
         """Send an entry and return the results to store. known: the results of earlier entries.
 
         Refused if the server rejects the entry; other exceptions of MLflow if the server is unreachable or the database busy.
         """
-        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        if self._client is None:
-            make_database(self.uri)
-            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        _ = self._client  # an error while it is created is not the server's response to the entry
         try:
             results: dict[str, Any] = getattr(self, f"_{entry['do']}")(entry, known) or {}
             return results

@@ -49,8 +49,8 @@ class AverageScorer:
     def __init__(
         self, classifier: Classifier, preprocess: Preprocess, manifest: Manifest, *, batch_size: int, seed: int
     ) -> None:
-        """classifier: of one of the runs, in eval mode, on the device; it gets the weights of each average. batch_size: of the training
-        images that recompute the statistics of batch norms."""
+        """classifier: the classifier of one of the runs, in eval mode, on the device; it gets the weights of each average. batch_size: the
+        batch size of the training images that recompute the statistics of batch norms."""
         self.classifier, self.preprocess, self.manifest = classifier, preprocess, manifest
         self.metric = "mean_average_precision" if manifest.task == "multilabel" else "accuracy"
         self.norms: tuple[str, ...] = ()

@@ -6,14 +6,22 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
+from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.ranks import Ranks, current_ranks, is_further_rank
 from refract.pipeline.training.source_model import SourceModel, source_model
 from refract.plugins import load
+
+if TYPE_CHECKING:
+    from refract.models.training.lightning_imports import Callback
+    from refract.models.training.lightning_module import ClassifierModule
+    from refract.pipeline.data.datamodule import ImageDataModule
+    from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +45,10 @@ class Assembly:
     """
 
     config: Config
-    manifest: Any
+    manifest: "Manifest"
     identity: dict[str, str]
-    module: Any
-    data: Any
+    module: "ClassifierModule"
+    data: "ImageDataModule"
     device: str
     precision: str
     ranks: Ranks
@@ -54,7 +62,7 @@ class Assembly:
 
 
 def assemble(
-    config: Config, prepared: tuple[Any, dict[str, str]] | None = None, *, source_digest: str | None = None
+    config: Config, prepared: "tuple[Manifest, dict[str, str]] | None" = None, *, source_digest: str | None = None
 ) -> Assembly:
     """Check and split the data, and build the classifier, its module and its batches.
 
@@ -125,7 +133,7 @@ def assemble(
     return Assembly(config, manifest, identity, module, data, device, precision, ranks, text, source)
 
 
-def _with_fitted_head(config: Config, module: Any, manifest: Any, asked: int | None) -> Config:
+def _with_fitted_head(config: Config, module: "ClassifierModule", manifest: "Manifest", asked: int | None) -> Config:
     """Return the config of a training that fits its head on embeddings, with an epoch of the head alone where that is impossible or slow.
 
     module: gets the same epoch; asked: `model.unfreeze_epochs` of the user. ConfigError if the user asked for a head that cannot be fitted.
@@ -154,14 +162,14 @@ def _with_fitted_head(config: Config, module: Any, manifest: Any, asked: int | N
 def fit(
     assembly: Assembly,
     run_dir: Path,
-    tracker: Any,
+    tracker: "Tracker | None",
     checkpoint: Path | None = None,
-    watchers: Sequence[Any] = (),
+    watchers: "Sequence[Callback]" = (),
 ) -> list[dict[str, float]]:
     """Train, load the weights of the epoch that `BestCheckpoint` keeps into the module, and return the metrics of each epoch.
 
-    checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C. A mode that only fits a head on
-    embeddings has no epochs, checkpoints or watched steps.
+    tracker: None sends no metrics; checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C. A mode
+    that only fits a head on embeddings has no epochs, checkpoints or watched steps.
     """
     if assembly.config.model.on_embeddings:
         from refract.pipeline.features.training import fit_on_embeddings
@@ -190,7 +198,7 @@ def fit(
     best = BestCheckpoint(folder, module.monitor, samples=len(assembly.manifest.of("val")), first_epoch=first)
     report = EpochReport(module.monitor, tracker)
     bars = [StepProgress()] if ranks.first else []
-    optional: list[Any] = list(watchers)
+    optional: list[Callback] = list(watchers)
     if config.trainer.ema or swa is not None:
         optional.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
     if config.trainer.patience is not None:
@@ -240,14 +248,7 @@ def _network_facts(assembly: Assembly) -> dict[str, Any]:
     }
 
 
-def network_record(config: Config) -> dict[str, Any]:
-    """Return the bundle's record of the image network."""
-    head = {} if config.model.head_name == "linear" else {"head": config.model.head_name}
-    size = list(config.data.sides())
-    return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
-
-
-def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
+def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: "list[Callback]", checkpoint: Path | None) -> None:
     from refract.models.allocator import release_freed_memory
     from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.manifest import DataError

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
-from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
+from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit
+from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
 from refract.plugins import provider
 from refract.progress import staged
@@ -37,9 +38,9 @@ History = list[dict[str, float]]
 class Result:
     """The result of a training.
 
-    run_dir: folder of the run; bundle: path of its bundle; metrics: on the test set; version: of the registered model, None without
-    registration; alias: of that version; champion: version of the model's champion at the registration; waiting: number of entries that
-    MLflow has not received; refused: MLflow's reason for refusing the registration.
+    run_dir: folder of the run; bundle: path of its bundle; metrics: on the test set; version: the version of the registered model, None
+    without registration; alias: the alias of that version; champion: version of the model's champion at the registration; waiting: number
+    of entries that MLflow has not received; refused: MLflow's reason for refusing the registration.
     """
 
     run_dir: Path
@@ -63,8 +64,8 @@ def train(
 ) -> Result | None:
     """Train from a config. Returns None in all ranks but rank 0.
 
-    name: of the run if the config names none; resume: the folder of the run to resume, which has this config; prepared: see `assemble`;
-    tags: further tags of the run in MLflow; registers: False leaves the registration of tracking.model_name to the caller.
+    name: the name of the run if the config names none; resume: the folder of the run to resume, which has this config; prepared: see
+    `assemble`; tags: further tags of the run in MLflow; registers: False leaves the registration of tracking.model_name to the caller.
 
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for causes that the user can
     fix, and Stopped after SIGTERM or Ctrl-C, when the run can resume.
@@ -126,7 +127,7 @@ def new_record(
     code: dict[str, str],
     hardware: dict[str, str],
 ) -> dict[str, Any]:
-    """Return the record of a run that starts now. fingerprint: of its data; the other arguments: see `train` and `provenance`."""
+    """Return the record of a run that starts now. fingerprint: the identity of its data; for the others see `train` and `provenance`."""
     return {
         "name": name,
         "runs_dir": config.trainer.runs_dir,
@@ -353,7 +354,7 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
 
 
 def _hierarchy(manifest: "Manifest", threshold: float | None) -> dict[str, Any] | None:
-    """Return the bundle's record of the class hierarchy. threshold: of its inner nodes."""
+    """Return the bundle's record of the class hierarchy. threshold: the threshold of its inner nodes."""
     return None if manifest.hierarchy is None else {"parents": dict(manifest.hierarchy.parents), "threshold": threshold}
 
 

@@ -59,8 +59,9 @@ class Member:
 class Soup:
     """The average of runs.
 
-    run_dir: its folder; members: the best first; metric: of the scores; score: of the average on the validation set; metrics: on the test
-    set; compared: metric of the difference; difference: of the average to the best run, on `count` test images.
+    run_dir: its folder; members: the best first; metric: the metric of the scores; score: the score of the average on the validation set;
+    metrics: on the test set; compared: metric of the difference; difference: the difference of the average to the best run, on `count` test
+    images.
     """
 
     run_dir: Path

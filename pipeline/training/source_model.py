@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from refract.pipeline.config.config import Config, ConfigError
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from refract.models.bundle.bundle import Bundle
 
 FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID"
@@ -56,7 +58,7 @@ def bundle_folder(weights: str) -> Path | None:
 def source_model(config: Config, digest: str | None = None) -> SourceModel | None:
     """Return the model that `model.weights` names, verified. None if it names other weights.
 
-    digest: of the bundle that a resumed run started from; its download is then used without MLflow.
+    digest: the digest of the bundle that a resumed run started from; its download is then used without MLflow.
     ConfigError if the model is unknown, has no bundle, is damaged, or has another digest; TrackingError if MLflow cannot be reached.
     """
     weights = config.model.weights
@@ -148,20 +150,20 @@ def _client(config: Config) -> Any:
     return client_of(uri)
 
 
-def _version(client: Any, registered: "re.Match[str]") -> str:
+def _version(client: "MlflowClient", registered: "re.Match[str]") -> str:
     name = registered["name"]
     if registered["alias"]:
         return str(client.get_model_version_by_alias(name, registered["alias"]).version)
     return str(client.get_model_version(name, str(int(registered["version"]))).version)
 
 
-def _fetch_version(client: Any, name: str, version: str, folder: str) -> Path:
+def _fetch_version(client: "MlflowClient", name: str, version: str, folder: str) -> Path:
     from refract.pipeline.retraining.registry import download
 
     return download(client, name, version, Path(folder))
 
 
-def _fetch_run(client: Any, run: str, folder: str) -> Path:
+def _fetch_run(client: "MlflowClient", run: str, folder: str) -> Path:
     client.get_run(run)
     if BUNDLE not in {artifact.path for artifact in client.list_artifacts(run)}:
         raise ConfigError(

@@ -12,7 +12,7 @@ from refract.pipeline.files import write_atomically
 
 
 def write_report(study: optuna.Study, best: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write best.yaml, trials.csv and report.html to the folder, and return their paths. OSError as usual."""
+    """Write best.yaml, trials.csv and report.html to the folder, and return their paths. OSError if that fails."""
     import yaml
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

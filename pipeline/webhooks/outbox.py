@@ -35,13 +35,13 @@ class _Taken(Exception):
 
 @dataclass(frozen=True)
 class Outbox:
-    """folder: has a file for each event, in `waiting/`, or in `undelivered/` after GIVE_UP; url: of the webhook."""
+    """folder: has a file for each event, in `waiting/`, or in `undelivered/` after GIVE_UP; url: the address of the webhook."""
 
     folder: Path
     url: str
 
     def add(self, body: Mapping[str, Any], now: datetime | None = None, *, event: str | None = None) -> str:
-        """Store an event, and return its ID. event: the ID, by default a new one. OSError as usual."""
+        """Store an event, and return its ID. event: the ID, by default a new one. OSError if that fails."""
         now, event = now or datetime.now(UTC), event or uuid.uuid4().hex
         path = self.folder / WAITING / f"{now:%Y%m%d-%H%M%S-%f}-{event}.json"  # sorted by time
         values = {"id": event, "created": now.isoformat(), "attempts": 0, "next": now.isoformat()}
@@ -87,7 +87,7 @@ class Outbox:
         except (ValueError, KeyError, TypeError) as error:
             log.warning("webhook: %s cannot be read (%s); it is skipped", path, error)
             return False
-        if now < due <= now + LONGEST_WAIT and not early:  # a later time is of a clock that was set back
+        if now < due <= now + LONGEST_WAIT and not early:  # a later time means that the clock was set back
             return False
         try:
             send(self.url, event, _bytes(json.dumps(body, ensure_ascii=False)), now)

@@ -15,7 +15,7 @@ MOST_IMAGES = 10_000
 
 
 class CapturedImage(NamedTuple):
-    """An image file that the server stored. sha256: of its bytes, as the client sent them; name: its path in the folder of the capture."""
+    """An image file that the server stored. sha256: digest of its bytes, as the client sent them; name: its path in the folder."""
 
     sha256: str
     name: str

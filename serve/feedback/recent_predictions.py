@@ -40,7 +40,7 @@ class RecentPredictions:
     def __init__(
         self, info: BundleInfo, *, keep: int, hours: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """info: of the served bundle, whose task and labels are those of every later one. keep: at least 1."""
+        """info: the description of the served bundle, whose task and labels are those of every later one. keep: at least 1."""
         self.keep, self.hours, self._labels, self._clock = keep, hours, info.labels, clock
         self._decisions = decisions_of(info)
         values = self._decisions
@@ -75,8 +75,9 @@ class RecentPredictions:
                 self._count += 1
 
     def judge(self, request_id: str, truth: Sequence[int], index: int | None = None) -> Judgement:
-        """Set the true labels of a prediction, in place of former ones. index: of the image in its request; None for a request with one
-        image. If several requests had the id, the latest counts. RequestError 404 if the prediction is not retained, 422 for the index."""
+        """Set the true labels of a prediction, in place of former ones. index: the index of the image in its request; None for a request
+        with one image. If several requests had the id, the latest counts. RequestError 404 if the prediction is not retained, 422 for the
+        index."""
         with self._lock:
             slot = self._slot(request_id, index or 0)
             outside = slot is None and index and self._slot(request_id, 0) is not None

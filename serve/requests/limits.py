@@ -12,14 +12,13 @@ MIB = 1024 * 1024
 class Limits:
     """The size limits of requests. A larger request is rejected before it uses memory.
 
-    max_body_bytes: of the HTTP body as sent, and after its Content-Encoding is decoded (base64 and multipart framing count).
-    max_pixels: height × width of one image, from its header. max_total_pixels: of all images of a request.
+    max_body_bytes: the bytes of the HTTP body as sent, and after its Content-Encoding is decoded (base64 and multipart framing count).
+    max_pixels: height × width of one image, from its header. max_total_pixels: the pixels of all images of a request.
     max_images: images in one request.
-    max_held_bytes: of all bodies in memory, incomplete ones too. The bodies of at most eight shadow requests, and the decoded contents of
-    forms and base64, are extra.
-    max_decoding_pixels: of all images that are being decoded at a time, from their headers.
-    body_seconds: until a body must have arrived.
-    ValueError if one is less than 1, or if `max_decoding_pixels` is less than `max_pixels`.
+    max_held_bytes: the bytes of all bodies in memory, incomplete ones too. The bodies of at most eight shadow requests, and the decoded
+    contents of forms and base64, are extra. max_decoding_pixels: the pixels of all images that are being decoded at a time, from their
+    headers. body_seconds: until a body must have arrived. ValueError if one is less than 1, or if `max_decoding_pixels` is less than
+    `max_pixels`.
     """
 
     max_body_bytes: int = 20 * MIB

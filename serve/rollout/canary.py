@@ -12,7 +12,7 @@ SHADOWS = 8
 
 @dataclass(frozen=True)
 class Challenge:
-    """The settings of a challenger. engine: its engine, None until it is loaded; fraction: of the requests, in (0, 1];
+    """The settings of a challenger. engine: its engine, None until it is loaded; fraction: the fraction of the requests, in (0, 1];
     answers: True for a canary, False for a shadow, whose agreement is only counted; follow: its registry name to poll, if any."""
 
     engine: Engine | None

@@ -56,9 +56,9 @@ class _Sample(NamedTuple):
 
 
 class DataCapture:
-    """Writes a sample of the images and their predictions to `folder`. fraction: of the images, in (0, 1]; most_bytes: disk quota of
-    the folder; below: the confidence under which an image's file is stored, 0 for none. count: called with `kept`, `dropped` or `failed`
-    for each sample; on_image: with the request id and the index of each stored image. OSError if the folder is not writable."""
+    """Writes a sample of the images and their predictions to `folder`. fraction: the fraction of the images, in (0, 1]; most_bytes: disk
+    quota of the folder; below: the confidence under which an image's file is stored, 0 for none. count: called with `kept`, `dropped` or
+    `failed` for each sample; on_image: with the request id and the index of each stored image. OSError if the folder is not writable."""
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from refract.augment import Augmenter
 from refract.augment.executors import torch_batch
+from refract.augment.ops.filters import Sharpen
 from refract.augment.plan import Plan, Step
 
 
@@ -90,6 +91,16 @@ CLOSE = [
 def test_both_executors_agree_within_rounding(name: str, args: dict, expected: np.ndarray, bound: int) -> None:
     assert np.abs(ours(name, **args).astype(int) - expected).max() <= bound
     assert np.abs(in_batch(name, **args).astype(int) - expected).max() <= bound
+
+
+@pytest.mark.parametrize("size", [(2, 5), (3, 3), (3, 7)])
+def test_sharpen_agrees_on_tiny_images(size: tuple[int, int]) -> None:
+    """The pixels at the edge stay, so an image of two rows has none to change."""
+    image = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
+    sharpened = Sharpen.on_image({"factor": 2.0}, image)
+    batch = Sharpen.on_batch([{"factor": 2.0}], torch.from_numpy(image).permute(2, 0, 1)[None])
+    assert np.abs(sharpened.astype(int) - batch[0].permute(1, 2, 0).numpy()).max() <= 1
+    assert (sharpened != image).any() == (min(size) > 2)
 
 
 def test_jpeg_compression_on_average() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from refract.augment import Augmenter, Plan, PolicyError, load_policy
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-EXTERNAL = {
+EXTERNAL: dict[str, list[Any]] = {
     "albumentations": [{"albumentations.GaussNoise": {"std_range": [0.1, 0.3], "p": 0.9}}, "albumentations.RandomFog"],
     "imgaug": [{"imgaug.AdditiveGaussianNoise": {"scale": [5, 30]}}, {"imgaug.Dropout": {"p": 0.1}}],
     "torchvision": [{"torchvision.RandomPosterize": {"bits": 3}}, {"torchvision.ColorJitter": {"brightness": 0.5}}],

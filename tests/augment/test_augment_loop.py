@@ -183,7 +183,7 @@ def test_a_collated_key_mixes_the_batch() -> None:
     )
     for epoch in range(2):
         ((images, labels, key),) = batches
-        assert isinstance(key, SampleKey) and key.epoch.tolist() == [epoch] * COUNT
+        assert isinstance(key, SampleKey) and torch.as_tensor(key.epoch).tolist() == [epoch] * COUNT
         targets = torch.nn.functional.one_hot(labels, COUNT).float()
         mixed, soft = augmenter.mix(images, targets, epoch=epoch, indices=key.index, repeats=key.repeat)
         assert not torch.equal(mixed, images) and torch.allclose(soft.sum(1), torch.ones(COUNT))
@@ -203,7 +203,8 @@ def test_plain_indices_draw_epoch_zero() -> None:
     np.testing.assert_array_equal(dataset[5][0], AUGMENTER(IMAGES[5], epoch=0, index=5))
     np.testing.assert_array_equal(dataset[-1][0], dataset[COUNT - 1][0])
     np.testing.assert_array_equal(dataset[np.int64(5)][0], dataset[torch.tensor(5)][0])
-    assert [label for _, label in dataset] == list(range(COUNT)) and len(dataset) == COUNT
+    labels = [label for _, label in dataset]  # type: ignore[attr-defined]  # Python iterates by `__getitem__`
+    assert labels == list(range(COUNT)) and len(dataset) == COUNT
     subset = Subset(dataset, [4, 2])
     np.testing.assert_array_equal(subset[1][0], AUGMENTER(IMAGES[2], epoch=0, index=2))
 

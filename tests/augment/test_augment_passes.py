@@ -4,13 +4,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from refract.augment.ops.geometric import product
 from refract.augment.passes import WarpPass
 
 slopes = st.floats(-6, 6)
+offsets = st.floats(-900, 900)
 tilts = st.floats(-0.004, 0.004)
 
 
@@ -19,7 +20,11 @@ def projected(matrix: tuple[float, ...], x: float, y: float) -> np.ndarray:
     return np.array([u, v]) / depth
 
 
-@given(st.tuples(slopes, slopes, st.floats(-90, 90), slopes, slopes, st.floats(-90, 90), tilts, tilts))
+@given(st.tuples(slopes, slopes, offsets, slopes, slopes, offsets, tilts, tilts))
+@example((1.9, 0.0, 90.0, 0.0, 1.0, 0.0, -0.004, 0.0))  # the offset decides about the power of two
+@example((1.0, 0.0, 0.0, 0.0, 1.9, 90.0, 0.0, -0.004))
+@example((4.0, 6.0, 0.0, 0.0, 1.0, 0.0, -0.004, 0.0))  # the shear does
+@example((1.0, 0.0, 0.0, 6.0, 4.0, 0.0, 0.0, -0.004))
 def test_a_perspective_is_reduced_by_the_slope_at_its_centre(numbers: tuple[float, ...]) -> None:
     """Compared with differences of the projection itself."""
     matrix = (*numbers, 1.0)

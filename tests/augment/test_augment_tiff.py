@@ -223,7 +223,7 @@ def test_a_declared_full_range_changes_nothing(mode: str, low: int | None, high:
     buffer = io.BytesIO()
     image.save(buffer, "TIFF", **options)
     declared = with_range(image, low, high, **options)
-    assert 341 in Image.open(io.BytesIO(declared)).tag_v2
+    assert 341 in Image.open(io.BytesIO(declared)).getexif()
     np.testing.assert_array_equal(decode(declared), decode(buffer.getvalue()))
 
 
@@ -288,7 +288,8 @@ def test_tiles_far_larger_than_their_image_are_refused() -> None:
 @pytest.mark.parametrize("extra", ["unassalpha", "assocalpha"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
-def test_transparency_over_white(extra: str, dtype: str, photometric: str) -> None:
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_transparency_over_white(extra: str, dtype: str, photometric: str, planar: str) -> None:
     """Includes premultiplied alpha: Pillow's modes La and RGBa."""
     full, colours = np.iinfo(dtype).max, 3 if photometric == "rgb" else 1
     alpha = np.broadcast_to(np.linspace(0, full, WIDTH), (HEIGHT, WIDTH)).astype(dtype)
@@ -296,9 +297,17 @@ def test_transparency_over_white(extra: str, dtype: str, photometric: str) -> No
         colours, axis=-1
     )
     pixels = np.concatenate([colour, alpha[..., None]], axis=-1)
-    data = written(pixels, photometric, "<", extrasamples=[extra], planarconfig="contig")
+    data = written(pixels, photometric, "<", extrasamples=[extra], planarconfig=planar)
     opacity = alpha / full
     np.testing.assert_allclose(decode(data)[..., 1], 127.5 * opacity + 255 * (1 - opacity), atol=2)
+
+
+def test_premultiplied_colour_is_rounded_without_a_bias() -> None:
+    """Over white it is colour + 255 - alpha. Each of the two divisions rounds."""
+    colour = np.arange(255, dtype=np.uint16).reshape(1, 255, 1).repeat(3, axis=2)
+    pixels = 257 * np.concatenate([colour, np.full((1, 255, 1), 254, np.uint16)], axis=2)
+    error = decode(written(pixels, "rgb", "<", extrasamples=["assocalpha"])) - (colour + 1.0)
+    assert abs(error).max() <= 1 and abs(error.mean()) < 0.1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -212,7 +212,7 @@ def test_sam_steps_with_the_gradient_from_the_top_of_the_neighbourhood() -> None
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() == 4.0
+    assert float(optimizer.step(closure)) == 4.0
     # At w + 0.5 = 2.5 the gradient of w² is 5.
     assert layer.weight.item() == pytest.approx(2 - 0.1 * 5)
 

@@ -1,5 +1,6 @@
 """The training module under a real Trainer, on a few random images labelled by their brightness."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from refract.models.classifier import Classifier
 from refract.models.registry import build
+from refract.models.training import lightning_imports
 from refract.models.training.lightning_imports import lightning
 from refract.models.training.lightning_module import ClassifierModule, MeanAveragePrecision
 from refract.models.training.specs import OptimSpec
@@ -190,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_epoch_step_and_samples() -> N
     with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 1, step 4, samples") as caught:
         fit(make_module(mix=poison), epochs=3)
     assert str(poison.indices) in str(caught.value)
+    assert poison.left == -1, "on a CPU no further step runs"
 
 
 def test_a_class_index_out_of_range_stops() -> None:
@@ -240,3 +243,12 @@ def test_mean_average_precision_skips_labels_without_positives() -> None:
         nothing = MeanAveragePrecision(3)
         nothing.update(probabilities, torch.zeros(3, 3, dtype=torch.int64))
         assert nothing.compute().item() == 0
+
+
+def test_a_torchmetrics_of_another_structure_is_left_to_an_ordinary_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(lightning_imports, "_PACKAGES", ("torchmetrics", "torchmetrics.not_in_this_version"))
+    monkeypatch.setattr(lightning_imports, "_waiting", waiting := set())
+    lightning_imports.defer_torchmetrics()
+    assert not waiting and not any(name.partition(".")[0] == "torchmetrics" for name in sys.modules)

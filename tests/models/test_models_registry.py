@@ -217,3 +217,18 @@ def test_fastnets_third_convolution_is_residual() -> None:
         )
     with pytest.raises(ValueError, match="depth=4: expected 2 or 3"):
         build("fastnet", 3, image_size=(32, 32), depth=4)
+    for widths in ([64, 64], [64, 0, 64], [64, 1.5, 64]):
+        with pytest.raises(ValueError, match=r"widths=.*: expected three whole numbers above 0"):
+            build("fastnet", 3, image_size=(32, 32), widths=widths)
+
+
+@pytest.mark.parametrize("features", ["pixels", "colour_histogram", "hog"])
+def test_a_linear_classifier_fits_its_features(features: str) -> None:
+    network = build("linear", 3, image_size=(24, 32), args={"features": features}).eval()
+    assert network(torch.rand(2, 3, 24, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_a_dropout_outside_its_range_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=r"dropout=1.5"):
+        build(name, 3, image_size=(16, 16), args={"dropout": 1.5})

@@ -40,6 +40,16 @@ def test_a_counter_at_its_beginning_counts(counters: Path) -> None:
     meter.close()
 
 
+def test_the_energy_of_a_run_is_in_kilojoules(counters: Path) -> None:
+    cost = Cost("cpu")
+    cost.close()
+    cost._energy = EnergyMeter(gpus=False, root=counters)
+    for folder in counters.glob("*/energy_uj"):
+        folder.write_text("950000000\n")
+    assert cost.totals()["kilojoules"] == 0.05
+    cost.close()
+
+
 def test_a_resumed_run_adds_the_earlier_totals() -> None:
     before = Cost("cpu")
     before._started -= 12 * 60

@@ -41,6 +41,8 @@ def test_folder_of_splits(folder: Path, tmp_path: Path) -> None:
 
 def test_embedded_digits() -> None:
     manifest = load_manifest("digits")
+    levels = np.unique([Preprocess(8, 8)(sample.read()) for sample in manifest.samples[:50]])
+    assert levels[0] == 0 and levels[-1] == 255, "the 17 levels of the source use the whole range"
     assert len(manifest.samples) == 1797 and manifest.labels == tuple("0123456789")
 
 

@@ -9,9 +9,12 @@ import pytest
 from sklearn.metrics import f1_score
 
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.evaluation.evaluate import Evaluation, _single_label
+from refract.pipeline.evaluation import metrics
+from refract.pipeline.evaluation.custom_metrics import ELSEWHERE, register_metric
+from refract.pipeline.evaluation.evaluate import Evaluation, measured
 from refract.pipeline.evaluation.plots import confusion_plot, short
 from refract.pipeline.evaluation.report import make_report
+from refract.plugins import PluginError
 
 LABELS = ("a", "b", "c", "d")
 PNG = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
@@ -21,7 +24,20 @@ def evaluation(truth: list[int], answers: list[int]) -> Evaluation:
     given = np.full((len(truth), len(LABELS)), 0.1, np.float32)
     given[np.arange(len(truth)), answers] = 0.7
     samples = [Sample(f"{i}.png", (label,), "test", data=PNG) for i, label in enumerate(truth)]
-    return _single_label(given, samples, LABELS)
+    return measured(given, samples, task="multiclass", labels=LABELS)
+
+
+def test_a_metric_is_an_entry_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = metrics.Metric(lambda given: float((given.labels == 3).mean()), "single")
+    monkeypatch.setattr(metrics, "METRICS", {**metrics.METRICS, "of_d": new, "sets": new._replace(task="multilabel")})
+    found = evaluation([0, 1], [0, 3])
+    assert found.metrics["of_d"] == 0.5 and "sets" not in found.metrics and "top5_accuracy" not in found.metrics
+
+
+@pytest.mark.parametrize("name", [*metrics.METRICS, *ELSEWHERE, "accuracy_level_1"])
+def test_a_plugins_metric_cannot_replace_one_of_refract(name: str) -> None:
+    with pytest.raises(PluginError, match=f"the metric '{name}' exists already"):
+        register_metric(name, lambda probabilities, truth: 0.0)
 
 
 def test_macro_f1_is_over_the_classes_that_occur_as_in_scikit_learn() -> None:

@@ -1,7 +1,6 @@
 """What the gate asks of two sets of answers, each demand on both its sides: what passes, and what just does not."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refract.augment import Preprocess
-from refract.models.bundle.bundle import BundleInfo, GoldenSample, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import probabilities
 from refract.models.factory import make_classifier
 from refract.pipeline.data.manifest import Manifest, Sample
@@ -172,8 +171,9 @@ def test_an_unknown_line_fails_nothing_and_is_not_printed_as_passed() -> None:
     assert not Verdict((unknown, replace(passed, passed=False)), "h", 9).passed
 
 
-def test_a_multilabel_bundle_is_measured_by_its_own_thresholds(tmp_path: Path) -> None:
-    """The labels follow the bundle's thresholds, which are far from 0.5: a threshold of 0.5 would predict other labels."""
+@pytest.fixture(scope="module")
+def multilabel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[bytes], np.ndarray]:
+    """A bundle for two labels with thresholds far from 0.5, 12 images, and their probabilities (12, 2)."""
     torch.manual_seed(0)
     preprocess = Preprocess(16, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     network = {"name": "mlp", "image_size": [16, 16], "args": {}}
@@ -190,10 +190,33 @@ def test_a_multilabel_bundle_is_measured_by_its_own_thresholds(tmp_path: Path) -
         thresholds=thresholds, created="2025-01-01T00:00:00+00:00",
     )  # fmt: skip
     golden = GoldenSample("00.png", images[0], tuple(given[0].tolist()))
-    bundle = load_bundle(save_bundle(tmp_path / "b", info, classifier, [golden]))
-    truth = given >= np.array(thresholds, np.float32)
+    folder = save_bundle(tmp_path_factory.mktemp("gate") / "b", info, classifier, [golden])
+    return load_bundle(folder), images, given
+
+
+def labelled(images: list[bytes], truth: np.ndarray) -> Manifest:
+    """The images with the labels of truth, bool (N, 2)."""
     samples = [
         Sample(f"{i}", tuple(np.flatnonzero(row).tolist()), "test", data=data)
         for i, (row, data) in enumerate(zip(truth, images, strict=True))
     ]
-    assert measure(bundle, Manifest("h", tuple(samples), ("a", "b"), "multilabel"), False).right.all()
+    return Manifest("h", tuple(samples), ("a", "b"), "multilabel")
+
+
+def test_a_multilabel_bundle_is_measured_by_its_own_thresholds(
+    multilabel: tuple[Bundle, list[bytes], np.ndarray],
+) -> None:
+    """The labels follow the bundle's thresholds: a threshold of 0.5 would predict other labels."""
+    bundle, images, given = multilabel
+    truth = given >= np.array(bundle.info.thresholds, np.float32)
+    assert measure(bundle, labelled(images, truth), False).right.all()
+
+
+def test_the_error_under_corruptions_uses_the_thresholds_of_the_bundle(
+    multilabel: tuple[Bundle, list[bytes], np.ndarray],
+) -> None:
+    """A bundle that predicts no label is wrong on each image that has both labels."""
+    bundle, images, given = multilabel
+    assert given.max() < 0.9 and (given > 0.5).any()
+    bundle = replace(bundle, info=replace(bundle.info, thresholds=(0.99, 0.99)))
+    assert measure(bundle, labelled(images, np.ones_like(given, bool)), True).error == 1

@@ -3,7 +3,8 @@
 import pytest
 
 from refract.pipeline.cli import lab
-from refract.pipeline.lab import Experiment, Outcome, experiments
+from refract.pipeline.lab import experiments
+from refract.pipeline.lab.experiment import Experiment, Outcome
 
 LONG = ("overfitting", "activations", "zero-centred", "noise", "batch-norm")
 

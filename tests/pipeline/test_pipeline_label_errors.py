@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from refract.pipeline.evaluation.label_errors import likely_label_errors, noise_evidence
+from refract.pipeline.evaluation.label_errors import confident_learning, likely_label_errors, noise_evidence
 
 SEEDS = range(8)
 
@@ -55,11 +55,9 @@ def test_noise_is_found_by_a_good_model_and_its_list_holds_the_wrong_labels(nois
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_weak_models_confident_errors_are_not_called_wrong_labels() -> None:
     """Confident learning alone lists more than a hundred of 500 clean labels, by a model that errs in four of ten."""
-    from refract.pipeline.evaluation import measures
-
     for seed in SEEDS:
         probabilities, given, _ = predictions(seed, 0.0, **WEAK)
-        assert len(measures.likely_label_errors(probabilities, given)) > 60
+        assert len(confident_learning(probabilities, given)[0]) > 60
         assert not len(likely_label_errors(probabilities, given))
         probabilities, given, _ = predictions(seed, 0.0, **GOOD)
         assert len(likely_label_errors(probabilities, given)) <= 6
@@ -75,6 +73,11 @@ def test_a_few_wrong_labels_are_listed_where_the_model_is_sure_and_right() -> No
     given[swapped] = (truth[swapped] + 1) % 4
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert set(swapped) == set(likely_label_errors(probabilities, given))
+    candidates, margins = confident_learning(probabilities, given)
+    assert set(swapped) <= set(candidates) and len(candidates) <= 6
+    found = probabilities[candidates]
+    np.testing.assert_allclose(margins, found.max(axis=1) - found[np.arange(len(found)), given[candidates]])
+    assert (np.diff(margins) <= 0).all(), "the likeliest error first"
     assert not len(likely_label_errors(probabilities[:0], given[:0]))
 
 

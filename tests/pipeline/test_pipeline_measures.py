@@ -132,18 +132,6 @@ def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
     assert measures.paired_difference(one, other).p_value == pytest.approx(2 * 56 / 1024)
 
 
-def test_wrong_labels_are_found() -> None:
-    rng = np.random.default_rng(5)
-    truth = rng.integers(0, 4, 1000)
-    logits = rng.normal(0, 1, (1000, 4))
-    logits[np.arange(1000), truth] += 5
-    predicted_labels = truth.copy()
-    swapped = rng.choice(1000, 20, replace=False)
-    predicted_labels[swapped] = (truth[swapped] + 1) % 4
-    found = measures.likely_label_errors(softmax(logits, axis=1), predicted_labels)
-    assert len(set(found) & set(swapped)) >= 14 and len(set(found) - set(swapped)) <= 4
-
-
 def test_the_intervals_of_a_perfect_classifier_hold_its_metrics_and_have_a_width() -> None:
     truth = np.r_[np.zeros(51, int), np.arange(1, 10)]
     bounds = measures.intervals(truth, truth, 10)

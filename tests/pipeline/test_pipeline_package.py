@@ -44,13 +44,19 @@ def run(*command: str | Path, cwd: Path, path: Path = ROOT, **environment: str) 
 
 
 @pytest.mark.slow
-def test_torchrun_trains_in_a_folder_with_modules_of_the_same_names(crowded: Path) -> None:
+def test_torchrun_trains_a_plugins_network_in_a_folder_with_modules_of_the_same_names(crowded: Path) -> None:
+    (crowded / "mine.py").write_text(
+        "import math\nfrom torch import nn\nfrom refract.plugins import network\n\n@network\n"
+        "def Flat(num_classes, *, image_size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * math.prod(image_size), num_classes))\n"
+    )
     (crowded / "c.yaml").write_text(
-        "data: {source: images, image_size: 16, batch_size: 8, workers: 2, memory: never}\nmodel: {name: linear}\n"
+        "plugins: [mine.py]\nmodel: {name: Flat}\n"
+        "data: {source: images, image_size: 16, batch_size: 8, workers: 2, memory: never}\n"
         "trainer: {max_epochs: 1, device: cpu, devices: 2, run_name: r}\ntracking: {enabled: false}\nevaluation: {robustness: none}\n"
     )
     run("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "refract", "train", "c.yaml", cwd=crowded)
-    assert (crowded / "runs" / "r" / "bundle" / "manifest.json").exists()
+    assert [plugin["name"] for plugin in load_bundle(crowded / "runs" / "r" / "bundle").info.plugins] == ["mine.py"]
 
 
 def test_a_script_uses_the_public_names_in_such_a_folder(crowded: Path) -> None:

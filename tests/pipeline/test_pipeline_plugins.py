@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_a_training_uses_each_kind_and_its_run_and_bundle_name_the_plugin(traine
     assert info["labels"] == ["blue", "green", "red"], "from the plugin's source"
     assert info["network"]["name"] == "TinyNet" and 0 <= info["metrics"]["worst_recall"] <= 1
     assert "worst_recall" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_ranks_that_rank_0_starts_load_the_plugin(trained: Path, warm: WarmProcess) -> None:
+    options = ["--trainer.devices", "2", "--trainer.device", "cpu", "--trainer.run_name", "two", "--data.workers", "0"]
+    done = warm.run(["train", "c.yaml", *options], cwd=trained, env=os.environ, seconds=240)
+    assert done.returncode == 0, done.stderr
+    info = json.loads((trained / "runs" / "two" / "bundle" / "bundle.json").read_text())
+    assert info["network"]["name"] == "TinyNet" and 0 <= info["metrics"]["worst_recall"] <= 1
+    assert (trained / "runs" / "two" / "plugins" / "my_plugin.py").read_text() == EXAMPLE
 
 
 def test_commands_need_the_plugin_of_a_bundle_and_work_with_it(trained: Path, refract: Run, tmp_path: Path) -> None:
@@ -316,6 +327,8 @@ def test_a_failing_source_is_named_with_its_error(tmp_path: Path) -> None:
 def test_the_entries_work_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "my_plugin.py").write_text(EXAMPLE)
     load(["my_plugin.py"])
+    names = ("Solarise", "TinyNet", "hinge", "worst_recall", "listed", "count_images")
+    assert all(callable(vars(sys.modules["refract_plugin_my_plugin"])[name]) for name in names), "decorated, and usable"
     augmenter = Augmenter([{"Solarise": {"threshold": 100}}])
     pixels = np.array([[[50, 100, 200]]], np.uint8)
     assert augmenter(pixels, epoch=0, index=0).tolist() == [[[50, 155, 55]]]

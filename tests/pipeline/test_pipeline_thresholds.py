@@ -25,7 +25,7 @@ def validations(draw: st.DrawFn) -> Validation:
 def answers(validation: Validation, aim, target: float = 0.9) -> np.ndarray:
     probabilities, truth = validation
     chosen = choose_thresholds(probabilities, truth, aim=aim, target=target).values
-    assert len(chosen) == truth.shape[1] and all(LOWEST <= value <= HIGHEST for value in np.float32(chosen))
+    assert len(chosen) == truth.shape[1] and all(LOWEST <= value <= HIGHEST for value in np.asarray(chosen, np.float32))
     assert np.float32(chosen).tolist() == list(chosen), "float32 and float64 comparisons agree"
     return probabilities >= np.float32(chosen)
 

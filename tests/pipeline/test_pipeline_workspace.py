@@ -9,7 +9,7 @@ from small_data import paint, to_former_layout
 from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.retraining.run import begin, unfinished, worth_resuming
 from refract.pipeline.retraining.steps import STEPS
-from refract.pipeline.retraining.workspace import Workspace, read, read_run, workspace_of, write, write_run
+from refract.pipeline.retraining.workspace import Check, Workspace, read, read_run, workspace_of, write, write_run
 
 
 def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking: Path) -> None:
@@ -27,11 +27,11 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
     finished, interrupted = begin(config, force=False), begin(config, force=False)
     STEPS[0](finished)
     record = read_run(finished) | {"training_run": "runs/colors-1", "ends": 0, "outcome": 0, "version": "1"}
-    check = {"level": "none", "summary": "no known image has another label"}
+    check: Check = {"level": "none", "summary": "no known image has another label"}
     record |= {"labels": {"changed": check}, "drift": {**check, "checks": {}}, "gate": {"lines": [check]}}
     write_run(finished, record)
     keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "outcome")
-    write(workspace.root / "last.json", {key: record[key] for key in keys})
+    write(workspace.root / "last.json", {key: value for key, value in record.items() if key in keys})
     last = workspace.last()
     to_former_layout(workspace.root)
     assert read(workspace.root / "nights" / finished.name / "night.json")["night"] == finished.name

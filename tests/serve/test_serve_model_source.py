@@ -44,6 +44,17 @@ def test_a_missing_server_and_database_is_reported(tmp_path, monkeypatch):
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("last-")] == []
 
 
+def test_a_damaged_download_stays_if_no_new_one_is_available(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    damaged = tmp_path / "cache" / "shapes-1"
+    damaged.mkdir(parents=True)
+    (damaged / "bundle.json").touch()
+    with pytest.raises(SourceError, match=r"no mlflow\.db in "):
+        model_source.download_again("models:/shapes@champion", damaged)
+    assert (damaged / "bundle.json").exists()
+
+
 @pytest.fixture(scope="module")
 def registry(bundle, tmp_path_factory, new_tracking) -> str:
     """A tracking URI whose registry has `bundle` as version 1 of shapes, the champion, registered with the pipeline's calls."""

@@ -130,7 +130,7 @@ def test_few_classes_and_few_models_are_reported(bundle) -> None:
     assert sorted(row.judged for row in live.classes) == most
 
     class Version:
-        info = bundle.info
+        info, digest = bundle.info, ""
 
     store = RecentPredictions(bundle.info, keep=100, hours=1)
     for number in range(MOST_MODELS + 2):

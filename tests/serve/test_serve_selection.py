@@ -91,7 +91,12 @@ def test_the_fastest_backend_is_chosen_stored_and_reported(
 def test_two_threads_must_be_faster_by_a_factor(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     short = choosing.BATCH / choosing.LONG_S
-    for one, two, wanted in ((100.0, 110.0, 1), (100.0, 150.0, 2), (1.01 * short, 2 * short, 1)):
+    for one, two, wanted in (
+        (100.0, 110.0, 1),
+        (100.0, 150.0, 2),
+        (1.01 * short, 2 * short, 1),
+        (0.9 * short, 1.5 * short, 2),
+    ):
         speeds = iter([two, one])
         monkeypatch.setattr(choosing._Trial, "rate", lambda *_, speeds=speeds: next(speeds))
         assert asking(bundle, threads=2, cache=cache / str(two))[1].threads == wanted

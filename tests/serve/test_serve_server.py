@@ -136,6 +136,8 @@ def test_invalid_heads_are_rejected(client) -> None:
         (get + close, b"400"),  # RFC 9112, 3.2
         (get + HOST + HOST + close, b"400"),
         (get + b"Host:\r\n" + close, b"200"),
+        (get + b"Host: a b\r\n" + close, b"400"),
+        (get + b"Host: a:99999\r\n" + close, b"400"),
         (b"GET /livez HTTP/1.0\r\n\r\n", b"200"),
         (CHUNKED.replace(b"chunked", b"gzip, chunked"), b"501"),  # 6.1
         (

@@ -62,7 +62,7 @@ def check(holds: object, what: str) -> None:
 def protocol():
     """uvicorn's own protocol for one connection, which has parsed the head of a request."""
 
-    async def main() -> PROTOCOL:
+    async def main() -> httptools_impl.HttpToolsProtocol:
         async def app(scope, receive, send) -> None:
             await receive()
 

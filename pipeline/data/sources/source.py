@@ -19,10 +19,10 @@ _ODD = re.compile(r"//|/\.?$|(^|/)\./|^\.?$|\0")
 class Rows:
     """The rows of a source in a reproducible order, as columns of one length; a column that the source lacks is None.
 
-    source: the path or name that the user gave; paths: of the images, blank for a text alone; root: the folder of relative paths, None for
-    the current folder; labels: `a;b` for two labels, "" for none; splits: "" for none; images: the encoded images of an embedded data set;
-    metadata: further columns. lines: the line of each row in a text file. classes: class names, which may have no row. folder: the listed
-    folder, whose subfolders may be classes, or "". empty, loose, skipped, notes: as in `Manifest`.
+    source: the path or name that the user gave; paths: the paths of the images, blank for a text alone; root: the folder of relative paths,
+    None for the current folder; labels: `a;b` for two labels, "" for none; splits: "" for none; images: the encoded images of an embedded
+    data set; metadata: further columns. lines: the line of each row in a text file. classes: class names, which may have no row. folder:
+    the listed folder, whose subfolders may be classes, or "". empty, loose, skipped, notes: as in `Manifest`.
     """
 
     source: str

@@ -83,7 +83,7 @@ def _next_steps(evaluation: Evaluation, numbers: dict[str, Any], notes: Sequence
 
 
 def predicts_parents(numbers: dict[str, Any]) -> bool:
-    """Return whether the bundle predicts parents of classes. numbers: of a report."""
+    """Return whether the bundle predicts parents of classes. numbers: the numbers of a report."""
     return numbers.get("back_off", {}).get("threshold", 1) < 1
 
 

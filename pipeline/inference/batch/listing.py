@@ -12,7 +12,7 @@ from refract.pipeline.data.sources.folders import no_images
 
 
 class Row(NamedTuple):
-    """A row to score. path: of the image as given, None for a row with only a text; truth: the manifest's label."""
+    """A row to score. path: the path of the image as given, None for a row with only a text; truth: the manifest's label."""
 
     path: str | None
     text: str | None = None

@@ -28,10 +28,10 @@ from refract.plugins import LoadedPlugins
 class Job:
     """The job of a scorer.
 
-    bundle, folder: absolute paths; digest: of the bundle; key: of the work folder's record; about: description of the scoring for the
-    file's metadata; root: folder to which the rows' paths are relative; texts, truths: whether the rows have them; device: `cpu` or
-    `cuda:N`; threads: for the network, and as many for decoding; embeddings: whether the file gets a column of embeddings; plugins: those
-    that the command has loaded.
+    bundle, folder: absolute paths; digest: the digest of the bundle; key: the key of the work folder's record; about: description of the
+    scoring for the file's metadata; root: folder to which the rows' paths are relative; texts, truths: whether the rows have them; device:
+    `cpu` or `cuda:N`; threads: for the network, and as many for decoding; embeddings: whether the file gets a column of embeddings;
+    plugins: those that the command has loaded.
     """
 
     bundle: Path

@@ -47,7 +47,7 @@ def read(path: Path) -> LabelFile:
 
 
 def write(path: Path, entries: Sequence[Entry]) -> int:
-    """Write a row for each entry, as CSV, TSV or Parquet by the file's suffix. Returns the number of rows. OSError as usual."""
+    """Write a row for each entry, as CSV, TSV or Parquet by the file's suffix. Returns the number of rows. OSError if that fails."""
     import csv
 
     import pandas as pd

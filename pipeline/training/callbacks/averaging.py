@@ -22,9 +22,9 @@ KEY = "averaged_weights"
 class WeightAverage(Callback):
     """Averages all weights and batch norm statistics, validates with the average, and adds it to every checkpoint.
 
-    decay: of the exponential moving average w̄ ← d w̄ + (1 − d) w after each step, d = min(decay, (1 + n) / (10 + n)) at the n-th step,
-    so that the first steps lose their weight soon (Polyak & Juditsky 1992; the ramp is TensorFlow's). Batch norm statistics are averaged
-    too.
+    decay: the decay of the exponential moving average w̄ ← d w̄ + (1 − d) w after each step, d = min(decay, (1 + n) / (10 + n)) at the n-th
+    step, so that the first steps lose their weight soon (Polyak & Juditsky 1992; the ramp is TensorFlow's). Batch norm statistics are
+    averaged too.
     swa_start: fraction of the epochs from which the average is instead the plain mean of the weights at the end of each epoch (Izmailov et
     al. 2018, arXiv:1803.05407). Batch norm statistics are then recomputed on up to NORM_IMAGES images of the epoch's last batches.
     Before the first update, validation uses the weights themselves.

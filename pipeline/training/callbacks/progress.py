@@ -6,13 +6,16 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from refract.models.training.lightning_imports import Callback, ModelCheckpoint, lightning
 from refract.pipeline.training.callbacks.checkpoints import relocated_state
 from refract.progress import Progress
+
+if TYPE_CHECKING:
+    from refract.pipeline.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ def standard_error(score: float, samples: int) -> float:
 class EpochReport(Callback):
     """Records, logs and tracks the metrics of each epoch. history: one mapping per epoch."""
 
-    def __init__(self, monitor: str, tracker: Any) -> None:
+    def __init__(self, monitor: str, tracker: "Tracker | None") -> None:
         self.monitor, self.tracker = monitor, tracker
         self.history: list[dict[str, float]] = []
         self._started, self._before = time.perf_counter(), 0.0

@@ -25,7 +25,7 @@ MOST_NAMED = 20
 
 @dataclass(frozen=True)
 class Feedback:
-    """A parsed body. labels: indices, each once; index: of the image in its request, None if the client gave none."""
+    """A parsed body. labels: indices, each once; index: the index of the image in its request, None if the client gave none."""
 
     id: str
     labels: list[int]
