@@ -12,8 +12,15 @@ from refract.models.hierarchy import Hierarchy
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
+from refract.pipeline.evaluation.confusion import Confusion
 from refract.pipeline.evaluation.custom_metrics import custom_metrics
-from refract.pipeline.evaluation.multilabel import label_calibration_errors, label_rates, set_errors, set_intervals
+from refract.pipeline.evaluation.multilabel import (
+    label_calibration_errors,
+    label_rates,
+    rates,
+    set_errors,
+    set_intervals,
+)
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.progress import tracked
 
@@ -30,8 +37,8 @@ class Predictions(NamedTuple):
 class Evaluation:
     """The metrics and predictions of an evaluation.
 
-    metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: (C, C)
-    counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: of the labels,
+    metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: None
+    for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: of the labels,
     see `refract.pipeline.evaluation.hierarchy.with_levels`.
     In the order of the samples: probabilities: (N, C) float32; truth: (N,) class indices, or (N, C) bool for multi-label; right: (N,)
     bool, whether the prediction is right, for multi-label in all labels.
@@ -40,7 +47,7 @@ class Evaluation:
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     per_class: list[dict[str, Any]]
-    confusion: np.ndarray | None
+    confusion: Confusion | None
     probabilities: np.ndarray
     truth: np.ndarray
     right: np.ndarray
@@ -141,26 +148,27 @@ def truth_of(samples: Sequence[Sample], task: str, count: int) -> np.ndarray:
 
 
 def _single_label(probabilities: np.ndarray, samples: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+    from sklearn.metrics import accuracy_score, f1_score
 
     truth, predicted = truth_of(samples, "multiclass", len(labels)), probabilities.argmax(1)
-    indices = np.arange(len(labels))
     metrics = {"accuracy": accuracy_score(truth, predicted)}
     if len(labels) > 5:
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
-        metrics["top5_accuracy"] = (best == truth[:, None]).any(1).mean()
+        metrics["top5_accuracy"] = measures.top_accuracy(probabilities, truth, 5)
     metrics["macro_f1"] = f1_score(truth, predicted, average="macro", zero_division=0)
     metrics["nll"] = measures.nll(probabilities, truth, multilabel=False)
     metrics["calibration_error"] = measures.calibration_error(probabilities, truth, multilabel=False)
     metrics["risk_coverage_area"] = measures.risk_coverage(probabilities, truth).area
     bounds = measures.intervals(truth, predicted, len(labels))
-    per_class = _per_class(truth[:, None] == indices, predicted[:, None] == indices, labels)
+    hits, given, real = (
+        np.bincount(values, minlength=len(labels)) for values in (truth[truth == predicted], predicted, truth)
+    )
+    per_class = _per_class(rates(hits, given, real), real, labels)
     _add_intervals(per_class, bounds)
     return Evaluation(
         _floats(metrics) | custom_metrics(probabilities, truth),
         {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("accuracy", "macro_f1")},
         per_class,
-        confusion_matrix(truth, predicted, labels=indices),
+        Confusion.of(truth, predicted, len(labels)),
         probabilities,
         truth,
         predicted == truth,
@@ -178,10 +186,10 @@ def _multilabel(
     errors, right = set_errors(predicted, truth), (predicted == truth).all(axis=1)
     seen = truth.any(0)  # average precision is undefined for a label without positives
     both = seen & ~truth.all(0)
-    of_labels, rates = label_calibration_errors(probabilities, truth), label_rates(predicted, truth)
+    of_labels, label_scores = label_calibration_errors(probabilities, truth), label_rates(predicted, truth)
     metrics = {
-        "macro_f1": rates["f1"].mean(),
-        "micro_f1": rates["micro_f1"],
+        "macro_f1": label_scores["f1"].mean(),
+        "micro_f1": label_scores["micro_f1"],
         "sample_f1": 1 - errors.mean(),
         "subset_accuracy": right.mean(),
         "mean_average_precision": average_precision_score(truth[:, seen], probabilities[:, seen], average="macro")
@@ -197,7 +205,7 @@ def _multilabel(
     bounds = set_intervals(predicted, truth)
     intervals = {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("macro_f1", "micro_f1")}
     intervals |= {"sample_f1": measures.mean_interval(1 - errors), "subset_accuracy": measures.mean_interval(right)}
-    per_class = _per_class(truth, predicted, labels)
+    per_class = _per_class(label_scores, truth.sum(axis=0), labels)
     _add_intervals(per_class, bounds)
     for row, threshold, calibration in zip(per_class, thresholds, of_labels, strict=True):
         row |= {"threshold": threshold, "calibration_error": float(calibration)}
@@ -211,9 +219,9 @@ def _add_intervals(per_class: list[dict[str, Any]], bounds: Mapping[str, np.ndar
             row[f"{name}_interval"] = [float(edge) for edge in pair]
 
 
-def _per_class(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    rates = label_rates(predicted, truth)
-    columns = (rates["precision"], rates["recall"], rates["f1"], truth.sum(axis=0))
+def _per_class(scores: Mapping[str, np.ndarray], counts: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """scores: `precision`, `recall` and `f1` (C,); counts: (C,) numbers of samples."""
+    columns = (scores["precision"], scores["recall"], scores["f1"], counts)
     return [
         {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
         for label, p, r, f, n in zip(labels, *columns, strict=True)

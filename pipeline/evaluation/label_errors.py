@@ -70,8 +70,8 @@ def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidenc
     if not len(truth):
         raise ValueError("label noise needs at least one prediction, got none")
     samples, classes = probabilities.shape
-    confidence, ranked = probabilities.max(axis=1), np.argsort(-probabilities, axis=1)
-    wrong = ranked[:, 0] != truth
+    confidence, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    wrong = predicted != truth
     sure = confidence >= np.sort(confidence)[-max(1, int(SUREST * samples))]  # includes ties
     ordered = sure.sum() <= 2 * SUREST * samples
     half = np.argsort(-confidence, kind="stable")[: samples // 2]
@@ -84,8 +84,14 @@ def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidenc
         sure=int(sure.sum()) if ordered else 0,
         contradicted=int(wrong[sure].sum()) if ordered else 0,
         doubted=len(doubted),
-        second_choice=int((ranked[doubted, 1] == truth[doubted]).sum()) if classes > 1 else 0,
+        second_choice=_second_choices(probabilities[doubted], truth[doubted]) if classes > 1 else 0,
     )
+
+
+def _second_choices(probabilities: np.ndarray, truth: np.ndarray) -> int:
+    """Count the samples whose label is the second most probable class. probabilities: a copy, which is changed."""
+    probabilities[np.arange(len(truth)), probabilities.argmax(axis=1)] = -1
+    return int((probabilities.argmax(axis=1) == truth).sum())
 
 
 def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
