@@ -23,7 +23,7 @@ from benchmarks.pretrained import NAME, lite0_weights
 from benchmarks.report import environment, write
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.near_duplicates import near_pairs
-from refract.pipeline.data.validation import scan
+from refract.pipeline.data.scan import scan
 from refract.pipeline.evaluation.assess import calibrated_probabilities
 from refract.pipeline.evaluation.label_errors import likely_label_errors
 from refract.pipeline.features.embed import Options, embed, source_name

@@ -129,7 +129,7 @@ def _numbers(
         "metrics": result.metrics,
         "labels": list(labels),
         "per_class": result.per_class,
-        "confusion": None if result.confusion is None else result.confusion.tolist(),
+        **({"confusion": None} if result.confusion is None else result.confusion.to_json(labels)),
         "notes": list(notes),
         "intervals": result.intervals,
         "slices": [dataclasses.asdict(part) for part in parts],

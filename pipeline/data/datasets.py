@@ -21,6 +21,7 @@ from refract.augment import Augmenter, ImageError, Preprocess
 from refract.models.allocator import keep_freed_memory
 from refract.models.multimodal.tokens import Tokens, pad_rows
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
+from refract.pipeline.data.packed_samples import PackedSamples
 from refract.plugins import LoadedPlugins
 
 Item = dict[str, Any]
@@ -35,7 +36,7 @@ class TrainDataset(Dataset[Item]):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Sample] | PackedSamples,
         augmenter: Augmenter,
         targets: np.ndarray,
         *,
@@ -50,6 +51,9 @@ class TrainDataset(Dataset[Item]):
         self.tokens, self.reads_images = tokens, reads_images
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
         self.decoded, self.raw = decoded, raw
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _packed(self.__dict__)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,7 +87,7 @@ class ImageDataset(Dataset[Item]):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Sample] | PackedSamples,
         preprocess: Preprocess,
         targets: np.ndarray,
         decoded: Sequence[np.ndarray] | None = None,
@@ -92,6 +96,9 @@ class ImageDataset(Dataset[Item]):
     ) -> None:
         self.samples, self.preprocess, self.targets, self.decoded = samples, preprocess, targets, decoded
         self.tokens, self.reads_images = tokens, reads_images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _packed(self.__dict__)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,6 +112,11 @@ class ImageDataset(Dataset[Item]):
         if self.tokens is not None:
             item |= _read(self.samples[index], self.tokens, self.samples[index].text)
         return {"images": self.pixels(index), **item} if self.reads_images else item
+
+
+def _packed(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a dataset for a worker process."""
+    return {**state, "samples": PackedSamples(state["samples"])}
 
 
 def collate(items: Sequence[Item]) -> Item:

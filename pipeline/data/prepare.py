@@ -14,16 +14,9 @@ from refract.pipeline.data.folds import draw_folds, with_fold
 from refract.pipeline.data.hierarchy import with_hierarchy
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest, reject_untrainable
 from refract.pipeline.data.near_duplicates import near_pairs
+from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.splits import draw_splits, extend_splits
-from refract.pipeline.data.validation import (
-    Scan,
-    check_classes,
-    drop_bad,
-    drop_contradictory,
-    drop_shared,
-    remark_lines,
-    scan,
-)
+from refract.pipeline.data.validation import check_classes, drop_bad, drop_contradictory, drop_shared, remark_lines
 from refract.pipeline.training.build import check_inputs, reads
 
 if TYPE_CHECKING:

@@ -1,88 +1,14 @@
 """Check all samples before training: unreadable images, copies in two splits, contradictory labels, classes without training images."""
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 
-from refract.augment.decoding.decode import decode_part
-from refract.cores import mapped
-from refract.models.multimodal.tokens import trimmed
-from refract.pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
-from refract.pipeline.data.near_duplicates import difference_hash
+from refract.pipeline.data.manifest import SPLITS, DataError, Manifest
+from refract.pipeline.data.scan import Scan
 from refract.pipeline.data.sources.folders import skipped_lines
-from refract.progress import tracked
 
 SHOWN = 20
 """Entries that an error lists."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The results of `scan`.
-
-    hashes: sample key → SHA-256 of the inputs that the network reads, for each readable sample; groups: sample key → SHA-256 of the image,
-    or of the text of a sample without an image; difference_hashes: path → `difference_hash` of the image; bad: path of an unreadable
-    image → reason; remarks: path → remark on a decoded image, such as a repair; images: path → SHA-256 of the image's bytes.
-    """
-
-    hashes: dict[str, str]
-    groups: dict[str, str]
-    difference_hashes: dict[str, bytes]
-    bad: dict[str, str]
-    remarks: dict[str, str] = field(default_factory=dict)
-    images: dict[str, str] = field(default_factory=dict)
-
-    def joined(self, other: "Scan", keys: Iterable[str]) -> "Scan":
-        """Return the scan with the results of another one for the samples with these keys, which have an image and no text."""
-        added = list(keys)
-        return Scan(
-            self.hashes | {key: other.hashes[key] for key in added},
-            self.groups | {key: other.groups[key] for key in added},
-            self.difference_hashes | {key: other.difference_hashes[key] for key in added},
-            self.bad,
-            self.remarks | {key: other.remarks[key] for key in added if key in other.remarks},
-            self.images | {key: other.images[key] for key in added},
-        )
-
-    def content(self, manifest: Manifest) -> str:
-        """Return the SHA-256 over the content and labels of all samples, independent of the splits."""
-        lines = sorted(f"{self.hashes[s.key]} {[manifest.labels[i] for i in s.labels]}" for s in manifest.samples)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def fingerprint(self, manifest: Manifest) -> str:
-        """Return the SHA-256 over the content, labels and splits of all samples, independent of paths and order."""
-        lines = sorted(
-            f"{self.hashes[s.key]} {[manifest.labels[i] for i in s.labels]} {s.split}" for s in manifest.samples
-        )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-IMAGES = frozenset({"images"})
-
-
-def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
-    """Hash and decode every image on all cores (decoding releases the GIL).
-
-    reads: the network's inputs: `images`, `texts`, or both. The hashes ignore inputs that the network does not read.
-    """
-    hashes, groups, difference_hashes, bad, remarks, images = {}, {}, {}, {}, {}, {}
-    results = tracked(mapped(_scan_one, samples), "checking samples", len(samples), unit="samples")
-    for sample, (digest, image_hash, problem, remark) in zip(samples, results, strict=True):
-        if problem:
-            bad[sample.path] = problem
-            continue
-        difference_hashes[sample.path] = image_hash
-        if remark:
-            remarks[sample.path] = remark
-        if sample.has_image:
-            images[sample.path] = digest
-        text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
-        image_digest = digest if "images" in reads and sample.has_image else ""
-        groups[sample.key] = image_digest or text
-        both = f"{image_digest}{text}".encode()
-        hashes[sample.key] = image_digest if "texts" not in reads else hashlib.sha256(both).hexdigest()
-    return Scan(hashes, groups, difference_hashes, bad, remarks, images)
 
 
 def drop_bad(manifest: Manifest, scanned: Scan, on_bad_file: str) -> Manifest:
@@ -202,19 +128,6 @@ def remark_lines(remarks: Mapping[str, str]) -> list[str]:
         f"{kind}: {len(shown)} image{'s' * (len(shown) > 1)}, such as {shown[0][0]} ({shown[0][1]})"
         for kind, shown in kinds.items()
     ]
-
-
-def _scan_one(sample: Sample) -> tuple[str, bytes, str, str]:
-    """Return (SHA-256, difference hash, "", remark or ""), or ("", b"", reason, "") for an unreadable image."""
-    try:
-        data = sample.read()
-        part = decode_part(data, None)
-        image_hash = difference_hash(part.pixels)
-    except OSError as error:
-        return "", b"", error.strerror or str(error), ""
-    except ValueError as error:  # an ImageError, or a path with a NUL character
-        return "", b"", str(error), ""
-    return hashlib.sha256(data).hexdigest(), image_hash, "", "; ".join(part.remarks)
 
 
 def _listed(lines: Iterable[str]) -> str:

@@ -12,9 +12,10 @@ from refract.models.hierarchy import Hierarchy
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
+from refract.pipeline.evaluation.confusion import Confusion
 from refract.pipeline.evaluation.custom_metrics import custom_metrics
 from refract.pipeline.evaluation.metrics import LabelledPredictions, measured_metrics
-from refract.pipeline.evaluation.multilabel import label_rates, set_errors, set_intervals
+from refract.pipeline.evaluation.multilabel import rates, set_errors, set_intervals
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.progress import tracked
 
@@ -31,8 +32,8 @@ class Predictions(NamedTuple):
 class Evaluation:
     """The metrics and predictions of an evaluation.
 
-    metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: (C, C)
-    counts, rows are true classes, None for multi-label; thresholds: one per label for multi-label, else empty; hierarchy: the hierarchy of
+    metrics: name → value; intervals: name → 95 % interval, for some of the metrics; per_class: one row per label; confusion: None for
+    multi-label; thresholds: one per label for multi-label, else empty; hierarchy: the hierarchy of
     the labels, see `refract.pipeline.evaluation.hierarchy.with_levels`.
     In the order of the samples: probabilities: (N, C) float32; truth: (N,) class indices, or (N, C) bool for multi-label; right: (N,)
     bool, whether the prediction is right, for multi-label in all labels.
@@ -41,7 +42,7 @@ class Evaluation:
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     per_class: list[dict[str, Any]]
-    confusion: np.ndarray | None
+    confusion: Confusion | None
     probabilities: np.ndarray
     truth: np.ndarray
     right: np.ndarray
@@ -141,18 +142,18 @@ def truth_of(samples: Sequence[Sample], task: str, count: int) -> np.ndarray:
 
 
 def _single_label(given: LabelledPredictions, samples: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
-    from sklearn.metrics import confusion_matrix
-
     truth, predicted = given.truth, given.labels
-    indices = np.arange(len(labels))
     bounds = measures.intervals(truth, predicted, len(labels))
-    per_class = _per_class(truth[:, None] == indices, predicted[:, None] == indices, labels)
+    hits, predictions, real = (
+        np.bincount(values, minlength=len(labels)) for values in (truth[truth == predicted], predicted, truth)
+    )
+    per_class = _per_class(rates(hits, predictions, real), real, labels)
     _add_intervals(per_class, bounds)
     return Evaluation(
         measured_metrics(given) | custom_metrics(given.probabilities, truth),
         {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("accuracy", "macro_f1")},
         per_class,
-        confusion_matrix(truth, predicted, labels=indices),
+        Confusion.of(truth, predicted, len(labels)),
         given.probabilities,
         truth,
         given.right,
@@ -168,7 +169,7 @@ def _multilabel(given: LabelledPredictions, samples: Sequence[Sample], labels: S
         "sample_f1": measures.mean_interval(1 - given.errors),
         "subset_accuracy": measures.mean_interval(given.right),
     }
-    per_class = _per_class(truth, predicted, labels)
+    per_class = _per_class(given.rates, truth.sum(axis=0), labels)
     _add_intervals(per_class, bounds)
     for row, threshold, calibration in zip(per_class, thresholds, given.label_calibration_errors, strict=True):
         row |= {"threshold": threshold, "calibration_error": float(calibration)}
@@ -182,9 +183,9 @@ def _add_intervals(per_class: list[dict[str, Any]], bounds: Mapping[str, np.ndar
             row[f"{name}_interval"] = [float(edge) for edge in pair]
 
 
-def _per_class(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    rates = label_rates(predicted, truth)
-    columns = (rates["precision"], rates["recall"], rates["f1"], truth.sum(axis=0))
+def _per_class(scores: Mapping[str, np.ndarray], counts: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """scores: `precision`, `recall` and `f1` (C,); counts: (C,) numbers of samples."""
+    columns = (scores["precision"], scores["recall"], scores["f1"], counts)
     return [
         {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
         for label, p, r, f, n in zip(labels, *columns, strict=True)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refract.pipeline.evaluation import measures
+
 SUREST = 0.25
 """Fraction of the predictions that count as the most confident ones."""
 
@@ -68,8 +70,8 @@ def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidenc
     if not len(truth):
         raise ValueError("label noise needs at least one prediction, got none")
     samples, classes = probabilities.shape
-    confidence, ranked = probabilities.max(axis=1), np.argsort(-probabilities, axis=1)
-    wrong = ranked[:, 0] != truth
+    confidence, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    wrong = predicted != truth
     sure = confidence >= np.sort(confidence)[-max(1, int(SUREST * samples))]  # includes ties
     ordered = sure.sum() <= 2 * SUREST * samples
     half = np.argsort(-confidence, kind="stable")[: samples // 2]
@@ -82,8 +84,14 @@ def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidenc
         sure=int(sure.sum()) if ordered else 0,
         contradicted=int(wrong[sure].sum()) if ordered else 0,
         doubted=len(doubted),
-        second_choice=int((ranked[doubted, 1] == truth[doubted]).sum()) if classes > 1 else 0,
+        second_choice=_second_choices(probabilities[doubted], truth[doubted]) if classes > 1 else 0,
     )
+
+
+def _second_choices(probabilities: np.ndarray, truth: np.ndarray) -> int:
+    """Count the samples whose label is the second most probable class. probabilities: a copy, which is changed."""
+    probabilities[np.arange(len(truth)), probabilities.argmax(axis=1)] = -1
+    return int((probabilities.argmax(axis=1) == truth).sum())
 
 
 def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -111,13 +119,15 @@ def confident_learning(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np
     with its label. The margin is the difference of the two probabilities.
     Source: Northcutt et al. 2021, "Confident learning", arXiv:1911.00068, section 3.1.
     """
-    count = probabilities.shape[1]
-    mean_own = np.array([probabilities[truth == c, c].mean() if (truth == c).any() else 2.0 for c in range(count)])
-    candidates = np.where(probabilities >= mean_own, probabilities, -1)
-    suspect = candidates.argmax(axis=1)
-    labelled = probabilities[np.arange(len(truth)), truth]
-    margin = candidates.max(axis=1) - labelled
-    indices = np.flatnonzero((candidates.max(axis=1) > 0) & (suspect != truth) & (margin > 0))
+    classes, labelled = probabilities.shape[1], probabilities[np.arange(len(truth)), truth]
+    sums, counts = np.bincount(truth, labelled, minlength=classes), np.bincount(truth, minlength=classes)
+    mean_own = np.where(counts > 0, sums / np.maximum(counts, 1), 2.0)
+    suspect, highest = np.zeros(len(truth), np.int64), np.zeros(len(truth), probabilities.dtype)
+    for rows in measures.blocks(probabilities):
+        candidates = np.where(probabilities[rows] >= mean_own, probabilities[rows], -1)
+        suspect[rows], highest[rows] = candidates.argmax(axis=1), candidates.max(axis=1)
+    margin = highest - labelled
+    indices = np.flatnonzero((highest > 0) & (suspect != truth) & (margin > 0))
     indices = indices[np.argsort(-margin[indices], kind="stable")]
     return indices, margin[indices]
 

@@ -4,6 +4,7 @@ probabilities: float (N, C), rows sum to 1, for multi-label one independent prob
 truth: int (N,) class indices, for multi-label bool (N, C).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from refract.pipeline.evaluation.intervals import DRAWS, class_intervals, macro_
 BINS = 15
 
 AT_ONCE = 1 << 20
-"""Probabilities that the fit of the temperature changes at once, which bounds the memory with many images and classes."""
+"""Probabilities that are changed at once, which bounds the memory with many images and classes."""
 
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool, given_at: float = 1.0) -> float:
@@ -25,15 +26,11 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel:
     """
     from scipy.optimize import minimize_scalar
 
-    rows = max(1, AT_ONCE // probabilities.shape[1])
-    starts = range(0, len(probabilities), rows)
-
     def loss(log_temperature: float) -> float:
         temperature, total = np.exp(log_temperature) / given_at, 0.0
-        for start in starts:
-            block = probabilities[start : start + rows]
-            changed = at_temperature(block, temperature, multilabel=multilabel)
-            total += len(block) * nll(changed, truth[start : start + rows], multilabel=multilabel)
+        for rows in blocks(probabilities):
+            block = _at_temperature(probabilities[rows], temperature, multilabel=multilabel)
+            total += len(block) * nll(block, truth[rows], multilabel=multilabel)
         return total / len(probabilities)
 
     bound = np.log(20)
@@ -41,7 +38,15 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel:
 
 
 def at_temperature(probabilities: np.ndarray, temperature: float, *, multilabel: bool) -> np.ndarray:
-    """Return the probabilities with their logits divided by the temperature."""
+    """Return the probabilities, float32 (N, C), with their logits divided by the temperature."""
+    changed = np.empty(probabilities.shape, np.float32)
+    for rows in blocks(probabilities):
+        changed[rows] = _at_temperature(probabilities[rows], temperature, multilabel=multilabel)
+    return changed
+
+
+def _at_temperature(probabilities: np.ndarray, temperature: float, *, multilabel: bool) -> np.ndarray:
+    """Return `at_temperature` in float64."""
     from scipy.special import expit, log_softmax, logit
 
     safe = np.clip(probabilities.astype(np.float64), _TINY, 1 - _TINY if multilabel else 1)
@@ -92,6 +97,24 @@ class RiskCoverage:
     risk: np.ndarray
     confidence: np.ndarray
     area: float
+
+
+def top_accuracy(probabilities: np.ndarray, truth: np.ndarray, count: int) -> float:
+    """Return the fraction of samples whose true class is among the `count` most probable ones. Of equal ones, the first class counts."""
+    right = 0
+    for rows in blocks(probabilities):
+        block, true = probabilities[rows], truth[rows]
+        of_truth = np.take_along_axis(block, true[:, None], axis=1)
+        ahead = block > of_truth
+        ahead |= (block == of_truth) & (np.arange(block.shape[1]) < true[:, None])
+        right += int((ahead.sum(axis=1) < count).sum())
+    return right / len(truth)
+
+
+def blocks(probabilities: np.ndarray) -> Iterator[slice]:
+    """Yield slices of the rows, each of about AT_ONCE probabilities. Temporary arrays of a block take little memory."""
+    rows = max(1, AT_ONCE // probabilities.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(probabilities), rows))
 
 
 def risk_coverage(probabilities: np.ndarray, truth: np.ndarray) -> RiskCoverage:

@@ -29,8 +29,15 @@ def set_errors(predicted: np.ndarray, truth: np.ndarray, unknown: np.ndarray | i
 
 
 def label_rates(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """Return `precision`, `recall` and `f1` (C,) of each label, and `micro_f1` () of all labels; undefined rates are 0."""
-    hits, given, real = (predicted & truth).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0)
+    """Return the `rates` of predictions, bool (N, C)."""
+    return rates(*(array.sum(axis=0) for array in (predicted & truth, predicted, truth)))
+
+
+def rates(hits: np.ndarray, given: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `precision`, `recall` and `f1` (C,) of each label, and `micro_f1` () of all labels; undefined rates are 0.
+
+    hits, given, real: (C,) numbers of right predictions, of predictions, and of samples of each label.
+    """
     return {
         "precision": hits / np.maximum(given, 1),
         "recall": hits / np.maximum(real, 1),

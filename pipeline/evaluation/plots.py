@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refract.pipeline.evaluation.confusion import DENSE
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from refract.pipeline.evaluation.confusion import Confusion
 
 log = logging.getLogger(__name__)
 
@@ -89,21 +93,36 @@ def _fonts() -> list[str]:
     return [name for name in FONTS if name in installed]
 
 
-def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """Write the chart of `confusion_of` to a file."""
-    save(confusion_of(confusion, labels), path)
+ERRORS = 40
+"""Bars in the chart of the most frequent errors."""
 
 
-def confusion_of(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
+def confusion_of(confusion: "Confusion", labels: Sequence[str]) -> "Figure":
     """Plot a confusion matrix: rows are true classes, columns predictions, colours fractions of the row.
 
-    Up to 60 classes get labels on the axes, up to 30 get counts in the cells.
+    Up to 60 classes get labels on the axes, up to 30 get counts in the cells. For more than `confusion.DENSE` classes, whose cells would
+    be smaller than a pixel, plot the most frequent errors.
     """
     with literal_text():
-        return _confusion(confusion, labels)
+        return (_matrix if confusion.classes <= DENSE else _errors)(confusion, labels)
 
 
-def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
+def _errors(confusion: "Confusion", labels: Sequence[str]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    errors = confusion.most_frequent_errors(ERRORS)[::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(errors)), layout="constrained")
+    axes = figure.add_subplot(xlabel="test samples", title="the most frequent errors: true label → predicted label")
+    axes.barh(range(len(errors)), [count for _, _, count in errors])
+    axes.set_yticks(
+        range(len(errors)), [f"{short(labels[true])} → {short(labels[predicted])}" for true, predicted, _ in errors]
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _matrix(confusion: "Confusion", labels: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     count = len(labels)
@@ -111,14 +130,15 @@ def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot(xlabel="predicted label", ylabel="true label")
     axes.set_title("color: fraction of the true label", fontsize=9)
-    fractions = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    matrix = confusion.matrix
+    fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     if count <= 60:
         shown = [short(label) for label in labels]
         axes.set_xticks(range(count), shown, rotation=90)
         axes.set_yticks(range(count), shown)
     if count <= 30:
-        for (row, column), number in np.ndenumerate(confusion):
+        for (row, column), number in np.ndenumerate(matrix):
             if number:
                 axes.text(
                     column,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.sources.folders import label_of
-from refract.pipeline.data.validation import Scan, scan
 from refract.pipeline.labels.address import opened, split_address
 from refract.pipeline.labels.history import LabelHistory
 from refract.pipeline.labels.state import ImageState, LabelState

@@ -9,7 +9,7 @@ from refract.augment.decoding.decode import decode
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.data.near_duplicates import difference_hash
-from refract.pipeline.data.validation import Scan
+from refract.pipeline.data.scan import Scan
 from refract.progress import tracked
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from pathlib import Path
 from refract.pipeline.config.config import Config
 from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
-from refract.pipeline.data.validation import drop_bad, drop_contradictory, scan
+from refract.pipeline.data.scan import scan
+from refract.pipeline.data.validation import drop_bad, drop_contradictory
 from refract.pipeline.files import write_atomically
 from refract.pipeline.retraining.workspace import read, write
 from refract.pipeline.training.build import reads

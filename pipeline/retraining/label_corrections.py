@@ -8,7 +8,7 @@ from typing import Any
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import Manifest, Sample
-from refract.pipeline.data.validation import Scan
+from refract.pipeline.data.scan import Scan
 from refract.pipeline.labels.address import opened, split_address
 from refract.pipeline.labels.apply import SHOWN
 from refract.pipeline.labels.difference import ABSENT, EXCLUDED, ChangedImage, difference

@@ -14,9 +14,10 @@ from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from refract.pipeline.data.prepare import with_labels
+from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.sources.folders import skipped_lines
 from refract.pipeline.data.splits import draw_splits, write_splits
-from refract.pipeline.data.validation import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
+from refract.pipeline.data.validation import check_classes, drop_bad, drop_contradictory, drop_shared
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies

@@ -283,14 +283,15 @@ def _write_report(
     from refract.pipeline.doctor.stored import write_findings
     from refract.pipeline.evaluation.assess import write_predictions
     from refract.pipeline.evaluation.error_images import write_error_images
-    from refract.pipeline.evaluation.plots import confusion_plot, curves_plot
+    from refract.pipeline.evaluation.plots import curves_plot
+    from refract.pipeline.evaluation.report.build import CONFUSION
     from refract.pipeline.preview import preview_grid, shown_samples
 
     manifest = assembly.manifest
     write_splits(manifest, run_dir / "splits.csv")
     curves_plot(history, run_dir / "curves.png")
-    if assessment.evaluation.confusion is not None:
-        confusion_plot(assessment.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
+    if CONFUSION in assessment.report.charts:
+        write_atomically(run_dir / "confusion.png", assessment.report.png(CONFUSION))
     assessment.report.write(run_dir)
     write_predictions(run_dir, assessment.evaluation, history)
     write_findings(run_dir, assessment.findings, doctor.record)

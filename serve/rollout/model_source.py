@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+from refract.cache_folder import cache_folder
 from refract.models.credentials import masked
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CACHE = Path("~/.cache/refract/models")
 
 LOOK_S, LOCAL_S, STALL_S = 60, 300, 600
 """Timeouts in seconds: to look up a name on a tracking server; to look it up in a database file on a busy machine; without progress of a
@@ -53,14 +53,14 @@ class UnreachableError(SourceError):
 def resolve(source: str, *, cache: Path | None = None) -> Path:
     """Return the local bundle folder of `source`, a folder, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
-    Each version is downloaded once, to `cache`, by default ~/.cache/refract/models. The tracking server is MLFLOW_TRACKING_URI, or else
+    Each version is downloaded once, to `cache`, by default models/ in `cache_folder()`. The tracking server is MLFLOW_TRACKING_URI, or else
     mlflow.db in the working directory. SourceError if the source is invalid, unknown, unreachable or cannot be stored.
     """
     if is_registered(source):
         match = _REGISTERED.fullmatch(source)
         if match is None:
             raise SourceError(f"{source!r} is not a valid source; expected models:/NAME@ALIAS or models:/NAME/VERSION")
-        return _download(source, match, (cache or CACHE).expanduser())
+        return _download(source, match, cache or cache_folder() / "models")
     path = Path(source)
     if not path.is_dir():
         raise SourceError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from refract import progress
+from refract.cache_folder import cache_folder
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.models.classifier import probabilities
 from refract.models.features import FeatureClassifier
@@ -29,8 +30,6 @@ from refract.serve.runtime.backends.registry import BACKENDS, INT8
 from refract.serve.runtime.backends.storage import store
 
 logger = logging.getLogger(__name__)
-
-CACHE = Path("~/.cache/refract/backends")
 
 THREADS = torch.get_num_threads()
 """PyTorch's default number of threads. A choice may set fewer; the next choice starts from this number again."""
@@ -94,8 +93,8 @@ def choose(
     A backend agrees if each likeliest label is the same, all probabilities are within AGREED, or INT8_AGREED for those of INT8, and the
     cosine of each embedding to that of float32 is at least ALIKE, or ALIKE_INT8.
     images: the golden images, uint8 N×H×W×3. wanted: auto, int8 for the fastest of INT8, or a name of BACKENDS, which must agree.
-    threads: most CPU threads. `cache`, by default ~/.cache/refract/backends, stores the choice of auto for the bundle, the machine and the
-    package versions. ValueError for an unknown name. BundleError if a wanted backend is not installed, does not support this device, or
+    threads: most CPU threads. `cache`, by default backends/ in `cache_folder()`, stores the choice of auto for the bundle, the machine and
+    the package versions. ValueError for an unknown name. BundleError if a wanted backend is not installed, does not support this device, or
     does not agree.
     """
     if wanted not in ("auto", "int8", *BACKENDS):
@@ -106,7 +105,7 @@ def choose(
     names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
     if wanted != "auto":
         _check_wanted(wanted, names, device)
-    folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
+    folder = (cache or cache_folder() / "backends") / _key(bundle, device, threads)
     tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
     trial = _Trial(bundle, network, tensor, folder)
     stored = _load_choice(folder) if wanted == "auto" else None

@@ -10,9 +10,10 @@ from sklearn.metrics import f1_score
 
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation import metrics
+from refract.pipeline.evaluation.confusion import Confusion
 from refract.pipeline.evaluation.custom_metrics import ELSEWHERE, register_metric
 from refract.pipeline.evaluation.evaluate import Evaluation, measured
-from refract.pipeline.evaluation.plots import confusion_plot, short
+from refract.pipeline.evaluation.plots import confusion_of, save, short
 from refract.pipeline.evaluation.report import make_report
 from refract.plugins import PluginError
 
@@ -60,8 +61,8 @@ def test_long_labels_are_shortened_in_charts_without_a_warning(tmp_path: Path) -
     assert len({short(label) for label in labels}) == 5 and all(len(short(label)) <= 28 for label in labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        confusion_plot(np.eye(5, dtype=int), labels, tmp_path / "c.png")
-        confusion_plot(np.eye(2, dtype=int), labels[:2], tmp_path / "d.png")
+        save(confusion_of(Confusion.of(np.arange(5), np.arange(5), 5), labels), tmp_path / "c.png")
+        save(confusion_of(Confusion.of(np.arange(2), np.arange(2), 2), labels[:2]), tmp_path / "d.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 

@@ -9,8 +9,8 @@ from small_data import rewritten, table
 from benchmarks import captions
 from refract.pipeline.config.config import ConfigError, config_from_dict
 from refract.pipeline.data.manifest import DataError, load_manifest
+from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import draw_splits
-from refract.pipeline.data.validation import scan
 from refract.pipeline.training.build import check_inputs
 
 

@@ -81,9 +81,9 @@ def test_backends_send_no_telemetry(bundle, tmp_path: Path) -> None:
 def test_a_signal_is_handled_after_another_thread_has_deleted_the_network(bundle, folder: Path) -> None:
     """OpenVINO frees the signal stack of the main thread."""
     code = (
-        "import signal, sys, threading\nfrom pathlib import Path\nfrom refract.models.bundle.bundle import load_bundle\n"
-        "from refract.serve.runtime import selection\nfrom refract.serve.runtime.engine import Engine\n"
-        "selection.CACHE = Path(sys.argv[2])\n"
+        "import os, signal, sys, threading\nfrom refract.models.bundle.bundle import load_bundle\n"
+        "from refract.serve.runtime.engine import Engine\n"
+        "os.environ['REFRACT_CACHE_DIR'] = sys.argv[2]\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
         "for name in sys.argv[3:]:\n"
         "    engines = [Engine(load_bundle(sys.argv[1]), backend=name)]\n"

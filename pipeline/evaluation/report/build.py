@@ -1,5 +1,6 @@
 """Build the report of an evaluation as HTML for people and as JSON for programs."""
 
+import base64
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from refract.pipeline.evaluation.evaluate import Evaluation, Predictions
 from refract.pipeline.evaluation.hierarchy import back_off_numbers
 from refract.pipeline.evaluation.label_errors import likely_label_errors
 from refract.pipeline.evaluation.multilabel import WrongLabel, likely_wrong_labels
+from refract.pipeline.evaluation.plots import confusion_of
 from refract.pipeline.evaluation.report import figures
 from refract.pipeline.evaluation.report.summary import summarized
 from refract.pipeline.evaluation.robustness import Robustness
@@ -22,6 +24,10 @@ from refract.pipeline.evaluation.slices import slices
 from refract.pipeline.files import write_atomically
 
 GALLERY_IMAGES = 24
+CONFUSION = "Confusion matrix"
+"""The title of a chart."""
+CLASSES = 200
+"""Rows of the table of classes."""
 TEXT_SHOWN = 120
 """Characters of a sample's text in a caption."""
 
@@ -40,6 +46,10 @@ class Report:
     galleries: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     template: str = "report.html"
 
+    def png(self, chart: str) -> bytes:
+        """Return a chart as PNG."""
+        return base64.b64decode(self.charts[chart].partition(",")[2])
+
     def write(self, folder: Path) -> list[Path]:
         """Write `report.html` and `report.json` to a folder and return their paths. Raises OSError."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -50,6 +60,7 @@ class Report:
         html = env.get_template(self.template).render(
             title=self.title,
             numbers=self.numbers,
+            shown_classes=_shown_classes(self.numbers.get("per_class", [])),
             charts=self.charts,
             galleries=self.galleries,
         )
@@ -103,8 +114,8 @@ def make_report(
         if evaluation.hierarchy is not None and back_off is not None:
             numbers["back_off"] = back_off_numbers(evaluation, evaluation.hierarchy, abstain_below, back_off)
     if evaluation.confusion is not None:
-        numbers["confusion"] = evaluation.confusion.tolist()
-        charts["Confusion matrix"] = figures.confusion_chart(evaluation.confusion, labels)
+        numbers |= evaluation.confusion.to_json(labels)
+        charts[CONFUSION] = figures.data_url(confusion_of(evaluation.confusion, labels))
     checked = checked or Predictions(evaluation.samples, evaluation.probabilities, evaluation.truth)
     numbers["labels_checked"] = len(checked.samples)
     if multilabel:
@@ -139,6 +150,13 @@ def make_report(
         galleries = {title: [row | {"src": ""} for row in rows] for title, rows in galleries.items()}
     numbers["summary"] = summarized(subject, evaluation, labels, numbers, notes)
     return Report(title, numbers, charts, galleries)
+
+
+def _shown_classes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the table of classes: all, or of more than CLASSES those with the lowest F1."""
+    if len(rows) <= CLASSES:
+        return rows
+    return sorted((row for row in rows if row["count"]), key=lambda row: row["f1"])[:CLASSES]
 
 
 def _absent_classes(evaluation: Evaluation, count: int) -> list[str]:

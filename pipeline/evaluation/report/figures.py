@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from refract.augment import decode
-from refract.pipeline.evaluation.plots import confusion_of, literal_text, save, short
+from refract.pipeline.evaluation.plots import literal_text, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,10 +124,6 @@ def two_fractions(reference: np.ndarray, new: np.ndarray, labels: Sequence[str],
         axes.set_xticklabels([short(labels[i]) for i in shown], rotation=60, ha="right", fontsize=8)
         axes.legend(fontsize=8)
         return data_url(axes.figure)
-
-
-def confusion_chart(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    return data_url(confusion_of(confusion, labels))
 
 
 def _axes(x: str, y: str, size: tuple[float, float]):

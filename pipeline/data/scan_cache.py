@@ -1,0 +1,165 @@
+"""A cache of image checks, so that files that did not change are neither read nor decoded again by a later command."""
+
+import logging
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from refract.cache_folder import cache_folder
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.data.storage import scheme_of
+
+log = logging.getLogger(__name__)
+
+HASH = 16
+"""Bytes of a `difference_hash`."""
+
+RECORD = np.dtype([("digest", np.uint8, 32), ("difference", np.uint8, 1 + HASH)])
+"""The check of one image: its SHA-256, then 1 and its `difference_hash`, or zeros for an image without one."""
+
+FORMAT = 1
+DECODERS = ("refract", "numpy", "opencv-python-headless", "pillow")
+"""Packages whose version may change a record."""
+
+SETTLED_NS = 2_000_000_000
+"""Age of a file's last change, from which on its check is stored. A younger file could change again within one tick of its clock."""
+
+LIMIT = 2 << 30
+"""Bytes of the cache, about 12 million files. A larger cache is removed when it is opened."""
+
+TIMEOUT_S = 30.0
+"""Seconds to wait for another process that writes."""
+
+ROWS = 5_000
+"""Rows that are written, or looked up, at once."""
+
+
+class ScanCache:
+    """Checks of local files by path, size, inode, and time of the last change of content and attributes.
+
+    No program can set the time of the last change of attributes (ctime), so that a changed file is always noticed. The cache is one SQLite
+    file in `cache_folder()`, which several processes may use. If it cannot be used, all files are checked, and the reason is logged for
+    `--verbose`. Of the ranks that torchrun starts on a machine, one checks the images, and the others wait and use its checks.
+    """
+
+    _database: sqlite3.Connection | None = None
+    _turn: int | None = None  # file descriptor of the ranks' lock
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file or cache_folder() / "checks.sqlite"
+        self._added: list[tuple[object, ...]] = []
+
+    def __enter__(self) -> Self:
+        for _ in range(2):  # the first error may remove a damaged file
+            try:
+                if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+                    self._wait()
+                self._database = self._opened()
+                break
+            except (sqlite3.Error, OSError) as error:
+                self._disable(error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store()
+        if self._database is not None:
+            self._database.close()
+        if self._turn is not None:
+            os.close(self._turn)
+
+    def states(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return int64 N×4, the state of each sample's file; zeros for an image that is not in a local file, or whose file is too new."""
+        states = np.zeros((len(samples), 4), np.int64)
+        if self._database is None:
+            return states
+        settled = time.time_ns() - SETTLED_NS
+        for state, sample in zip(states, samples, strict=True):
+            if sample.data is None and not scheme_of(sample.path):
+                try:
+                    facts = os.stat(sample.path)  # noqa: PTH116 — a Path takes five times as long
+                except (OSError, ValueError):  # the check reports it
+                    continue
+                if max(facts.st_mtime_ns, facts.st_ctime_ns) <= settled:
+                    state[:] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+        return states
+
+    def known(self, samples: Sequence[Sample], states: np.ndarray) -> Iterator[tuple[int, bytes, str]]:
+        """Yield (row, the bytes of its RECORD, remark or "") for the samples whose file has the state of a stored check."""
+        rows = np.flatnonzero(states.any(axis=1)).tolist()
+        for start in range(0, len(rows), ROWS):
+            row_of = {_key(samples[row].path): row for row in rows[start : start + ROWS]}
+            for path, *state, record, remark in self._rows(list(row_of)):
+                row = row_of[path]
+                if state == states[row].tolist() and len(record) == RECORD.itemsize:
+                    yield row, record, remark
+
+    def add(self, path: str, state: np.ndarray, record: bytes, remark: str) -> None:
+        """Store a check. state: of `states`, taken before the file was read."""
+        if self._database is not None and state.any():
+            self._added.append((_key(path), *state.tolist(), record, remark))
+            if len(self._added) == ROWS:
+                self._store()
+
+    def _wait(self) -> None:
+        """Wait for the lock of the ranks. The lock of a rank that died is free."""
+        import fcntl
+
+        if self._turn is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._turn = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._turn, fcntl.LOCK_EX)
+
+    def _opened(self) -> sqlite3.Connection:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.file.exists() and self.file.stat().st_size > LIMIT:
+            self.file.unlink()
+        database = sqlite3.connect(self.file, timeout=TIMEOUT_S)
+        versions = zlib.crc32(repr((FORMAT, [version(package) for package in DECODERS])).encode()) >> 1
+        with database:
+            database.execute("BEGIN IMMEDIATE")
+            if database.execute("PRAGMA user_version").fetchone() != (versions,):
+                database.execute("DROP TABLE IF EXISTS checks")
+                database.execute(
+                    "CREATE TABLE checks (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ctime INTEGER, inode INTEGER, "
+                    "record BLOB, remark TEXT) WITHOUT ROWID"
+                )
+                database.execute(f"PRAGMA user_version = {versions}")
+        return database
+
+    def _rows(self, paths: list[bytes]) -> list[tuple[Any, ...]]:
+        if self._database is None:
+            return []
+        try:
+            marks = ",".join("?" * len(paths))
+            return self._database.execute(f"SELECT * FROM checks WHERE path IN ({marks})", paths).fetchall()
+        except sqlite3.Error as error:
+            self._disable(error)
+            return []
+
+    def _store(self) -> None:
+        if self._database is not None and self._added:
+            try:
+                with self._database:
+                    self._database.executemany("REPLACE INTO checks VALUES (?,?,?,?,?,?,?)", self._added)
+            except (sqlite3.Error, OSError) as error:
+                self._disable(error)
+        self._added.clear()
+
+    def _disable(self, error: Exception) -> None:
+        log.debug("%s cannot be used, so every image is checked again: %s", self.file, error)
+        if self._database is not None:
+            self._database.close()
+        self._database = None
+        if type(error) is sqlite3.DatabaseError:
+            self.file.unlink(missing_ok=True)  # damaged, or not a database
+
+
+def _key(path: str) -> bytes:
+    return os.fsencode(os.path.abspath(path))  # noqa: PTH100 — a Path takes five times as long, and resolve() follows links

@@ -1,0 +1,9 @@
+"""The folder of files that Refract can create again: `REFRACT_CACHE_DIR`, by default ~/.cache/refract."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return the folder. It may be missing."""
+    return Path(os.environ.get("REFRACT_CACHE_DIR") or "~/.cache/refract").expanduser()

@@ -1,0 +1,147 @@
+"""The cache of image checks: unchanged files are not decoded again, changed ones always are, and no state of the cache changes a result."""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from small_data import COLORS, make_image, write_image
+
+from refract.pipeline.data import scan_cache
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.data.scan import Scan, scan
+from refract.pipeline.data.scan_cache import ScanCache
+
+
+@pytest.fixture
+def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """Four images, one unreadable file and one image from memory; checks are stored at once in an empty cache."""
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(scan_cache, "SETTLED_NS", 0)
+    label = next(iter(COLORS))
+    for number in range(4):
+        write_image(tmp_path / f"{number}.png", make_image(label, number))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    embedded = Sample("embedded.png", (0,), data=(tmp_path / "0.png").read_bytes())
+    return [*(Sample(f"{number}.png", (0,)) for number in range(4)), Sample("bad.png", (0,)), embedded]
+
+
+def results(scanned: Scan) -> list[dict[str, object]]:
+    return [dict(values) for values in astuple(scanned)]
+
+
+def stored(tmp_path: Path) -> list[str]:
+    with sqlite3.connect(tmp_path / "cache" / "checks.sqlite") as database:
+        return [Path(os.fsdecode(path)).name for (path,) in database.execute("SELECT path FROM checks ORDER BY path")]
+
+
+def test_unchanged_files_are_not_read_again(samples: list[Sample], tmp_path: Path) -> None:
+    first = scan(samples)
+    assert stored(tmp_path) == ["0.png", "1.png", "2.png", "3.png"] and list(first.bad) == ["bad.png"]
+    with sqlite3.connect(tmp_path / "cache" / "checks.sqlite") as database:
+        database.execute(
+            "UPDATE checks SET record = zeroblob(49), remark = 'repaired: marker' WHERE CAST(path AS TEXT) LIKE '%2.png'"
+        )
+    second = scan(samples)
+    assert second.images["2.png"] == 64 * "0" and second.difference_hashes["2.png"] == b""
+    assert second.remarks == {"2.png": "repaired: marker"}
+    assert {path: digest for path, digest in second.images.items() if path != "2.png"} == {
+        path: digest for path, digest in first.images.items() if path != "2.png"
+    }
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(samples: list[Sample], tmp_path: Path) -> None:
+    first, file = scan(samples), tmp_path / "1.png"
+    facts, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1  # after the image's end, or in its checksum
+    file.write_bytes(content)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+    second = scan(samples)
+    assert second.bad.keys() >= {"1.png"} or second.images["1.png"] != first.images["1.png"]
+
+
+def test_a_repaired_file_is_checked_again(samples: list[Sample], tmp_path: Path) -> None:
+    assert list(scan(samples).bad) == ["bad.png"]
+    (tmp_path / "bad.png").write_bytes((tmp_path / "3.png").read_bytes())
+    second = scan(samples)
+    assert not second.bad and second.images["bad.png"] == second.images["3.png"]
+
+
+def test_a_file_that_was_just_written_is_not_stored(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_cache, "SETTLED_NS", 3_600_000_000_000)
+    first = scan(samples)
+    assert stored(tmp_path) == [] and results(scan(samples)) == results(first)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "folder", "another version", "another table", "locked", "too large"])
+def test_no_state_of_the_cache_changes_a_result(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    first, file = scan(samples), tmp_path / "cache" / "checks.sqlite"
+    monkeypatch.setattr(scan_cache, "TIMEOUT_S", 0.1)
+    database = sqlite3.connect(file, isolation_level=None)
+    if damage == "garbage":
+        file.write_bytes(b"garbage" * 1000)
+    elif damage == "folder":
+        file.unlink()
+        file.mkdir()
+    elif damage == "another version":
+        database.execute("UPDATE checks SET record = zeroblob(49)")
+        database.execute("PRAGMA user_version = 1")
+    elif damage == "another table":
+        database.execute("DROP TABLE checks")
+        database.execute("CREATE TABLE checks (path TEXT)")
+    elif damage == "locked":
+        database.execute("BEGIN EXCLUSIVE")
+    else:
+        database.execute("UPDATE checks SET record = zeroblob(49)")
+        monkeypatch.setattr(scan_cache, "LIMIT", 1)
+    assert results(scan(samples)) == results(first)
+    database.close()
+    if damage in ("garbage", "another version", "too large"):
+        assert len(stored(tmp_path)) == 4, "the cache starts anew"
+
+
+def test_ranks_of_a_machine_wait_for_the_first_one(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with ThreadPoolExecutor(1) as pool:
+        with ScanCache():
+            rank_1 = pool.submit(scan, samples)
+            lock = f":{(tmp_path / 'cache' / 'checks.lock').stat().st_ino} "
+            while not any("->" in line and lock in line for line in Path("/proc/locks").read_text().splitlines()):
+                assert not rank_1.done()
+            assert stored(tmp_path) == []
+        rank_1.result(timeout=60)
+    assert len(stored(tmp_path)) == 4
+
+
+def _checked(samples: Sequence[Sample]) -> list[dict[str, object]]:
+    return results(scan(samples))
+
+
+def test_processes_share_the_cache(samples: list[Sample], tmp_path: Path) -> None:
+    with get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(_checked, [samples, samples], chunksize=1)
+    assert first == second == results(scan(samples))
+    assert len(stored(tmp_path)) == 4
+
+
+def test_texts_share_the_check_of_their_image(samples: list[Sample]) -> None:
+    both = frozenset({"images", "texts"})
+    captioned = [Sample("0.png", (0,), text=text) for text in ("one", "two")]
+    alone = Sample("m.csv#4", (0,), text="two", data=samples[-1].data, has_image=False)
+    scanned = scan([*captioned, alone], reads=both)
+    keys = [sample.key for sample in (*captioned, alone)]
+    assert len({scanned.hashes[key] for key in keys}) == 3
+    assert scanned.groups[keys[0]] == scanned.groups[keys[1]] == scanned.images["0.png"] != scanned.groups[keys[2]]
+    of_images = scan(captioned)
+    assert of_images.hashes[keys[0]] == of_images.hashes[keys[1]] == scanned.images["0.png"]
