@@ -65,13 +65,13 @@ def embed(
     samples: Sequence[Sample],
     labels: Sequence[tuple[str, ...]],
     store: FeatureStore,
-    source: str,
+    source: str | None,
     options: Options,
     stop: Stop,
     *,
     first: int | None = None,
 ) -> Embedded:
-    """Make sure that the store holds the embedding of each sample, and list the samples under `source`.
+    """Make sure that the store holds the embedding of each sample, and list the samples under `source`, unless it is None.
 
     labels: class names of each sample. first: embed only so many samples; the others are listed if the store has their embeddings.
     Each distinct content is computed once. Raises Stopped after a stop signal, DataError or ScoringError where a worker fails; finished
@@ -97,8 +97,9 @@ def embed(
         store.refresh()
     keys = [Key(content) if content else None for content in contents]
     result.keys = [key if key is not None and key in store else None for key in keys]
-    whole = [row for row, key in zip(stored, result.keys, strict=True) if key is not None]
-    store.add_samples(source, whole)
+    if source is not None:
+        whole = [row for row, key in zip(stored, result.keys, strict=True) if key is not None]
+        store.add_samples(source, whole)
     return result
 
 
