@@ -12,7 +12,7 @@ import torch
 
 from refract.augment import Preprocess
 from refract.models.classifier import Classifier
-from refract.models.familiarity import Familiarity, Reduced
+from refract.models.familiarity import Familiarity, Reduced, distance_for
 from refract.models.training_features import TrainingFeatures
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.files import printable
@@ -43,14 +43,16 @@ def training_features_of(
     shown = embedded.thumbnails if thumbnails else [b""] * len(embedded.samples)
     sizes = features[0].nbytes + np.array([len(data) for data in shown])
     kept = max(1, int((sizes.cumsum() <= MOST_BYTES).sum()))
+    labels = tuple(sample.labels for sample in embedded.samples[:kept])
     training = TrainingFeatures(
         embedded.width,
         features[:kept],
-        tuple(sample.labels for sample in embedded.samples[:kept]),
+        labels,
         np.array([list(embedded.digests[sample.key]) for sample in embedded.samples[:kept]], np.uint8),
         tuple(_relative(sample, manifest.source) for sample in embedded.samples[:kept]),
         tuple(shown[:kept]),
         np.zeros(0, np.float32),
+        distance_for(labels),
     )
     held = manifest.of("val") or manifest.of("test")
     validation = _embed(classifier, preprocess, _drawn(held, MOST_VALIDATION), task).features
