@@ -13,13 +13,14 @@ from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
-from refract.pipeline.drift.outputs import Stored, stored_outputs_suffice
+from refract.pipeline.drift.outputs import stored_outputs_suffice
 from refract.pipeline.drift.profile import MOST_IMAGES, Profile, ProfiledSamples, profile
 from refract.pipeline.drift.report import SHOWN, drift_numbers, furthest_images, make_drift_report
 from refract.pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
 from refract.pipeline.evaluation.report import Report
 
 if TYPE_CHECKING:
+    from refract.pipeline.features.embed import Stored
     from refract.pipeline.features.model import EmbeddingModel
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds
 
     Training samples are excluded: a network has fitted them, so their features and confidences differ from those of all other images,
     and data of the same distribution would seem to drift. Validation only chose the epoch and the temperature, the test set nothing.
-    kinds: task, labels, temperature, thresholds.
+    kinds: task, labels, temperature, thresholds, and `stored` for embeddings of a feature store.
     """
     held = NewData(manifest.of("test"), None).drawn(MOST_IMAGES).samples
     chosen = held + NewData(manifest.of("val"), None).drawn(max(1, MOST_IMAGES - len(held))).samples
@@ -145,8 +146,9 @@ def measure_drift(
     return Measured(f"Drift of {data} from {info.name}", facts, drift, base, new, shown, from_log)
 
 
-def _stored(model: "EmbeddingModel", features: Path) -> Stored | None:
+def _stored(model: "EmbeddingModel", features: Path) -> "Stored | None":
     """Open the store. None if it cannot be written, or if the network computes more after its head."""
+    from refract.pipeline.features.embed import Stored
     from refract.pipeline.features.store import FeatureStore
 
     if not stored_outputs_suffice(model):

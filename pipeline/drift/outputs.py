@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -24,8 +24,8 @@ from refract.pipeline.inference.scoring import SampleInput, Scored, score, score
 from refract.progress import tracked
 
 if TYPE_CHECKING:
+    from refract.pipeline.features.embed import Stored
     from refract.pipeline.features.model import EmbeddingModel
-    from refract.pipeline.features.store import FeatureStore
 
 
 @dataclass
@@ -40,13 +40,6 @@ class Outputs:
     statistics: list[ImageStatistics] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
-
-
-class Stored(NamedTuple):
-    """A model and its part of a feature store."""
-
-    model: EmbeddingModel
-    store: FeatureStore
 
 
 def from_network(
@@ -91,11 +84,8 @@ def from_store(stored: Stored, samples: Sequence[Sample], *, task: str, temperat
     The embeddings are rounded to float16 in any case, so that a second call returns the same. An image is decoded again for its statistics.
     Requires `stored_outputs_suffice`.
     """
-    from refract.pipeline.features.embed import Options, embed
-    from refract.pipeline.training.callbacks.stopping import Stop
-
-    model, store = stored
-    embedded = embed(model, samples, [()] * len(samples), store, None, Options(), Stop("now"))
+    model, store = stored.model, stored.store
+    embedded = stored.embedded(samples)
     outputs = Outputs(bad=dict(embedded.failed))
     has_image = "images" in model.classifier.reads
     measured = mapped(partial(_measured, model.preprocess), samples if has_image else ())

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,10 @@ from refract.models.classifier import Classifier
 from refract.models.folding import WIDEST, folding
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.drift.outputs import Stored, from_network, from_store
+from refract.pipeline.drift.outputs import from_network, from_store
+
+if TYPE_CHECKING:
+    from refract.pipeline.features.embed import Stored
 
 MOST_IMAGES = 1000
 """The largest number of samples in a bundle's profile: with 512 features each it has 1 MB."""
@@ -108,7 +111,7 @@ def profile(
     labels: Sequence[str],
     temperature: float = 1.0,
     thresholds: Sequence[float] = (),
-    stored: Stored | None = None,
+    stored: "Stored | None" = None,
 ) -> ProfiledSamples:
     """Predict all samples, and collect their features and statistics. names: the class names of each sample, None without labels.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,19 @@ class Options:
     batch_size: int = 64
     augmenter: Augmenter | None = None
     epochs: int = 0
+
+
+class Stored(NamedTuple):
+    """A model and its part of a feature store, from which commands take embeddings. device: auto, cpu or cuda, for those it lacks."""
+
+    model: EmbeddingModel
+    store: FeatureStore
+    device: str = "auto"
+
+    def embedded(self, samples: Sequence[Sample]) -> Embedded:
+        """Make sure that the store holds the embedding of each sample, without listing the samples. Errors: see `embed`."""
+        options = Options(device=self.device)
+        return embed(self.model, samples, [()] * len(samples), self.store, None, options, Stop("now"))
 
 
 def embed(

@@ -29,8 +29,9 @@ from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import compare
 from refract.pipeline.drift.measure import Measured, measure_drift
 from refract.pipeline.drift.new_data import read_data
-from refract.pipeline.drift.outputs import Stored, stored_outputs_suffice
+from refract.pipeline.drift.outputs import stored_outputs_suffice
 from refract.pipeline.drift.profile import Profile, profile
+from refract.pipeline.features.embed import Stored
 from refract.pipeline.features.model import bundle_model, embedding_model
 from refract.pipeline.features.store import FeatureStore
 
