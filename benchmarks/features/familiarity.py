@@ -8,7 +8,6 @@ Peer: pytorch-ood on the same features, `pip install --target FOLDER --no-deps p
 """
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,16 +21,17 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.pretrained import NAME, lite0_weights
+from benchmarks.pretrained import NAME
 from benchmarks.report import environment, write
-from refract.augment import Preprocess
 from refract.models.classifier import Classifier
 from refract.models.familiarity import Familiarity
 from refract.models.folding import WIDEST
-from refract.models.registry import build
 from refract.models.training_features import DISTANCES, TrainingFeatures
+from refract.pipeline.data.manifest import Sample
 from refract.pipeline.drift.profile import folded
-from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
+from refract.pipeline.features.embed import Stored
+from refract.pipeline.features.model import EmbeddingModel, open_model
+from refract.pipeline.features.store import FeatureStore
 
 OUT = Path(__file__).parents[1] / "results" / "features_familiarity.json"
 SIZE, SEED = 224, 0
@@ -56,13 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held", type=int, default=500, help="most held-out images, known and near")
     parser.add_argument("--others", type=int, default=200, help="most images of each far set")
     parser.add_argument("--draws", type=int, default=5, help="draws of the excluded classes")
+    parser.add_argument(
+        "--store", type=Path, default=Path("features"), help="feature store, which keeps the embeddings"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
 
 
 def run(args: argparse.Namespace) -> None:
-    classifier = _classifier()
-    embed = _embedder(classifier)
-    report: dict[str, Any] = {"network": NAME, "cost": cost(classifier), "auroc": {}}
+    model = open_model(NAME, "default", SIZE)
+    embed = _embedder(model, args.store)
+    report: dict[str, Any] = {"network": NAME, "cost": cost(model.classifier), "auroc": {}}
     far = {name: embed(files) for name, files in _far(args.photos, args.others).items()}
     for folder in args.data:
         others = {name: rows for name, rows in far.items() if name != folder.name}
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(
-    folder: Path, far: Mapping[str, np.ndarray], embed: Callable[[Any], np.ndarray], args: Any
+    folder: Path, far: Mapping[str, np.ndarray], embed: Callable[[Sequence[Sample]], np.ndarray], args: Any
 ) -> dict[str, Any]:
     classes = sorted(path.name for path in (folder / "train").iterdir())
     held = next(folder / name for name in ("val", "test") if (folder / name).is_dir())
@@ -235,31 +238,26 @@ def cost(classifier: Classifier, rounds: int = 30) -> dict[str, float]:
     return {name: round(float(np.median(values)), 3) for name, values in times.items()}
 
 
-def _classifier() -> Classifier:
-    with tempfile.TemporaryDirectory() as folder:
-        network = build(NAME, 2, image_size=(SIZE, SIZE), weights=str(lite0_weights(Path(folder, "lite0.safetensors"))))
-    return Classifier(network, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+def _embedder(model: EmbeddingModel, folder: Path) -> Callable[[Sequence[Sample]], np.ndarray]:
+    stored = Stored(model, FeatureStore(folder, model.key, model.record))
+
+    def embed_samples(samples: Sequence[Sample]) -> np.ndarray:
+        return stored.store.vectors([key for key in stored.embedded(samples).keys if key is not None])
+
+    return embed_samples
 
 
-def _embedder(classifier: Classifier) -> Callable[[list[bytes]], np.ndarray]:
-    preprocess = Preprocess(height=SIZE, width=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
-
-    def embed(files: list[bytes]) -> np.ndarray:
-        samples = [SampleInput(lambda data=data: data) for data in files]
-        rows = score_outputs(classifier, preprocess, samples, embed=True, task="multiclass", batch_size=16, threads=1)
-        return np.stack([row.embedding for row in rows if isinstance(row, Scored) and row.embedding is not None])
-
-    return embed
-
-
-def _far(photos: Sequence[Path], most: int) -> dict[str, list[bytes]]:
+def _far(photos: Sequence[Path], most: int) -> dict[str, list[Sample]]:
     digits = load_digits().images[:most].astype(np.uint8) * 16
     noise = np.random.default_rng(SEED).integers(0, 256, (min(most, 50), SIZE, SIZE, 3), dtype=np.uint8)
-    far = {"digits": list(_png(digits)), "noise": list(_png(noise))}
+    far = {
+        name: [Sample(name, (), data=data) for data in _png(images)]
+        for name, images in (("digits", digits), ("noise", noise))
+    }
     for folder in photos:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
         chosen = np.random.default_rng(SEED).permutation(len(paths))[:most]
-        far[folder.name] = [paths[index].read_bytes() for index in chosen]
+        far[folder.name] = [Sample(str(paths[index]), ()) for index in chosen]
     return far
 
 
@@ -268,7 +266,7 @@ def _png(images: np.ndarray) -> Iterator[bytes]:
         yield bytes(cv2.imencode(".png", cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC))[1])
 
 
-def _drawn(folder: Path, classes: list[str], most: int) -> tuple[list[bytes], list[str]]:
+def _drawn(folder: Path, classes: list[str], most: int) -> tuple[list[Sample], list[str]]:
     paths = [path for name in classes for path in sorted((folder / name).iterdir())]
     order = np.random.default_rng(SEED).permutation(len(paths))[:most]
-    return [paths[i].read_bytes() for i in order], [paths[i].parent.name for i in order]
+    return [Sample(str(paths[i]), ()) for i in order], [paths[i].parent.name for i in order]
