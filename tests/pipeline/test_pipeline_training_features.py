@@ -22,6 +22,9 @@ from refract.models.registry import build
 from refract.models.training_features import TrainingFeatures
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.drift.profile import folded
+from refract.pipeline.features.embed import Stored
+from refract.pipeline.features.model import EmbeddingModel
+from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.training import training_features
 from refract.pipeline.training.training_features import SIDE, training_features_of
 
@@ -199,3 +202,21 @@ def test_training_features_survive_their_encoding_and_damage_is_reported() -> No
     ):
         with pytest.raises(BundleError, match="training features"):
             TrainingFeatures.from_bytes(data, classes)
+
+
+def test_features_from_a_store_are_those_of_the_network(
+    classifier: Classifier, manifest: Manifest, tmp_path: Path
+) -> None:
+    model = EmbeddingModel(classifier, PREPROCESS, "0" * 64)
+    stored = Stored(model, FeatureStore(tmp_path / "features", model.key, model.record), "cpu")
+    direct, taken = (
+        training_features_of(classifier, PREPROCESS, manifest, task="multiclass", stored=source)
+        for source in (None, stored)
+    )
+    assert direct is not None and taken is not None
+    assert (taken.paths, taken.labels, taken.thumbnails, taken.width, taken.distance) == (
+        direct.paths, direct.labels, direct.thumbnails, direct.width, direct.distance,
+    )  # fmt: skip
+    np.testing.assert_array_equal(taken.sha256, direct.sha256)
+    np.testing.assert_allclose(taken.features, direct.features, atol=1e-3)
+    np.testing.assert_allclose(taken.validation, direct.validation, rtol=0.05)
