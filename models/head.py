@@ -195,6 +195,17 @@ def called_head(network: nn.Module) -> nn.Module:
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
+def logits_of_embeddings(network: nn.Module, embeddings: Tensor) -> Tensor:
+    """Apply the last layer of the head to embeddings (N, D), the `head_inputs`. Returns float32 (N, C), without gradients.
+
+    They are the network's logits only if it computes nothing more after that layer.
+    """
+    head = called_head(network)
+    rows = embeddings.to(next(network.parameters()).device)
+    with torch.inference_mode():
+        return head(rows[:, :, None, None] if isinstance(head, nn.Conv2d) else rows).flatten(1).float()
+
+
 def pooled(values: Tensor, *, channels_first: bool) -> Tensor:
     """Average feature maps (N, D, H, W), with channels_first, or tokens (N, …, D) over their positions. Returns (N, D)."""
     if values.ndim <= 2:

@@ -11,6 +11,9 @@ from safetensors.numpy import load, save
 from refract.models.bundle.info import BundleError
 from refract.models.folding import WIDEST
 
+DISTANCES = ("nearest", "mahalanobis")
+"""nearest: to the nearest training image, as in older bundles; mahalanobis: to the nearest mean of a class."""
+
 
 @dataclass(frozen=True)
 class TrainingFeatures:
@@ -23,6 +26,7 @@ class TrainingFeatures:
     - paths: the paths of each image, relative to the data
     - thumbnails: JPEG of each image as the network saw it, b"" for a sample without an image and for a bundle without thumbnails
     - validation: (M,) float32, distances of the validation images, ascending: see `refract.models.familiarity`
+    - distance: how `validation` was measured, a name of DISTANCES
     """
 
     width: int
@@ -32,6 +36,7 @@ class TrainingFeatures:
     paths: tuple[str, ...]
     thumbnails: tuple[bytes, ...]
     validation: np.ndarray
+    distance: str = "nearest"
 
     def to_bytes(self) -> bytes:
         """Encode as safetensors."""
@@ -47,6 +52,7 @@ class TrainingFeatures:
             "thumbnails": pixels,
             "thumbnail_ends": pixel_ends,
             "validation": self.validation.astype(np.float32),
+            "distance": np.frombuffer(self.distance.encode(), np.uint8),
         }
         # safetensors writes the memory of an array, in whatever order it is.
         return save({name: np.ascontiguousarray(values) for name, values in arrays.items()})
@@ -64,6 +70,9 @@ class TrainingFeatures:
                 tuple(json.loads(arrays["paths"].tobytes())),
                 tuple(row.tobytes() for row in _divided(arrays["thumbnails"], arrays["thumbnail_ends"])),
                 arrays["validation"],
+                arrays["distance"].tobytes().decode()
+                if "distance" in arrays
+                else "nearest",  # as older versions measured
             )
         except (SafetensorError, KeyError, IndexError, ValueError, TypeError) as error:
             raise BundleError(f"the bundle's training features are damaged ({error}); train again") from error
@@ -72,6 +81,10 @@ class TrainingFeatures:
         known = all(0 <= index < num_classes for row in read.labels for index in row)
         if counts != {count} or read.features.shape[1:] != (min(read.width, WIDEST),) or not known or not count:
             raise BundleError("the bundle's training features do not fit each other or its labels; train again")
+        if read.distance not in DISTANCES:
+            raise BundleError(
+                f"the bundle's training features have the distance {read.distance!r}; known: {', '.join(DISTANCES)}; update Refract"
+            )
         return read
 
 

@@ -3,11 +3,14 @@
 The network is tf_efficientnet_lite0 with ImageNet weights. Refract's modes and scikit-learn's logistic regression get the same embeddings,
 which are computed once and kept in --store. The images of a seed are drawn from the folder's training images. Four fifths of them, at
 least one, fit the head; the rest chooses the regularisation. With --trained, plain timm, fastai and Refract's fine-tuning train on the
-same images for 4 epochs, each in a process of its own. All are measured on the folder's other split.
+same images, each in a process of its own, for the number of epochs in EPOCHS. Heads are measured on the folder's other split, trained
+networks on at most --test images of it, and `probe_accuracy` is that of Refract's probe on the same draws and test images. With one image
+per class, the trained networks choose their epoch on a further image of each class, which the heads do not get.
 """
 
 import argparse
 import csv
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +24,6 @@ import numpy as np
 from benchmarks.finetuners.task import Task
 from benchmarks.pretrained import NAME, lite0_weights
 from benchmarks.report import environment, write
-from benchmarks.transfer import CONTENDERS
 from benchmarks.transfer import run as train
 from refract.pipeline.features.embed import Options, embed, source_name
 from refract.pipeline.features.heads import MODES, Part, fit_head
@@ -31,7 +33,10 @@ from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.training.callbacks.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_few_images.json"
-TRAINED = {"refract": "fine-tune", "timm": "fine-tune", "fastai": "fine-tune"}
+TRAINED = {"refract": "fine-tune", "timm": "fine-tune", "fastai": "linear-then-fine-tune"}
+"""The mode of each: of fastai its documented `fine_tune`."""
+EPOCHS = ((1, 12), (5, 8), (10, 6), (50, 3))
+"""(most images per class, epochs): three epochs of one image per class would be three steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -46,11 +51,12 @@ class Embedded(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Row numbers of the samples that fit, choose and measure."""
+    """Row numbers of the samples that fit, choose and measure; further: one of each class, not among the others."""
 
     fit: np.ndarray
     choose: np.ndarray
     test: np.ndarray
+    further: np.ndarray
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trained", type=int, default=0, metavar="SEEDS", help="also train timm, fastai and Refract for so many seeds"
     )
+    parser.add_argument("--test", type=int, default=150, help="most test images of trained networks")
     parser.add_argument("--store", type=Path, default=Path("features"))
     parser.add_argument("--out", type=Path, default=OUT)
 
@@ -73,9 +80,12 @@ def run(args: argparse.Namespace) -> None:
         weights = lite0_weights(Path(name) / "lite0.safetensors")
         for folder in args.data:
             data = _embedded(folder, weights, args)
-            rows = [row for images in args.images for row in _measured(data, images, args, weights, Path(name))]
+            rows: list[dict[str, Any]] = []
             report["folders"][folder.name] = {"embedding_seconds": round(data.seconds, 1), "rows": rows}
-            write(args.out, report | {"environment": environment("refract", "torch", "timm", "fastai", "scikit-learn")})
+            for images in args.images:
+                rows += _measured(data, images, args, weights, Path(name))
+                packages = environment("refract", "torch", "timm", "fastai", "scikit-learn")
+                write(args.out, report | {"environment": packages})
 
 
 def _embedded(folder: Path, weights: Path, args: argparse.Namespace) -> Embedded:
@@ -98,6 +108,7 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """Yield the accuracy over the seeds and the mean processor seconds of a fit, for each contender."""
     found: dict[str, list[tuple[float, float]]] = {}
+    probe: list[float] = []
     for seed in range(args.seeds):
         drawn = _draw(data, images, seed)
         for name, contender in FITTED.items():
@@ -105,17 +116,16 @@ def _measured(
             accuracy = contender(data, drawn)
             found.setdefault(name, []).append((accuracy, time.process_time() - started))
         if seed < args.trained:
+            drawn = drawn._replace(test=_at_most(drawn.test, args.test))
+            probe.append(FITTED["refract probe"](data, drawn))
+            manifest = _manifest(data, drawn, folder / f"{images}-{seed}.csv")
             task = Task(
-                str(_manifest(data, drawn, folder / f"{images}-{seed}.csv")),
-                str(weights),
-                NAME.removeprefix("timm/"),
-                "",
-                seed,
-            )
-            for name in [name for name in TRAINED if name in CONTENDERS]:
-                outcome = train(
-                    name, replace(task, mode=TRAINED[name], size=args.size, batch_size=min(32, len(drawn.fit)))
-                )
+                str(manifest), str(weights), NAME.removeprefix("timm/"), "", seed, size=args.size,
+                epochs=next((epochs for most, epochs in EPOCHS if images <= most), EPOCHS[-1][1]),
+                batch_size=min(32, len(drawn.fit)),
+            )  # fmt: skip
+            for name in [name for name in TRAINED if name != "fastai" or importlib.util.find_spec("fastai")]:
+                outcome = train(name, replace(task, mode=TRAINED[name]))
                 found.setdefault(f"{name}, trained", []).append((outcome.accuracy, outcome.processor_seconds))
     for name, outcomes in found.items():
         accuracies = [accuracy for accuracy, _ in outcomes]
@@ -124,6 +134,8 @@ def _measured(
             "deviation": round(stdev(accuracies), 4) if len(accuracies) > 1 else None,
             "processor_seconds": round(mean(seconds for _, seconds in outcomes), 2),
         }  # fmt: skip
+        if name not in FITTED:
+            row["probe_accuracy"] = round(mean(probe), 4)
         print(
             f"{images:3} {name:22} {row['accuracy']:.3f} ± {row['deviation'] or 0:.3f}  {row['processor_seconds']:6.2f} s",
             flush=True,
@@ -131,16 +143,23 @@ def _measured(
         yield row
 
 
+def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
+    return rows if len(rows) <= most else np.random.default_rng(0).permutation(rows)[:most]
+
+
 def _draw(data: Embedded, images: int, seed: int) -> Drawn:
     draw = np.random.default_rng([seed, images])
     fit: list[int] = []
     choose: list[int] = []
+    further: list[int] = []
     for label in range(data.labels.max() + 1):
-        own = draw.permutation(np.flatnonzero(data.is_train & (data.labels == label)))[:images]
+        all_of_label = draw.permutation(np.flatnonzero(data.is_train & (data.labels == label)))
+        own = all_of_label[:images]
         count = max(1, round(0.8 * len(own)))
         fit += own[:count].tolist()
         choose += own[count:].tolist()
-    return Drawn(np.array(fit), np.array(choose, int), np.flatnonzero(~data.is_train))
+        further += all_of_label[images : images + 1].tolist()
+    return Drawn(np.array(fit), np.array(choose, int), np.flatnonzero(~data.is_train), np.array(further, int))
 
 
 def _part(data: Embedded, rows: np.ndarray) -> Part:
@@ -184,8 +203,8 @@ FITTED: dict[str, Callable[[Embedded, Drawn], float]] = {
 
 
 def _manifest(data: Embedded, drawn: Drawn, target: Path) -> Path:
-    """Write the images as a table. One image per class both fits and chooses."""
-    choose = drawn.choose if len(drawn.choose) else drawn.fit
+    """Write the images as a table."""
+    choose = drawn.choose if len(drawn.choose) else drawn.further
     with target.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["path", "label", "split"])

@@ -6,6 +6,7 @@ rate is that of the network alone, on the same images in memory, in this process
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,18 +21,23 @@ from benchmarks.pretrained import NAME, lite0_weights
 from benchmarks.report import environment, summary, write
 from refract.pipeline.features.embed import Options, embed
 from refract.pipeline.features.heads import MODES, STRENGTHS, Part, fit_head
+from refract.pipeline.features.index import CosineIndex, normalised
 from refract.pipeline.features.model import open_model
-from refract.pipeline.features.search import nearest
+from refract.pipeline.features.search import SearchIndex, nearest
 from refract.pipeline.features.source import samples_of
-from refract.pipeline.features.store import FeatureStore, Key, StoredSample, write_vectors
+from refract.pipeline.features.store import FeatureStore, Key, StoredSample, stored_models, write_vectors
 from refract.pipeline.training.callbacks.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_speed.json"
+PARTS = ("heads", "search", "memory", "embedding")
+QUERIES_ALONE = 200
 COUNT, WIDTH, CLASSES, QUERIES, BATCH = 10_000, 1280, 10, 20, 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="a folder of images")
+    parser.add_argument("--data", type=Path, help="a folder of images, for `embedding`")
+    parser.add_argument("--store", type=Path, help="a feature store of photos, for `memory`")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="others stay in --out as they are")
     parser.add_argument("--images", type=int, default=1000, help="most images to embed")
     parser.add_argument("--size", type=int, default=224, help="of the network's input, pixels")
     parser.add_argument("--jobs", type=int, help="processes that embed")
@@ -40,7 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])  # imports what a training has imported
-    report: dict[str, Any] = {"heads": _heads(), "search": _search(), "embedding": _embedding(args)}
+    stages = {
+        "heads": _heads,
+        "search": _search,
+        "memory": lambda: _memory(args.store),
+        "embedding": lambda: _embedding(args),
+    }
+    report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    report |= {name: stages[name]() for name in args.parts}
     write(args.out, report | {"environment": environment("refract", "torch", "timm", "scikit-learn")})
 
 
@@ -105,6 +118,29 @@ def _search() -> dict[str, float]:
         **{f"milliseconds_{name}": value for name, value in summary(times).items()},
     }
     print(f"search               {found}", flush=True)
+    return found
+
+
+def _memory(folder: Path) -> dict[str, Any]:
+    """Search in the stored photos with each of the last of them, which are not searched, one after another."""
+    store = FeatureStore(folder, *next(stored_models(folder)))
+    index = SearchIndex(store)
+    vectors = store.vectors([Key(sample.content) for sample in index.samples])
+    vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
+    searched, queries = vectors[:-QUERIES_ALONE], vectors[-QUERIES_ALONE:]
+    found: dict[str, Any] = {"stored": len(searched)}
+    units, small = normalised(searched), CosineIndex(searched)
+    for name, work in (
+        ("search", lambda query: small.nearest(query, 5)),
+        ("one product and argpartition", lambda query: np.argpartition(units @ normalised(query)[0], -5)[-5:]),
+    ):
+        times = []
+        for query in queries:
+            started = time.thread_time()
+            work(query[None])
+            times.append(1000 * (time.thread_time() - started))
+        found[name] = {f"processor_milliseconds_{key}": value for key, value in summary(times).items()}
+    print(f"memory               {found}", flush=True)
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.loop.embedded import Split, accuracy, chosen, embedded, part
 from benchmarks.report import environment, write
 from refract.pipeline.features.heads import fit_candidate, outputs
-from refract.pipeline.features.search import normalised
+from refract.pipeline.features.index import normalised
 from refract.pipeline.review.queues.unlabelled import diverse, uncertainty_of
 
 ROUNDS, ROUND = 20, 50

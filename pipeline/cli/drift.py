@@ -56,6 +56,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and report.json to this folder")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON to FILE.json, or print it")
+    parser.add_argument(
+        "--features", metavar="FOLDER", default="features",
+        help="the feature store that has or receives the embeddings, as of `refract embed` (default features; none: keep no embeddings)",
+    )  # fmt: skip
     console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     if args.images < 0:
@@ -71,7 +75,7 @@ def _drift(args: argparse.Namespace) -> int:
     thresholds = _thresholds(args)
     measured = measure_drift(
         load_bundle(args.bundle), args.data, reference=args.reference, test=args.test, thresholds=thresholds,
-        images=args.images, unlabelled=args.unlabelled,
+        images=args.images, unlabelled=args.unlabelled, features=None if args.features == "none" else Path(args.features),
     )  # fmt: skip
     for path, why in list(measured.bad.items())[:5]:
         print(f"refract drift: {path}: skipped: {why}", file=sys.stderr)

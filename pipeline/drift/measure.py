@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle
@@ -14,10 +14,15 @@ from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
+from refract.pipeline.drift.outputs import stored_outputs_suffice
 from refract.pipeline.drift.profile import MOST_IMAGES, Profile, ProfiledSamples, profile
 from refract.pipeline.drift.report import SHOWN, drift_numbers, furthest_images, make_drift_report
 from refract.pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
 from refract.pipeline.evaluation.report import Report
+
+if TYPE_CHECKING:
+    from refract.pipeline.features.embed import Stored
+    from refract.pipeline.features.model import EmbeddingModel
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +73,7 @@ def reference_of(classifier: Classifier, preprocess: Preprocess, manifest: Manif
 
     Training samples are excluded: a network has fitted them, so their features and confidences differ from those of all other images,
     and data of the same distribution would seem to drift. Validation only chose the epoch and the temperature, the test set nothing.
-    kinds: task, labels, temperature, thresholds.
+    kinds: task, labels, temperature, thresholds, and `stored` for embeddings of a feature store.
     """
     held = NewData(manifest.of("test"), None).drawn(MOST_IMAGES).samples
     chosen = held + NewData(manifest.of("val"), None).drawn(max(1, MOST_IMAGES - len(held))).samples
@@ -86,19 +91,23 @@ def measure_drift(
     thresholds: Mapping[str, Threshold] = THRESHOLDS,
     images: int = MOST,
     unlabelled: bool = False,
+    features: Path | None = None,
 ) -> Measured:
     """Measure the drift of data (see `read_data`, or a server's sampled inputs) from the bundle's reference, or from other data.
 
     reference: data that the bundle was not trained on; of its training data the validation and test samples are used. images: the
-    largest number of samples, drawn at random; 0 for all. DataError or BundleError for unusable input.
+    largest number of samples, drawn at random; 0 for all. features: the feature store, which keeps embeddings; None computes all of them.
+    DataError or BundleError for unusable input.
     """
-    from refract.pipeline.inference.scoring import preprocess_of
+    from refract.pipeline.features.model import bundle_model
 
     info = bundle.info
     multilabel = info.task == "multilabel"
     kinds: dict[str, Any] = {"task": info.task, "labels": info.labels, "temperature": info.temperature}
     kinds["thresholds"] = info.thresholds
-    classifier, preprocess = bundle.classifier(), preprocess_of(info)
+    model = bundle_model(bundle)
+    classifier, preprocess = model.classifier, model.preprocess
+    kinds["stored"] = None if features is None else _stored(model, features)
     stored = bundle.reference()
     if reference is not None:
         known = _reference_data(info, reference, multilabel).drawn(images or MOST)
@@ -136,6 +145,21 @@ def measure_drift(
         )
     drift = compare(base, new, test=test, thresholds=thresholds)
     return Measured(f"Drift of {data} from {info.name}", facts, drift, base, new, shown, from_log)
+
+
+def _stored(model: "EmbeddingModel", features: Path) -> "Stored | None":
+    """Open the store. None if it cannot be written, or if the network computes more after its head."""
+    from refract.pipeline.features.embed import Stored
+    from refract.pipeline.features.store import FeatureStore
+
+    if not stored_outputs_suffice(model):
+        log.info("the network computes more after its last layer, so that its stored embeddings do not suffice")
+        return None
+    try:
+        return Stored(model, FeatureStore(features, model.key, model.record))
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); no embedding is stored", features, error.strerror or error)
+        return None
 
 
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:

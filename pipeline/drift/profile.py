@@ -3,20 +3,21 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from refract.augment import Preprocess, image_size
-from refract.augment.image_statistics import ImageStatistics, measure_image
+from refract.augment import Preprocess
+from refract.augment.image_statistics import ImageStatistics
 from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
 from refract.models.folding import WIDEST, folding
-from refract.models.head import head_inputs
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.inference.scoring import SampleInput, score
-from refract.progress import tracked
+from refract.pipeline.drift.outputs import from_network, from_store
+
+if TYPE_CHECKING:
+    from refract.pipeline.features.embed import Stored
 
 MOST_IMAGES = 1000
 """The largest number of samples in a bundle's profile: with 512 features each it has 1 MB."""
@@ -110,44 +111,23 @@ def profile(
     labels: Sequence[str],
     temperature: float = 1.0,
     thresholds: Sequence[float] = (),
+    stored: "Stored | None" = None,
 ) -> ProfiledSamples:
     """Predict all samples, and collect their features and statistics. names: the class names of each sample, None without labels.
 
-    Brightness, contrast and sharpness are measured on the network's input, after resizing, as only its input matters to a network.
+    stored: takes the embeddings from a feature store, see `refract.pipeline.drift.outputs.from_store`. Brightness, contrast and sharpness
+    are measured on the network's input, after resizing, as only its input matters to a network.
     """
-    sizes: dict[int, tuple[int, int]] = {}
-    image_statistics: list[ImageStatistics] = []
-    has_image = "images" in classifier.reads
-
-    def read(index: int) -> bytes:
-        data = samples[index].read()
-        sizes[index] = image_size(data)
-        return data
-
-    def measure_inputs(module: Classifier, inputs: tuple[Any, ...]) -> None:
-        if has_image:
-            images = inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
-            image_statistics.extend(measure_image(image) for image in images)
-
-    inputs = [SampleInput(lambda i=i: read(i), s.text, s.has_image) for i, s in enumerate(samples)]  # type: ignore[misc]
-    hook = classifier.register_forward_pre_hook(measure_inputs)
-    readable, rows, bad = [], [], {}
-    try:
-        with head_inputs(classifier.network) as features:
-            outcomes = score(classifier, preprocess, inputs, task=task, temperature=temperature)
-            for index, outcome in enumerate(tracked(outcomes, "computing features", len(samples), unit="samples")):
-                if isinstance(outcome, np.ndarray):
-                    readable.append(index)
-                    rows.append(outcome)
-                else:
-                    bad[samples[index].path] = str(outcome)
-    finally:
-        hook.remove()
+    if stored is None:
+        outputs = from_network(classifier, preprocess, samples, task=task, temperature=temperature)
+    else:
+        outputs = from_store(stored, samples, task=task, temperature=temperature)
+    readable, rows = outputs.readable, outputs.probabilities
     probabilities = np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
     profiled = [samples[index] for index in readable]
     statistics: dict[str, np.ndarray] = {}
-    if has_image and profiled:
-        statistics = _statistics(profiled, image_statistics, [sizes.get(index, (0, 0)) for index in readable])
+    if "images" in classifier.reads and profiled:
+        statistics = _statistics(profiled, outputs.statistics, outputs.sizes)
     if classifier.tokens is not None:
         statistics[CHARACTERS] = np.array([len(s.text) for s in profiled], np.float32)
     classes = None
@@ -155,10 +135,10 @@ def profile(
         classes = {**dict.fromkeys(labels, 0), **Counter(name for index in readable for name in names[index])}
     confidence = confidences(probabilities, task, thresholds).astype(np.float32)
     answered = predicted_labels(probabilities, task, thresholds).sum(axis=0)
-    head_features = folded(np.concatenate([part.numpy() for part in features])) if features else None
+    head_features = None if outputs.features is None else folded(outputs.features)
     multilabel = task == "multilabel"
     result = Profile(len(profiled), tuple(labels), head_features, answered, confidence, statistics, classes, multilabel)
-    return ProfiledSamples(result, profiled, probabilities, bad)
+    return ProfiledSamples(result, profiled, probabilities, outputs.bad)
 
 
 def folded(features: np.ndarray) -> np.ndarray:

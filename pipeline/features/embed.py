@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,18 +61,31 @@ class Options:
     epochs: int = 0
 
 
+class Stored(NamedTuple):
+    """A model and its part of a feature store, from which commands take embeddings. device: auto, cpu or cuda, for those it lacks."""
+
+    model: EmbeddingModel
+    store: FeatureStore
+    device: str = "auto"
+
+    def embedded(self, samples: Sequence[Sample]) -> Embedded:
+        """Make sure that the store holds the embedding of each sample, without listing the samples. Errors: see `embed`."""
+        options = Options(device=self.device)
+        return embed(self.model, samples, [()] * len(samples), self.store, None, options, Stop("now"))
+
+
 def embed(
     model: EmbeddingModel,
     samples: Sequence[Sample],
     labels: Sequence[tuple[str, ...]],
     store: FeatureStore,
-    source: str,
+    source: str | None,
     options: Options,
     stop: Stop,
     *,
     first: int | None = None,
 ) -> Embedded:
-    """Make sure that the store holds the embedding of each sample, and list the samples under `source`.
+    """Make sure that the store holds the embedding of each sample, and list the samples under `source`, unless it is None.
 
     labels: class names of each sample. first: embed only so many samples; the others are listed if the store has their embeddings.
     Each distinct content is computed once. Raises Stopped after a stop signal, DataError or ScoringError where a worker fails; finished
@@ -97,8 +111,9 @@ def embed(
         store.refresh()
     keys = [Key(content) if content else None for content in contents]
     result.keys = [key if key is not None and key in store else None for key in keys]
-    whole = [row for row, key in zip(stored, result.keys, strict=True) if key is not None]
-    store.add_samples(source, whole)
+    if source is not None:
+        whole = [row for row, key in zip(stored, result.keys, strict=True) if key is not None]
+        store.add_samples(source, whole)
     return result
 
 

@@ -15,9 +15,9 @@ from refract.models.classifier import Classifier
 from refract.models.head import called_head, head_inputs
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
-from refract.pipeline.features.embed import Options, embed, source_name
+from refract.pipeline.features.embed import Options, Stored, embed, source_name
 from refract.pipeline.features.heads import Part, fit_head
-from refract.pipeline.features.model import embedding_model, values_of
+from refract.pipeline.features.model import EmbeddingModel, embedding_model, values_of
 from refract.pipeline.features.out_of_fold import OutOfFold, predict_out_of_fold
 from refract.pipeline.features.store import FeatureStore, Key
 from refract.pipeline.training.callbacks.stopping import stop_requests
@@ -37,7 +37,7 @@ class EmbeddedFit:
     """A head that was fitted on embeddings.
 
     history: its metrics, as those of one epoch; choice: its setting, see `refract.pipeline.features.heads`; samples: the training and
-    validation samples; keys: of their embeddings in `store`; device: the device of the training.
+    validation samples; keys: of their embeddings in `store`; device: the device of the training; model: with the fitted head.
     """
 
     history: list[dict[str, float]]
@@ -46,6 +46,12 @@ class EmbeddedFit:
     keys: list[Key]
     store: FeatureStore
     device: str
+    model: EmbeddingModel
+
+    @property
+    def stored(self) -> Stored:
+        """The source of embeddings for the bundle's profile and training features."""
+        return Stored(self.model, self.store, "cuda" if self.device == "cuda" else "cpu")
 
 
 def fit_on_embeddings(
@@ -100,7 +106,7 @@ def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_di
     metrics = _named(fitted.metrics, module.monitor) | {"epoch_seconds": time.perf_counter() - started}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch_seconds")
     log.info("%s, %s: %s  %.1f s", mode, fitted.choice, shown, metrics["epoch_seconds"])
-    return EmbeddedFit([metrics], fitted.choice, samples, keys, store, assembly.device)
+    return EmbeddedFit([metrics], fitted.choice, samples, keys, store, assembly.device, model)
 
 
 def out_of_fold(fit: EmbeddedFit, manifest: Manifest, config: Config) -> OutOfFold:

@@ -60,7 +60,7 @@ def champion_drift(config: Config, data: str, known: dict[str, Any]) -> dict[str
     with tempfile.TemporaryDirectory() as downloads:
         bundle = load_bundle(download(client, name, champion, Path(downloads)))
         try:
-            drift = measure_drift(bundle, data, thresholds=thresholds).drift
+            drift = measure_drift(bundle, data, thresholds=thresholds, features=Path(config.data.features)).drift
         except DataError as error:  # too few samples, or none of this champion, as after a promotion
             return {**result, "summary": f"not measured: {error}"}
     raised = ", ".join(f"{c.name} {c.effect:.3f} ({c.level})" for c in drift.checks if c.level != "none")

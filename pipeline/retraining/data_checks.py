@@ -113,7 +113,10 @@ def compared_with_champion(
     with tempfile.TemporaryDirectory() as downloads:
         bundle = load_bundle(download(client, name, champion, Path(downloads)))
         stops = config.retrain.drift == "stop"
-        new_drift = drift_of_new(bundle, new, thresholds, folder, stops=stops) if enabled[0] else NewDrift(None, None)
+        new_drift = NewDrift(None, None)
+        if enabled[0]:
+            store = Path(config.data.features)
+            new_drift = drift_of_new(bundle, new, thresholds, folder, stops=stops, features=store)
         labels = disagreed(bundle, now, new, new_drift.profiled, by_label) if enabled[1] else None
         return new_drift.drift, labels and lowered_if_drifted(labels, new_drift.drift)
 
@@ -210,9 +213,18 @@ class NewDrift(NamedTuple):
 
 
 def drift_of_new(
-    bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path, *, stops: bool = True
+    bundle: "Bundle",
+    new: New,
+    thresholds: Mapping[str, Threshold],
+    folder: Path,
+    *,
+    stops: bool = True,
+    features: Path | None = None,
 ) -> NewDrift:
-    """Measure the drift of the new samples from the bundle's reference. stops: whether the level stop refuses the run; the text says so."""
+    """Measure the drift of the new samples from the bundle's reference.
+
+    stops: whether the level stop refuses the run; the text says so. features: see `measure_drift`.
+    """
     from refract.pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
@@ -235,7 +247,7 @@ def drift_of_new(
         )
     _write_rows(rows, folder / "new.csv")
     try:
-        measured = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
+        measured = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds, features=features)
     except DataError as error:
         return NewDrift(_drift_not_compared(str(error), checks, stops=stops), None)
     measured.report.write(folder / "drift")

@@ -105,7 +105,7 @@ def train(
                     _write_report(assembly, run.path, assessment, doctor, history)
                     if tracker is not None:
                         _track_metrics(assembly, tracker, assessment, epochs=len(history))
-                    package(assembly, run.path, assessment)
+                    package(assembly, run.path, assessment, embedded)
             facts = read_facts(run.path, label_state(tags))
             write_card(run.path, facts)
             if tracker is not None:
@@ -309,8 +309,11 @@ def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessme
     tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=epochs)
 
 
-def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None:
-    """Write the bundle with the golden samples, the profile for drift and the training features."""
+def package(assembly: Assembly, run_dir: Path, assessment: "Assessment", embedded: "EmbeddedFit | None" = None) -> None:
+    """Write the bundle with the golden samples, the profile for drift and the training features.
+
+    embedded: of a head that was fitted on embeddings, whose store has most embeddings of the last two.
+    """
     from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.pipeline.drift.measure import reference_of
     from refract.pipeline.evaluation.golden_samples import make_golden_samples
@@ -321,9 +324,10 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
     decision_options: dict[str, Any] = {
         "task": manifest.task, "temperature": decision.temperature, "thresholds": decision.thresholds
     }  # fmt: skip
-    reference = reference_of(classifier, preprocess, manifest, **decision_options).to_bytes()
+    stored = None if embedded is None else embedded.stored
+    reference = reference_of(classifier, preprocess, manifest, stored=stored, **decision_options).to_bytes()
     training = training_features_of(
-        classifier, preprocess, manifest, task=manifest.task, thumbnails=config.evaluation.images
+        classifier, preprocess, manifest, task=manifest.task, thumbnails=config.evaluation.images, stored=stored
     )
     classifier.to("cpu")
     info = BundleInfo(

@@ -1,23 +1,30 @@
 """Compute the training features that a bundle keeps: for familiarity and for similar images."""
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
 
 from refract.augment import Preprocess
+from refract.cores import mapped
 from refract.models.classifier import Classifier
-from refract.models.familiarity import Familiarity, Reduced
+from refract.models.familiarity import Familiarity, Reduced, distance_for
 from refract.models.training_features import TrainingFeatures
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.files import printable
 from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
 from refract.progress import tracked
+
+if TYPE_CHECKING:
+    from refract.pipeline.features.embed import Stored
 
 MOST_TRAINING, MOST_VALIDATION = 2000, 1000
 """The largest numbers of images. 2,000 images with 512 features have 2 MB."""
@@ -30,30 +37,42 @@ SIDE, QUALITY = 48, 70
 
 
 def training_features_of(
-    classifier: Classifier, preprocess: Preprocess, manifest: Manifest, *, task: str, thumbnails: bool = True
+    classifier: Classifier,
+    preprocess: Preprocess,
+    manifest: Manifest,
+    *,
+    task: str,
+    thumbnails: bool = True,
+    stored: Stored | None = None,
 ) -> TrainingFeatures | None:
     """Embed some training and validation images, which a fixed hash of their paths draws. None if no training image can be read.
 
-    Without a validation split the test split takes its place. thumbnails: False keeps none.
+    Without a validation split the test split takes its place. thumbnails: False keeps none. stored: takes the embeddings from a feature
+    store, for a classifier of images alone.
     """
-    embedded = _embed(classifier, preprocess, _drawn(manifest.of("train"), MOST_TRAINING), task)
+    embed: Callable[[list[Sample]], _Embedded] = partial(_embed, classifier, preprocess, task)
+    if stored is not None:
+        embed = partial(_from_store, stored)
+    embedded = embed(_drawn(manifest.of("train"), MOST_TRAINING))
     if not embedded.samples:
         return None
     features = embedded.features.astype(np.float16)
     shown = embedded.thumbnails if thumbnails else [b""] * len(embedded.samples)
     sizes = features[0].nbytes + np.array([len(data) for data in shown])
     kept = max(1, int((sizes.cumsum() <= MOST_BYTES).sum()))
+    labels = tuple(sample.labels for sample in embedded.samples[:kept])
     training = TrainingFeatures(
         embedded.width,
         features[:kept],
-        tuple(sample.labels for sample in embedded.samples[:kept]),
+        labels,
         np.array([list(embedded.digests[sample.key]) for sample in embedded.samples[:kept]], np.uint8),
         tuple(_relative(sample, manifest.source) for sample in embedded.samples[:kept]),
         tuple(shown[:kept]),
         np.zeros(0, np.float32),
+        distance_for(labels),
     )
     held = manifest.of("val") or manifest.of("test")
-    validation = _embed(classifier, preprocess, _drawn(held, MOST_VALIDATION), task).features
+    validation = embed(_drawn(held, MOST_VALIDATION)).features
     if len(validation):
         distances = Familiarity(training, torch.device("cpu")).distances_of(torch.from_numpy(validation)).numpy()
         training = replace(training, validation=np.sort(distances))
@@ -75,7 +94,25 @@ class _Embedded:
         self.digests: dict[str, bytes] = {}
 
 
-def _embed(classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], task: str) -> _Embedded:
+def _from_store(stored: Stored, samples: Sequence[Sample]) -> _Embedded:
+    """Take the embeddings from the store; an image is decoded again for its thumbnail."""
+    embedded = _Embedded()
+    keys = [
+        (sample, key) for sample, key in zip(samples, stored.embedded(samples).keys, strict=True) if key is not None
+    ]
+    if not keys:
+        return embedded
+    vectors = stored.store.vectors([key for _, key in keys])
+    embedded.width = vectors.shape[1]
+    embedded.features = Reduced.on(torch.device("cpu"), embedded.width)(torch.from_numpy(vectors)).numpy()
+    embedded.samples = [sample for sample, _ in keys]
+    embedded.digests = {sample.key: bytes.fromhex(key.content) for sample, key in keys}
+    preprocess = stored.model.preprocess
+    embedded.thumbnails = list(mapped(lambda sample: _thumbnail(preprocess(sample.read())), embedded.samples))
+    return embedded
+
+
+def _embed(classifier: Classifier, preprocess: Preprocess, task: str, samples: Sequence[Sample]) -> _Embedded:
     embedded, rows = _Embedded(), []
     reduced: Reduced | None = None
 

@@ -1,8 +1,10 @@
 """`refract drift` as a user has it: a bundle, new images, a verdict."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from small_data import COLORS, Run, make_image, write_image
+from warm_process import WarmProcess
 
+from refract import cli
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.classifier import Classifier
@@ -25,7 +29,11 @@ from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import compare
 from refract.pipeline.drift.measure import Measured, measure_drift
 from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.drift.outputs import stored_outputs_suffice
 from refract.pipeline.drift.profile import Profile, profile
+from refract.pipeline.features.embed import Stored
+from refract.pipeline.features.model import bundle_model, embedding_model
+from refract.pipeline.features.store import FeatureStore
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -306,3 +314,89 @@ def test_what_a_server_sampled_is_read(bundle: Bundle, tmp_path: Path, key: str,
     assert [Path(row["path"]).name for row in gallery] == ["a.png"]
     with pytest.raises(DataError, match="has no inputs of this bundle"):
         measure_drift(bundle, str(log_of(tmp_path / "other", "f" * 64)))
+
+
+def shards(features: Path) -> dict[Path, bytes]:
+    """Each computed embedding is in a shard, so that equal shards mean that none was computed."""
+    return {file: file.read_bytes() for file in features.rglob("vectors-*.parquet")}
+
+
+def rows_of(files: Iterable[Path]) -> int:
+    return sum(len(pd.read_parquet(file, columns=["sha256"])) for file in files)
+
+
+def test_a_second_measurement_computes_no_embedding_and_finds_the_same(bundle: Bundle, tmp_path: Path) -> None:
+    root, features = str(write_scenes(tmp_path / "new", 1000, lambda pixels: 255 - pixels)), tmp_path / "features"
+    (tmp_path / "new" / "green" / "bad.png").write_text("no image")
+    alone = measure_drift(bundle, root)
+    first = measure_drift(bundle, root, features=features)
+    computed = shards(features)
+    assert rows_of(computed) == 120
+    again = measure_drift(bundle, root, features=features)
+    assert shards(features) == computed and again.numbers == first.numbers and list(again.bad) == list(alone.bad)
+    assert levels(first) == levels(alone) and first.drift.count == alone.drift.count
+    for stored, direct in zip(first.drift.checks, alone.drift.checks, strict=True):
+        assert stored.value == pytest.approx(direct.value, abs=2e-3), stored.name
+    np.testing.assert_allclose(first.shown.probabilities, alone.shown.probabilities, atol=2e-3)
+
+
+def test_embeddings_of_other_commands_serve_and_a_changed_image_gets_a_new_one(bundle: Bundle, tmp_path: Path) -> None:
+    root, features = write_scenes(tmp_path / "new", 1000), tmp_path / "features"
+    assert cli.main(["embed", str(root), "--model", str(bundle.path), "-o", str(features)]) == 0
+    embedded, lists = shards(features), list(features.rglob("samples-*"))
+    drift = ["drift", str(bundle.path), str(root), "--features", str(features), "--images", "100"]
+    assert cli.main(drift) == 0
+    assert shards(features) == embedded and list(features.rglob("samples-*")) == lists
+    write_image(root / "green" / "1000.png", 255 - scene("green", 1000))
+    found = measure_drift(bundle, str(root), features=features)
+    assert rows_of(shards(features).keys() - embedded.keys()) == 1
+    assert found.numbers["furthest"][0]["path"] == str(root / "green" / "1000.png")
+
+
+def test_other_weights_take_no_embedding_from_the_store(bundle: Bundle, tmp_path: Path) -> None:
+    root, features = str(write_scenes(tmp_path / "new", 1000)), tmp_path / "features"
+    measure_drift(bundle, root, features=features)
+    other = bundle_model(bundle)
+    with torch.no_grad():
+        next(other.classifier.network.parameters()).mul_(0.5)
+    changed = embedding_model(other.classifier, other.preprocess, bundle.info.network, bundle.info.text, {})
+    kinds = {"task": bundle.info.task, "labels": bundle.info.labels}
+    samples = read_data(root, bundle.info.labels, multilabel=False).samples
+    stored = Stored(changed, FeatureStore(features, changed.key, changed.record))
+    found = profile(changed.classifier, changed.preprocess, samples, stored=stored, **kinds).profile
+    direct = profile(changed.classifier, changed.preprocess, samples, **kinds).profile
+    np.testing.assert_allclose(found.features, direct.features, rtol=2e-3, atol=2e-3)
+    assert len({file.parent for file in shards(features)}) == 2
+
+
+def test_a_network_that_computes_more_after_its_head_is_measured_without_the_store(bundle: Bundle) -> None:
+    model = bundle_model(bundle)
+    assert stored_outputs_suffice(model)
+    hook = model.classifier.network.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not stored_outputs_suffice(model)
+    hook.remove()
+
+
+def test_a_killed_measurement_repeats_at_most_one_shard(bundle: Bundle, tmp_path: Path, warm: WarmProcess) -> None:
+    command = ["drift", str(bundle.path), "digits"]
+    process = warm.start(command, cwd=tmp_path, env=dict(os.environ))
+    with process.output:
+        until = time.monotonic() + 120
+        while not shards(tmp_path / "features"):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    process.wait(30)
+    written = shards(tmp_path / "features")
+    found = measure_drift(bundle, "digits", features=tmp_path / "features")
+    now = shards(tmp_path / "features")
+    assert found.drift.count == 1797 and now.items() >= written.items()
+    assert rows_of(now) == len({sample.key for sample in read_data("digits", (), multilabel=False).samples})
+
+
+def test_a_store_that_cannot_be_written_is_named_and_the_drift_is_measured(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "features").write_text("a file")
+    found = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)), features=tmp_path / "features")
+    assert found.drift.count == 120 and "features: cannot be written" in caplog.text

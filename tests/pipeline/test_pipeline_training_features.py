@@ -8,18 +8,23 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load, save
+from sklearn.covariance import LedoitWolf
 from small_data import make_image, write_image
 
 from refract.augment import Preprocess
 from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
-from refract.models.familiarity import Familiarity
+from refract.models.familiarity import Familiarity, distance_for
 from refract.models.folding import WIDEST
 from refract.models.head import head_inputs
 from refract.models.registry import build
 from refract.models.training_features import TrainingFeatures
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.drift.profile import folded
+from refract.pipeline.features.embed import Stored
+from refract.pipeline.features.model import EmbeddingModel
+from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.training import training_features
 from refract.pipeline.training.training_features import SIDE, training_features_of
 
@@ -67,8 +72,10 @@ def test_the_features_describe_the_readable_training_images(classifier: Classifi
         assert labels == readable[path].labels
         assert digest.tobytes() == hashlib.sha256(readable[path].read()).digest()
         assert max(cv2.imdecode(np.frombuffer(thumbnail, np.uint8), cv2.IMREAD_COLOR).shape) == SIDE
-    distances = 1 - (embeddings(classifier, manifest.of("val")) @ expected.T).max(axis=1)
-    np.testing.assert_allclose(training.validation, np.sort(distances), atol=2e-3)
+    assert training.distance == "mahalanobis"
+    held = torch.from_numpy(embeddings(classifier, manifest.of("val")))
+    distances = Familiarity(training, CPU).distances(held).numpy()
+    np.testing.assert_allclose(training.validation, np.sort(distances), rtol=1e-3)
 
 
 def test_the_same_images_are_drawn_in_each_training_and_the_size_is_bounded(
@@ -114,6 +121,70 @@ def test_familiarity_is_the_fraction_of_the_validation_images_that_are_farther()
     assert familiarity(torch.zeros(2, 84)).isnan().all(), "embeddings of another network"
 
 
+def gaussians(count: int = 200, classes: int = 2) -> TrainingFeatures:
+    """Draw unit vectors around a mean for each class; the classes differ in the first features, the images in the last ones."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(count, 40)) * np.linspace(0.02, 0.4, 40)
+    rows[np.arange(count), np.arange(count) % classes] += 2
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    labels = tuple((number % classes,) for number in range(count))
+    return TrainingFeatures(
+        40, rows.astype(np.float16), labels, np.zeros((count, 32), np.uint8), ("p",) * count, (b"",) * count,
+        np.array([1.0], np.float32), distance_for(labels),
+    )  # fmt: skip
+
+
+def test_the_distance_is_that_of_mahalanobis_to_the_nearest_class() -> None:
+    training = gaussians()
+    assert training.distance == "mahalanobis"
+    rows = training.features.astype(np.float64)
+    own = np.arange(len(rows)) % 2
+    means = np.stack([rows[own == number].mean(axis=0) for number in (0, 1)])
+    precision = LedoitWolf(assume_centered=True).fit(rows - means[own]).precision_
+    gaps = rows[:, None] - means
+    expected = np.sqrt(np.einsum("ncd,de,nce->nc", gaps, precision, gaps).min(axis=1))
+    found = Familiarity(training, CPU).distances(torch.from_numpy(rows.astype(np.float32)))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3)
+
+
+def test_a_small_change_in_a_stable_feature_is_less_familiar_than_a_large_one_in_a_varying_feature() -> None:
+    training = gaussians()
+    stable, varying = training.features[:1].astype(np.float32), training.features[:1].astype(np.float32)
+    stable[0, 3] += 0.2
+    varying[0, 39] -= 0.3
+    nearest, by_class = (
+        Familiarity(replace(training, distance=name), CPU).distances(
+            torch.from_numpy(np.concatenate([stable, varying]))
+        )
+        for name in ("nearest", "mahalanobis")
+    )
+    assert nearest[0] < nearest[1] and by_class[0] > by_class[1]
+
+
+@pytest.mark.parametrize(("count", "classes"), [(19, 2), (40, 21)])
+def test_few_training_images_are_compared_with_the_nearest_one(count: int, classes: int) -> None:
+    training = gaussians(count, classes)
+    assert training.distance == "nearest"
+    assert Familiarity(training, CPU).distances(torch.from_numpy(training.features.astype(np.float32))).max() < 1e-3
+
+
+def test_equal_training_images_have_finite_distances() -> None:
+    training = gaussians()
+    training = replace(training, features=np.repeat(training.features[:1], 200, axis=0))
+    assert (
+        Familiarity(training, CPU).distances(torch.from_numpy(gaussians().features.astype(np.float32))).isfinite().all()
+    )
+
+
+def test_the_features_of_an_older_bundle_are_compared_with_the_nearest_image() -> None:
+    arrays = load(gaussians().to_bytes())
+    del arrays["distance"]
+    assert TrainingFeatures.from_bytes(save(arrays), 2).distance == "nearest"
+    arrays["distance"] = np.frombuffer(b"of 2031", np.uint8)
+    with pytest.raises(BundleError, match="'of 2031'; known: nearest, mahalanobis; update Refract"):
+        TrainingFeatures.from_bytes(save(arrays), 2)
+
+
 def test_training_features_survive_their_encoding_and_damage_is_reported() -> None:
     training = example()
     read = TrainingFeatures.from_bytes(training.to_bytes(), 3)
@@ -131,3 +202,21 @@ def test_training_features_survive_their_encoding_and_damage_is_reported() -> No
     ):
         with pytest.raises(BundleError, match="training features"):
             TrainingFeatures.from_bytes(data, classes)
+
+
+def test_features_from_a_store_are_those_of_the_network(
+    classifier: Classifier, manifest: Manifest, tmp_path: Path
+) -> None:
+    model = EmbeddingModel(classifier, PREPROCESS, "0" * 64)
+    stored = Stored(model, FeatureStore(tmp_path / "features", model.key, model.record), "cpu")
+    direct, taken = (
+        training_features_of(classifier, PREPROCESS, manifest, task="multiclass", stored=source)
+        for source in (None, stored)
+    )
+    assert direct is not None and taken is not None
+    assert (taken.paths, taken.labels, taken.thumbnails, taken.width, taken.distance) == (
+        direct.paths, direct.labels, direct.thumbnails, direct.width, direct.distance,
+    )  # fmt: skip
+    np.testing.assert_array_equal(taken.sha256, direct.sha256)
+    np.testing.assert_allclose(taken.features, direct.features, atol=1e-3)
+    np.testing.assert_allclose(taken.validation, direct.validation, rtol=0.05)
