@@ -40,7 +40,7 @@ def make_drift_report(
     for name in (check.name for check in drift.checks if check.name in reference.statistics):
         shown[name] = figures.two_histograms(reference.statistics[name], new.statistics[name], name)
     if reference.classes is not None and new.classes is not None:
-        known = [*reference.classes, *(label for label in new.classes if label not in reference.classes)]
+        known = list(dict.fromkeys((*reference.classes, *new.classes)))
         before, after = (
             np.array([counts.get(label, 0) for label in known]) for counts in (reference.classes, new.classes)
         )

@@ -150,9 +150,10 @@ def measure(bundle: Bundle, manifest: Manifest, with_errors: bool = False) -> Me
     classifier, preprocess = bundle.classifier(), preprocess_of(info)
     predicted = probabilities_of(classifier, preprocess, manifest.samples, task=info.task, temperature=info.temperature)
     # A column for each label that only the bundle knows: predicting it is wrong, and must not count as another label.
-    columns = labels + [label for label in info.labels if label not in labels]
+    columns = list(dict.fromkeys((*labels, *info.labels)))
+    column_of = {label: index for index, label in enumerate(columns)}
     probabilities = np.zeros((len(predicted), len(columns)), np.float32)
-    probabilities[:, [columns.index(label) for label in info.labels]] = predicted
+    probabilities[:, [column_of[label] for label in info.labels]] = predicted
     truth = truth_of(manifest.samples, manifest.task, len(columns))
     calibration = measures.calibration_error(probabilities, truth, multilabel=multilabel)
     if multilabel:
@@ -180,7 +181,8 @@ def measure(bundle: Bundle, manifest: Manifest, with_errors: bool = False) -> Me
 
 
 def _labels(challenger: Bundle, champion: Bundle | None) -> Line:
-    lost = [label for label in (champion.info.labels if champion else ()) if label not in challenger.info.labels]
+    known = frozenset(challenger.info.labels)
+    lost = [label for label in (champion.info.labels if champion else ()) if label not in known]
     summary = f"lacks {', '.join(lost[:10])}, which the champion has" if lost else "has all labels of the champion"
     return Line("labels", float(len(lost)), 0.0, not lost, summary)
 

@@ -7,8 +7,10 @@ import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from refract.cores import mapped
 from refract.pipeline.config.config import Config
 from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
@@ -17,9 +19,14 @@ from refract.pipeline.data.validation import drop_bad, drop_contradictory
 from refract.pipeline.files import write_atomically
 from refract.pipeline.retraining.workspace import read, write
 from refract.pipeline.training.build import reads
+from refract.progress import tracked
 
 TABLE, SOURCE = "holdout.csv", "source.json"
 NEXT, NEXT_RECORD = "next.csv", "next.json"
+
+FILES_AT_ONCE = 32
+"""Threads that read and write files. Each waits until the disk has stored its file, and disks store several at once: 2,000 files took
+0.85 s with 16 threads and 7 s with one."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ def as_test_samples(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
 
 def renamed(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
     """Return the samples with label indices into `labels`, which contains all of the manifest's labels."""
-    index = [list(labels).index(label) for label in manifest.labels]
+    index_of = {label: index for index, label in enumerate(labels)}
+    index = [index_of[label] for label in manifest.labels]
     return [replace(sample, labels=tuple(index[i] for i in sample.labels)) for sample in manifest.samples]
 
 
@@ -49,7 +57,9 @@ def frozen(folder: Path, task: str) -> Holdout | None:
 def load_copies(table: Path, task: str) -> Holdout:
     """Load a table of the holdout's folder and verify each file. DataError if a file is gone or has changed."""
     manifest, folder = load_manifest(table, task, to_train=False), table.parent
-    changed = [s.path for s in manifest.samples if s.has_image and hash_of(Path(s.path)) != Path(s.path).stem]
+    paths = [Path(sample.path) for sample in manifest.samples if sample.has_image]
+    hashes = mapped(hash_of, paths, threads=FILES_AT_ONCE)
+    changed = [str(path) for path, digest in zip(paths, hashes, strict=True) if digest != path.stem]
     if changed:
         raise DataError(
             f"{folder}: {len(changed)} images of the frozen holdout are gone or have changed, such as {changed[0]}. Put them back, or "
@@ -97,14 +107,10 @@ def freeze(
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
+    copies = mapped(partial(_copied, folder=folder), samples, threads=FILES_AT_ONCE)
     rows = [
-        {
-            "path": _copied(sample, folder) if sample.has_image else "",
-            "label": ";".join(labels[i] for i in sample.labels),
-            "text": sample.text,
-            **sample.metadata,
-        }
-        for sample in samples
+        {"path": copy, "label": ";".join(labels[i] for i in sample.labels), "text": sample.text, **sample.metadata}
+        for sample, copy in zip(samples, tracked(copies, "copying the holdout", len(samples)), strict=True)
     ]
     table = pd.DataFrame(rows)
     source: dict[str, str] | None = None
@@ -151,7 +157,9 @@ def _digest(manifest: Manifest, images: Sequence[str]) -> str:
 
 
 def _copied(sample: Sample, folder: Path) -> str:
-    """Copy the image to a file named by its SHA-256, and return its path relative to the folder. DataError if it cannot be read."""
+    """Copy the image to a file named by its SHA-256, and return its path relative to the folder; "" without an image. OSError."""
+    if not sample.has_image:
+        return ""
     data = sample.read()
     digest = hashlib.sha256(data).hexdigest()
     name = f"files/{digest[:2]}/{digest}{Path(sample.path).suffix.lower()}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from refract.cores import mapped
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
@@ -21,7 +22,16 @@ from refract.pipeline.data.validation import check_classes, drop_bad, drop_contr
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
-from refract.pipeline.retraining.holdout import Holdout, as_test_samples, freeze, frozen, hash_of, named, renamed
+from refract.pipeline.retraining.holdout import (
+    FILES_AT_ONCE,
+    Holdout,
+    as_test_samples,
+    freeze,
+    frozen,
+    hash_of,
+    named,
+    renamed,
+)
 from refract.pipeline.retraining.holdout_versions import (
     Corrections,
     as_in_source,
@@ -305,10 +315,14 @@ def _written(
     snapshot = Snapshot(folder, digest, held.digest, whole.task, counts, columns, len(scanned.bad), labels)
     known = {"contents": sorted({scanned.groups[sample.key] for sample in trained})}
     write(folder / CONTENTS, known | ({} if applied is None else {DECIDED: sorted(applied.contents)}))
-    whole = _on_disk(whole, folder)
-    _write_table(whole, folder / TABLE)
-    files = [sample for sample in whole.samples if sample.split != "test" and sample.has_image]
-    write(folder / FILES, {str(Path(s.path).resolve()): hash_of(Path(s.path)) for s in files})
+    stored = _on_disk(whole, folder)
+    _write_table(stored, folder / TABLE)
+    files = [
+        pair
+        for pair in zip(whole.samples, stored.samples, strict=True)
+        if pair[0].split != "test" and pair[0].has_image
+    ]
+    write(folder / FILES, {str(Path(file.path).resolve()): scanned.images[sample.path] for sample, file in files})
     write(folder / RECORD, snapshot.record())
     return snapshot
 
@@ -322,22 +336,24 @@ def _write_table(manifest: Manifest, path: Path) -> None:
 
 def changed(snapshot: Snapshot) -> list[str]:
     """Return the files that are gone, or changed since the snapshot was taken."""
-    return [path for path, digest in read(snapshot.folder / FILES).items() if hash_of(Path(path)) != digest]
+    digests = read(snapshot.folder / FILES)
+    present = mapped(lambda path: hash_of(Path(path)), list(digests), threads=FILES_AT_ONCE)
+    return [path for path, digest in zip(digests, present, strict=True) if digest != digests[path]]
 
 
 def _on_disk(manifest: Manifest, folder: Path) -> Manifest:
     """Write images that are not files, such as the embedded digits, to the snapshot's folder."""
     from refract.pipeline.files import write_atomically
 
-    samples = []
-    for sample in manifest.samples:
-        if sample.has_image and sample.data is not None:
-            path = folder / "files" / sample.path
-            if not path.exists():
-                write_atomically(path, sample.data)
-            sample = replace(sample, path=str(path), data=None)
-        samples.append(sample)
-    return manifest.with_samples(samples)
+    def as_file(sample: Sample) -> Sample:
+        if not sample.has_image or sample.data is None:
+            return sample
+        path = folder / "files" / sample.path
+        if not path.exists():
+            write_atomically(path, sample.data)
+        return replace(sample, path=str(path), data=None)
+
+    return manifest.with_samples(list(mapped(as_file, manifest.samples, threads=FILES_AT_ONCE)))
 
 
 def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
