@@ -27,6 +27,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "tune": ("refract.pipeline.cli.tune", "Search a space of configs for the best validation score"),
             "config": ("refract.pipeline.cli.config", "Print the config keys, or their JSON Schema for editors"),
             "find": ("refract.pipeline.cli.find", "Find a learning rate or the largest batch size for a config"),
+            "profile": ("refract.pipeline.cli.profile", "Time the stages of a training and find its bottleneck"),
             "rerun": ("refract.pipeline.cli.rerun", "Repeat a training run and compare the weights"),
             "replay-batch": (
                 "refract.pipeline.cli.replay_batch",

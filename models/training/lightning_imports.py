@@ -88,6 +88,7 @@ defer_torchmetrics()
 import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torchmetrics import Metric
@@ -105,6 +106,7 @@ __all__ = [
     "MulticlassAccuracy",
     "MultilabelAveragePrecision",
     "OptimizerLRScheduler",
+    "Profiler",
     "TorchCheckpointIO",
     "Tuner",
     "dim_zero_cat",

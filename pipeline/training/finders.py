@@ -57,7 +57,7 @@ def find_lr(config: Config, *, steps: int = 100) -> LrRange:
         suppress(FloatingPointError),
         Progress("trying learning rates", steps, unit="steps") as progress,
     ):
-        _trainer(assembly, folder, callbacks=[Rise()]).fit(assembly.module, datamodule=assembly.data)
+        trial_trainer(assembly, folder, callbacks=[Rise()]).fit(assembly.module, datamodule=assembly.data)
     # Smoothing in both directions avoids the lag of a one-sided mean.
     smooth = (_smoothed(losses) + _smoothed(losses[::-1])[::-1]) / 2
     # Falls after the minimum are the noise of a training that already diverges.
@@ -88,7 +88,7 @@ def find_batch_size(config: Config) -> int:
 
     assembly = assemble(config)
     with tempfile.TemporaryDirectory() as folder:
-        tuner = Tuner(_trainer(assembly, folder, config.trainer.accumulate))
+        tuner = Tuner(trial_trainer(assembly, folder, config.trainer.accumulate))
         batch_size = tuner.scale_batch_size(
             assembly.module,
             datamodule=assembly.data,
@@ -99,7 +99,7 @@ def find_batch_size(config: Config) -> int:
     return int(batch_size or assembly.data.batch_size)
 
 
-def _trainer(assembly: Assembly, folder: str, accumulate: int = 1, **more: Any) -> Any:
+def trial_trainer(assembly: Assembly, folder: str, accumulate: int = 1, **more: Any) -> Any:
     from refract.models.training.lightning_imports import lightning
     from refract.pipeline.training.callbacks.progress import quiet_lightning
 

@@ -51,6 +51,7 @@ TRAINING = (
     "refract train photos.yaml --model.weights runs/NAME/bundle",
     "refract train pets.yaml --data.hierarchy classes.csv",
     "refract find lr photos.yaml",
+    "refract profile photos.yaml --steps 20 --trace trace.json",
     "refract tune photos.yaml space.yaml --trials 50",
     "refract train runs/tune-photos/best.yaml",
     "refract rerun runs/NAME",

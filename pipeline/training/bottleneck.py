@@ -1,0 +1,87 @@
+"""Propose the settings that lift a training's bottleneck, and measure them."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from refract.pipeline.config.config import Config
+from refract.pipeline.training.profile import WAITS, Profile
+
+MOST_WORKERS = 8
+"""Loader processes that `data.workers: null` starts at most."""
+
+MEMORY = 0.5
+"""Fraction of the available memory that decoded images may take."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting that may lift the bottleneck, and why. setting: key → value, empty for a change outside the config."""
+
+    reason: str
+    setting: dict[str, Any]
+
+    @property
+    def options(self) -> str:
+        """The setting as options of the command line."""
+        return " ".join(f"--{key} {value}" for key, value in self.setting.items())
+
+
+def explanation(profile: Profile) -> str:
+    """Return why the bottleneck is one, as a sentence."""
+    stage, step = profile.bottleneck, profile.step
+    if profile.stages["wait"] > WAITS * step:
+        waits = profile.stages["wait"] / step
+        return (
+            f"{stage}: the training waits for {waits:.0%} of each step, and {stage} takes most of the time of a batch"
+        )
+    return f"{stage}: {profile.stages[stage] / step:.0%} of each step"
+
+
+def proposals(profile: Profile, config: Config) -> list[Proposal]:
+    """Return the settings to try for the bottleneck, the most promising first."""
+    stage = profile.bottleneck
+    found = []
+    if profile.stages["wait"] > WAITS * profile.step:
+        workers = min(MOST_WORKERS, profile.cores)
+        if (
+            stage in ("read", "decode")
+            and config.data.memory != "always"
+            and profile.decoded_bytes < MEMORY * available_memory()
+        ):
+            found.append(Proposal("keeps the decoded images in memory", {"data.memory": "always"}))
+        if profile.workers < workers:
+            found.append(Proposal("more processes load images", {"data.workers": workers}))
+        if stage == "decode":
+            side = round(1.15 * max(config.data.sides()))
+            found.append(Proposal(f"store the images smaller, with a shorter side of about {side} pixels", {}))
+        if stage == "augment" and profile.slowest is not None:
+            name, milliseconds = profile.slowest
+            found.append(
+                Proposal(f"lower the `p` of {name}, which takes {milliseconds:.2f} ms an image, or remove it", {})
+            )
+        return found
+    if stage in ("forward", "backward"):
+        if config.trainer.precision == "fp32":
+            found.append(Proposal("computes in 16 bits if the device is faster in them", {"trainer.precision": "auto"}))
+        side = min(config.data.sides())
+        if side >= 64:
+            smaller = {"data.image_size": side * 3 // 4 // 8 * 8}
+            found.append(Proposal("smaller images; check the accuracy", smaller))
+        found.append(Proposal("a smaller network", {}))
+    if stage in ("optimiser", "callbacks"):
+        if stage == "optimiser" and config.optim.name not in ("adamw", "sgd"):
+            found.append(Proposal("a cheaper optimiser; check the accuracy", {"optim.name": "adamw"}))
+        doubled = {"data.batch_size": 2 * config.data.batch_size}
+        found.append(Proposal("fewer steps for the same images; check the accuracy", doubled))
+    if stage == "transfer":
+        found.append(Proposal("keeps the images on the device", {"data.memory": "always"}))
+    return found
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are free or can be freed; 0 if the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
