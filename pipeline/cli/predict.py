@@ -46,14 +46,14 @@ def _predict(args: argparse.Namespace) -> int:
 
     from refract.models.bundle.bundle import load_bundle
     from refract.models.familiarity import Familiarity
-    from refract.pipeline.files import read_file
+    from refract.pipeline.data import storage
     from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score_outputs
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
     classifier = bundle.classifier()
     files = _image_files(args, classifier.reads)
-    inputs = [SampleInput(partial(read_file, file), args.text) for file in files] or [
+    inputs = [SampleInput(partial(storage.read, str(file)), args.text) for file in files] or [
         SampleInput(bytes, args.text, False)
     ]
     training = bundle.training_features()
@@ -110,20 +110,23 @@ def _show(file: Path, outcome: "Scored", info: "BundleInfo", args: argparse.Name
 
 
 def listed_images(paths: list[Path]) -> list[Path]:
-    """Return the files, and all images below the folders. DataError if no path exists or a folder has no image."""
+    """Return the files, and all images below the folders and in the archives. DataError if no path exists or a folder has no image."""
+    from refract.augment.image_files import is_image
+    from refract.pipeline.data.archives.archive import archive_path
     from refract.pipeline.data.errors import DataError
     from refract.pipeline.data.sources import open_source
     from refract.pipeline.data.sources.folders import no_images
 
-    if not any(path.exists() for path in paths):
+    in_archive = [archive_path(str(path)) is not None for path in paths]
+    if not any(path.exists() or inside for path, inside in zip(paths, in_archive, strict=True)):
         raise DataError(f"{paths[0]}: no such file or folder")
     files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = open_source(path).rows(labelled=False).paths
-            if not inside:
+    for path, inside in zip(paths, in_archive, strict=True):
+        if path.is_dir() or (inside and not is_image(path.name)):
+            rows = open_source(path).rows(labelled=False)
+            if not len(rows):
                 raise no_images(path)
-            files += map(Path, inside)
+            files += (Path(rows.file(row)) for row in range(len(rows)))
         else:  # a missing file is reported later, as an unreadable one
             files.append(path)
     return files

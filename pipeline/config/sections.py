@@ -26,8 +26,8 @@ class DataConfig(Checked):
     """The data set, and how its images reach the network.
 
     Args:
-        source: data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest with the columns
-            path,label and/or text[,split], or `digits` (embedded).
+        source: data set: a folder or archive (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest with the columns
+            path,label and/or text[,split], a table with images, a WebDataset (docs/sources.md), or `digits` (embedded).
         task: kind of classification; auto chooses multilabel if a label contains `;`, binary for two classes, else multiclass.
         image_size: size of the network's input in pixels, at least 8: the side of a square, or [height, width].
         resize: how validation, test and served images are resized: crop keeps the aspect ratio and takes the centre; squash keeps the

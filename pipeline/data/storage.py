@@ -1,10 +1,13 @@
 """Where the images of samples are stored. A further storage, such as object storage, is a class with `open` and an entry in STORAGES."""
 
+import errno
 import hashlib
+import io
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import BinaryIO, Protocol
 
+from refract.pipeline.data.errors import DataError
 from refract.pipeline.files import open_file
 
 
@@ -16,10 +19,21 @@ class Storage(Protocol):
 
 
 class LocalFiles:
-    """The file system."""
+    """The file system, and the members of archives in it: `photos.zip/cat/1.jpg`."""
 
     def open(self, path: str) -> BinaryIO:
-        return open_file(path)
+        try:
+            return open_file(path)
+        except NotADirectoryError:
+            from refract.pipeline.data.archives.archive import archive_path, read_from_archive
+
+            where = archive_path(path)
+            if where is None:
+                raise
+            try:
+                return io.BytesIO(read_from_archive(where))
+            except DataError as error:
+                raise OSError(errno.EIO, str(error), path) from error
 
 
 LOCAL = LocalFiles()
