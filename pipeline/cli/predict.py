@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         description="Classify images with a bundle, or with a running server: `refract predict --url URL --help` lists its options. "
         "An unreadable image is reported, and the exit code is then 1.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder, or its URL")
     parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of images")
     parser.add_argument(
         "--text", action="append", help="text to classify, alone or with each image, for a bundle that reads texts"

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from refract.models.credentials import masked
 from refract.models.fields import Checked, number
+from refract.remote.address import is_remote
 
 LONGEST_TEXT = 4096
 """Upper bound of text.max_length, in words or tokens. A server keeps this many integers in memory for each queued sample."""
@@ -27,7 +28,8 @@ class DataConfig(Checked):
 
     Args:
         source: data set: a folder or archive (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest with the columns
-            path,label and/or text[,split], a table with images, a WebDataset (docs/sources.md), or `digits` (embedded).
+            path,label and/or text[,split], a table with images, a WebDataset, the URL of one of these (docs/sources.md), or
+            `digits` (embedded).
         task: kind of classification; auto chooses multilabel if a label contains `;`, binary for two classes, else multiclass.
         image_size: size of the network's input in pixels, at least 8: the side of a square, or [height, width].
         resize: how validation, test and served images are resized: crop keeps the aspect ratio and takes the centre; squash keeps the
@@ -83,6 +85,8 @@ class DataConfig(Checked):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def rules(self) -> Rules:
+        clean = not is_remote(self.source) or (masked(self.source) == self.source and "@" not in self.source)
+        yield "data.source", masked(self.source), clean, "a URL without credentials, which runs would store"
         yield "data.image_size", self.image_size, min(self.sides()) >= 8, "at least 8 pixels"
         yield "data.repeats", self.repeats, 1 <= self.repeats <= self.batch_size, "in 1…data.batch_size"
         secret = self.labels is not None and "://" in self.labels and _has_password(self.labels)

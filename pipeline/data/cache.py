@@ -15,18 +15,21 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from refract.cache_folder import VARIABLE as FOLDER
+from refract.cache_folder import cache_folder
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.files import open_file, written_atomically
 
 log = logging.getLogger(__name__)
 
-FOLDER, SIZE = "REFRACT_CACHE_DIR", "REFRACT_CACHE_SIZE"
+SIZE = "REFRACT_CACHE_SIZE"
 DEFAULT_SIZE = "50GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 KEPT = 0.9
 """Fraction of the limit that remains after old entries are removed, so that this is rare."""
 USED_S = 60.0
 """Seconds in which a further use of an entry is not recorded."""
+_ENTRY = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\..+")
 LOCKS = 64
 """Number of lock files of each kind of entries: different entries rarely wait for each other."""
 
@@ -45,10 +48,8 @@ class Writer(Protocol):
 
 
 def folder() -> Path:
-    """Return the folder of the cache: REFRACT_CACHE_DIR, else `refract` in XDG_CACHE_HOME or ~/.cache."""
-    if configured := os.environ.get(FOLDER, ""):
-        return Path(configured).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refract"
+    """Return the folder of the entries."""
+    return cache_folder() / "data"
 
 
 def limit() -> int:
@@ -60,26 +61,36 @@ def limit() -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
-def opened(kind: str, key: str, write: Callable[[Writer], None], *, title: str) -> FileIO:
+def opened(kind: str, key: str, write: Callable[[Writer], object], *, title: str, sync: bool = True) -> FileIO:
     """Open the entry for reading, and create it if the cache lacks it.
 
-    kind: name of a folder, such as `archives`; key: text that identifies the content; write: writes the content; title: names the entry
-    in errors. An open entry stays readable if it is removed. CacheError if the cache cannot hold it; errors of `write`.
+    kind: name of a folder, such as `archives`; key: text that identifies the content; write: writes the content; title: names the entry in
+    errors; sync: as in `written_atomically`. An open entry stays readable if it is removed. CacheError if the cache cannot hold it; errors
+    of `write`.
     """
     path = _path(kind, key)
     for _ in range(3):  # another process may remove the entry before it is opened
         try:
             file = open_file(path)
         except FileNotFoundError:
-            _create(kind, path, write, title)
+            _create(kind, path, write, title, sync)
             continue
         _record_use(file)
         return file
     raise CacheError(f"{title}: the cache {folder()} is too small for the data in use; raise {SIZE}")
 
 
+def content(kind: str, key: str) -> bytes | None:
+    """Return the content of an entry; None if the cache lacks it."""
+    try:
+        with open_file(_path(kind, key)) as file:
+            return file.readall()
+    except OSError:
+        return None
+
+
 def removed(kind: str, key: str) -> None:
-    """Remove the entry, as its content is damaged."""
+    """Remove the entry, as its content is damaged or out of date."""
     _path(kind, key).unlink(missing_ok=True)
 
 
@@ -88,18 +99,18 @@ def _path(kind: str, key: str) -> Path:
     return folder() / kind / digest[:2] / digest
 
 
-def _create(kind: str, path: Path, write: Callable[[Writer], None], title: str) -> None:
+def _create(kind: str, path: Path, write: Callable[[Writer], object], title: str, sync: bool) -> None:
     root = folder()
     try:
         (root / "locks").mkdir(parents=True, exist_ok=True)
         with _locked(root / "locks" / f"{kind}-{int(path.name[:8], 16) % LOCKS}"):
             if path.exists():  # another process has written it
                 return
-            with written_atomically(path) as file:
+            with written_atomically(path, sync=sync) as file:
                 entry = _Entry(file, root, title)
                 write(entry)
     except OSError as error:
-        if isinstance(error, CacheError) or not str(error.filename or "").startswith(str(root)):
+        if isinstance(error, CacheError) or not str(error.filename or "").startswith(str(root.parent)):
             raise
         raise CacheError(
             f"{title}: cannot be stored in the cache {root} ({error.strerror}); set {FOLDER} to a folder with free space"
@@ -138,12 +149,13 @@ def _count(root: Path, size: int, limit: int) -> None:
 
 
 def _entries(root: Path) -> Iterator["os.DirEntry[str]"]:
+    """Yield the entries and temporary files: by their names, so that no other file in the folder is removed."""
     for kind in os.scandir(root):
         if kind.name == "locks" or not kind.is_dir(follow_symlinks=False):
             continue
         for part in os.scandir(kind):
             if part.is_dir(follow_symlinks=False):
-                yield from os.scandir(part)
+                yield from (entry for entry in os.scandir(part) if _ENTRY.fullmatch(entry.name))
 
 
 def _measured(root: Path) -> int:

@@ -150,7 +150,7 @@ def test_the_index_is_stored_once_and_a_damaged_one_is_replaced(
     monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
     shutil.copy(archives / "photos.tar", "a.tar")
     names = index_of_archive("a.tar").names
-    (stored,) = (tmp_path / "cache" / "indexes").glob("*/*")
+    (stored,) = (tmp_path / "cache" / "data" / "indexes").glob("*/*")
     content = stored.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"\0" * len(content)):
         stored.write_bytes(damaged)
@@ -171,13 +171,13 @@ def test_an_archive_that_the_cache_cannot_hold_is_refused(archives: Path, monkey
         DataError, match=r"a.tar.gz: is larger than the cache \(40,000 bytes\); raise REFRACT_CACHE_SIZE"
     ):
         load_manifest("a.tar.gz")
-    assert not [*Path("small").glob("archives/*/*")]
+    assert not [*Path("small").glob("data/archives/*/*")]
     monkeypatch.setenv("REFRACT_CACHE_SIZE", "much")
     with pytest.raises(DataError, match="REFRACT_CACHE_SIZE: 'much' is not a size"):
         load_manifest("a.tar.gz")
     monkeypatch.delenv("REFRACT_CACHE_SIZE")
     monkeypatch.setenv("REFRACT_CACHE_DIR", "/proc/nowhere")
-    with pytest.raises(DataError, match="cannot be stored in the cache /proc/nowhere .*; set REFRACT_CACHE_DIR"):
+    with pytest.raises(DataError, match="cannot be stored in the cache /proc/nowhere/data .*; set REFRACT_CACHE_DIR"):
         load_manifest("a.tar.gz")
 
 
@@ -192,11 +192,11 @@ def test_the_cache_removes_what_was_used_least_recently(tmp_path: Path, monkeypa
             target.write(bytes(300))
 
         cache.opened("things", key, write, title=key).close()
-        for file in (tmp_path / "cache" / "things").glob("*/*"):  # as if an hour went by
+        for file in (tmp_path / "cache" / "data" / "things").glob("*/*"):  # as if an hour went by
             status = file.stat()
             os.utime(file, (status.st_atime - 3600, status.st_mtime - 3600))
 
     for key in ("a", "b", "c", "a", "d", "a", "b"):
         entry(key)
     assert written == ["a", "b", "c", "d", "b"]  # `a` was in use, `b` was not
-    assert sum(file.stat().st_size for file in (tmp_path / "cache" / "things").glob("*/*")) <= 1000
+    assert sum(file.stat().st_size for file in (tmp_path / "cache" / "data" / "things").glob("*/*")) <= 1000

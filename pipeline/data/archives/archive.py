@@ -20,6 +20,7 @@ from refract.pipeline.data.archives.unpacking import unpack
 from refract.pipeline.data.archives.zip_index import zip_index
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.files import open_file
+from refract.remote.address import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,10 @@ def suffix_of(path: str) -> str:
 
 
 def archive_path(path: str) -> ArchivePath | None:
-    """Return the archive that a local path leads into, `photos.zip` of `photos.zip/cat/1.jpg`; None for other paths."""
-    path = path.rstrip("/")
-    for match in _MARK.finditer(path):
-        if os.path.isfile(path[: match.end()]):  # noqa: PTH113 — runs for each image
+    """Return the archive that a path leads into, `photos.zip` of `photos.zip/cat/1.jpg`; None for other paths."""
+    path, remote = path.rstrip("/"), is_remote(path)
+    for match in _MARK.finditer(path, path.find("/", path.find("://") + 3) if remote else 0):
+        if remote or os.path.isfile(path[: match.end()]):  # noqa: PTH113 — runs for each image
             return ArchivePath(path[: match.end()], path[match.end() + 1 :])
     return None
 
@@ -113,8 +114,7 @@ def read_from_archive(where: ArchivePath) -> bytes:
 def _opened(archive: str) -> _Opened:
     """Open the archive, or the tar in the cache that it is converted to."""
     suffix = suffix_of(archive)
-    file = open_file(archive)
-    identity = _identity(archive, file)
+    file, identity = open_whole(archive)
     if suffix in INDEXES:
         return _Opened(file, identity, INDEXES[suffix])
     with file:
@@ -127,11 +127,16 @@ def _opened(archive: str) -> _Opened:
     return _Opened(tar, f"tar {identity}", tar_index)
 
 
-def _identity(archive: str, file: FileIO) -> str:
-    """Return a text that changes when the file is replaced or written."""
+def open_whole(archive: str) -> tuple[FileIO, str]:
+    """Return (a local file, or a remote one in the cache; a text that changes when its content does). OSError, RemoteError."""
+    if is_remote(archive):
+        from refract.pipeline.data.remote_files import whole_file
+
+        return whole_file(archive)
+    file = open_file(archive)
     status = os.fstat(file.fileno())
     numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return f"{os.path.abspath(archive)} {numbers}"  # noqa: PTH100 — a tenth of the time of pathlib
+    return file, f"{os.path.abspath(archive)} {numbers}"  # noqa: PTH100 — a tenth of the time of pathlib
 
 
 def _index(archive: str, opened: _Opened) -> Index:

@@ -11,14 +11,17 @@ from refract.pipeline.data.sources.custom import fetched
 from refract.pipeline.data.sources.digits import DigitsSource
 from refract.pipeline.data.sources.image_folder import FolderSource
 from refract.pipeline.data.sources.manifest_table import TableSource
+from refract.pipeline.data.sources.remote import RemoteFolderSource, RemoteTableSource
 from refract.pipeline.data.sources.saved_dataset import SavedDatasetSource
 from refract.pipeline.data.sources.source import Source
 from refract.pipeline.data.sources.table_images import ParquetImagesSource
 from refract.pipeline.data.sources.webdataset import WebDatasetSource
+from refract.remote.address import checked, is_remote
 
 SOURCES: Mapping[str, type[Source]] = MappingProxyType({
     "saved": SavedDatasetSource, "parquet": ParquetImagesSource, "webdataset": WebDatasetSource, "folder": FolderSource,
-    "archive": ArchiveSource, "table": TableSource, "digits": DigitsSource,
+    "archive": ArchiveSource, "table": TableSource, "remote table": RemoteTableSource, "remote": RemoteFolderSource,
+    "digits": DigitsSource,
 })  # fmt: skip
 """Kind → class; the first that recognises a name opens it."""
 
@@ -26,6 +29,8 @@ SOURCES: Mapping[str, type[Source]] = MappingProxyType({
 def open_source(name: str | Path, *, embedded: bool = True) -> Source:
     """Return the source of a name. embedded: accept data sets without files. DataError for a name that no kind recognises."""
     name = fetched(name)
+    if is_remote(str(name)):
+        name = checked(str(name))
     kinds = [kind for kind in SOURCES.values() if embedded or not kind.embedded]
     for kind in kinds:
         if kind.recognises(str(name)):

@@ -58,5 +58,6 @@ def image_rows(source: str, root: str, files: Files = LOCAL) -> Rows:
 def one_class_per_image(source: str) -> DataError:
     """Return the error for `data.task: multilabel` with class folders."""
     return DataError(
-        f"{Path(source)}: data.task is multilabel, but a folder gives each image one class; use a manifest with labels such as `cat;dog`"
+        f"{source.rstrip('/')}: data.task is multilabel, but a folder gives each image one class; use a manifest with labels such as "
+        "`cat;dog`"
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from refract.augment.image_files import is_hidden, is_image
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.sources.folders import split_of
+from refract.remote.address import is_remote
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST = 100_000
@@ -23,10 +24,14 @@ class Shard(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """folder: of the relative paths; files: in their order."""
+    """folder: of the relative paths, None for URLs; files: in their order."""
 
-    folder: Path
+    folder: Path | None
     files: Sequence[Shard]
+
+    def file(self, shard: Shard) -> str:
+        """Return the path or URL of a file."""
+        return shard.path if self.folder is None else str(self.folder / shard.path)
 
 
 def has_range(name: str) -> bool:
@@ -47,11 +52,13 @@ def shards_of_pattern(name: str) -> Shards:
         names = [_RANGE.sub(number, one, count=1) for one in names for number in numbers]
         if len(names) > MOST:
             raise DataError(f"{name}: names more than {MOST:,} files; use a smaller range")
+    if is_remote(name):
+        return Shards(None, with_splits(name, names))
     missing = [one for one in names if not Path(one).is_file()]
     if missing:
         raise DataError(f"{missing[0]}: no such file ({len(missing)} of the {len(names)} files of {name} are missing)")
     folder = Path(name.partition("{")[0] + "_").parent
-    return Shards(folder, _with_splits(name, [str(Path(one).relative_to(folder)) for one in names]))
+    return Shards(folder, with_splits(name, [str(Path(one).relative_to(folder)) for one in names]))
 
 
 def shards_of_folder(name: str, suffix: str) -> Shards | None:
@@ -62,7 +69,7 @@ def shards_of_folder(name: str, suffix: str) -> Shards | None:
         found = _files(root, suffix) if root.is_dir() else None
     elif not root.is_dir():
         found = None
-    return Shards(root, _with_splits(name, sorted(found))) if found else None
+    return Shards(root, with_splits(name, sorted(found))) if found else None
 
 
 def _files(folder: Path, suffix: str, only: str = "") -> list[str] | None:
@@ -83,7 +90,7 @@ def _files(folder: Path, suffix: str, only: str = "") -> list[str] | None:
     return None if inner and found else found
 
 
-def _with_splits(name: str, files: Sequence[str]) -> list[Shard]:
+def with_splits(name: str, files: Sequence[str]) -> list[Shard]:
     """Return the shards with the splits in their names. DataError if only some names have one."""
     splits = [_split_in(file) for file in files]
     if any(splits) and not all(splits):
@@ -97,4 +104,4 @@ def _with_splits(name: str, files: Sequence[str]) -> list[Shard]:
 
 def _split_in(file: str) -> str:
     """Return the split at the start of a file name: `train-00000-of-00002.parquet` → train."""
-    return split_of(re.split(r"[-_.]", Path(file).name, maxsplit=1)[0])
+    return split_of(re.split(r"[-_.]", file.rpartition("/")[2], maxsplit=1)[0])

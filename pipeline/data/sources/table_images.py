@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from refract.pipeline.data.archives.archive import index_of_archive
+from refract.pipeline.data.archives.archive import index_of_archive, open_whole
 from refract.pipeline.data.archives.parquet_images import (
     hugging_face_features,
     image_column,
@@ -17,6 +17,7 @@ from refract.pipeline.data.sources.archive import unreadable_archive
 from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of_folder, shards_of_pattern
 from refract.pipeline.data.sources.source import Rows, Source
 from refract.pipeline.data.sources.tables import COLUMNS, Table, normalised, texts_of
+from refract.remote.address import is_remote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +34,9 @@ class ParquetImagesSource(Source):
         if name.lower().endswith(_SUFFIX):
             if has_range(name):
                 return True
-            return Path(name).is_file() and _has_images(name)
+            return (is_remote(name) or Path(name).is_file()) and has_images(name)
         found = shards_of_folder(name, _SUFFIX) if Path(name).is_dir() else None
-        return found is not None and _has_images(str(found.folder / found.files[0].path))
+        return found is not None and has_images(found.file(found.files[0]))
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read the columns label, split and text; all others are metadata. The order is that of the files and their rows."""
@@ -47,7 +48,7 @@ def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
     columns: dict[str, list[str]] = {}
     count = 0
     for shard in shards.files:
-        added = _columns(shards.folder, shard)
+        added = _columns(shards.file(shard), shard)
         size = len(added["path"])
         for column in dict.fromkeys([*columns, *added]):
             columns.setdefault(column, [""] * count).extend(added.get(column, [""] * size))
@@ -70,6 +71,8 @@ def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
 def _shards(name: str) -> Shards:
     if has_range(name):
         return shards_of_pattern(name)
+    if is_remote(name):
+        return Shards(None, [Shard(name, "")])
     path = Path(name)
     if path.is_file():
         return Shards(path.parent, [Shard(path.name, "")])
@@ -78,22 +81,22 @@ def _shards(name: str) -> Shards:
     return found
 
 
-def _has_images(file: str) -> bool:
+def has_images(file: str) -> bool:
     """Return whether a Parquet file has a column of images; false for a damaged file, which is reported as a table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return image_column(file, pq.read_schema(file)) is not None
+        with open_whole(file)[0] as opened:
+            return image_column(file, pq.read_schema(opened)) is not None
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         return False
 
 
-def _columns(folder: Path, shard: Shard) -> dict[str, list[str]]:
+def _columns(file: str, shard: Shard) -> dict[str, list[str]]:
     """Return the columns of a file as text, with `path` for its images, and `split` if the name of the file has one."""
-    file = str(folder / shard.path)
     table = _read(file)
     try:
         texts, _ = texts_of(_named(table, hugging_face_features(table.schema)))
@@ -116,7 +119,9 @@ def _read(file: str) -> "pa.Table":
 
     try:
         if file.lower().endswith(_SUFFIX):
-            return pq.read_table(file, columns=_readable(file, pq.read_schema(file)), partitioning=None)
+            with open_whole(file)[0] as opened:
+                columns = _readable(file, pq.read_schema(opened))
+                return pq.read_table(opened, columns=columns, partitioning=None)
         reader = pa.ipc.open_stream(pa.memory_map(file))
         return reader.read_all().select(_readable(file, reader.schema))
     except (pa.ArrowException, OSError, ValueError) as error:

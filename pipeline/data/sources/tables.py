@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from refract.models.credentials import masked
 from refract.pipeline.data.archives.archive import archive_path
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.sources.folders import label_of, split_of, trimmed_name
-from refract.pipeline.data.storage import scheme_of
+from refract.pipeline.data.storage import STORAGES, scheme_of
+from refract.remote.address import AddressError, checked, is_remote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -362,18 +364,29 @@ def _path_at(table: Table, row: int, value: str) -> str:
     if value.isascii() and value == value.strip() and not any(mark in value for mark in "\\:\"'"):
         return value
     if scheme_of(value):
-        return value
+        return _checked(table, row, value)
     path = _existing_path(table.path.parent, value)
     local = _exists(table.file(path))
     if not local and re.match(r"[A-Za-z][\w+.-]+://", path):
         raise DataError(
-            f"{table.where(row)}, column 'path': {value!r} is a URL, not a file; download the images and use the file paths"
+            f"{table.where(row)}, column 'path': {masked(value)!r} is a URL that Refract does not read; "
+            f"accepted: {', '.join(f'{scheme}://' for scheme in STORAGES)}, and paths of files"
         )
     if not local and re.match(r"/?[A-Za-z]:/|//", path):
         raise DataError(
             f"{table.where(row)}, column 'path': {value!r} is a path on a Windows machine; write it relative to the table's folder"
         )
     return path
+
+
+def _checked(table: Table, row: int, url: str) -> str:
+    """Return a URL. DataError if it contains credentials."""
+    if not is_remote(url):  # a storage of a plugin
+        return url
+    try:
+        return checked(url)
+    except AddressError as error:
+        raise DataError(f"{table.where(row)}, column 'path': {error}") from error
 
 
 def _existing_path(folder: Path, value: str) -> str:

@@ -13,6 +13,7 @@ from refract.pipeline.data.sources.archive import unreadable_archive
 from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of_folder, shards_of_pattern
 from refract.pipeline.data.sources.source import Rows, Source
 from refract.pipeline.data.sources.tables import COLUMNS, SYNONYMS, Table, normalised
+from refract.remote.address import is_remote
 
 _TEXTS = {"cls": "label", "txt": "text"}
 """Suffix of a member with a text → the column that it fills."""
@@ -24,38 +25,45 @@ class WebDatasetSource(Source):
     @classmethod
     def recognises(cls, name: str) -> bool:
         if suffix_of(name) in (*TARS, *COMPRESSED):
-            return has_range(name) or (Path(name).is_file() and _has_samples(name))
+            return has_range(name) or ((is_remote(name) or Path(name).is_file()) and has_samples(name))
         found = shards_of_folder(name, TARS[0]) if Path(name).is_dir() else None
-        return found is not None and _has_samples(str(found.folder / found.files[0].path))
+        return found is not None and has_samples(found.file(found.files[0]))
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read the samples in the order of the tars and their members. The fields of `.json` other than label and text are metadata."""
-        shards, columns, count = _shards(self.name), dict[str, list[str]](), 0
-        for shard in shards.files:
-            for row in _samples(str(shards.folder / shard.path), shard):
-                for column in row.keys() - columns.keys():
-                    columns[column] = [""] * count
-                for column, values in columns.items():
-                    values.append(row.get(column, ""))
-                count += 1
-        table = normalised(Table(Path(self.name), {"path": [], **columns}))
-        if labelled and "label" not in table.columns:
-            raise DataError(f"{self.name}: no sample has a label; write KEY.cls, or KEY.json with the field `label`")
-        metadata = {column: values for column, values in table.columns.items() if column not in COLUMNS}
-        labels, splits, texts = (table.columns.get(column) for column in ("label", "split", "text"))
-        return Rows(self.name, table.texts("path"), shards.folder, labels, splits, texts, metadata=metadata)
+        return rows_of(self.name, _shards(self.name), labelled=labelled)
+
+
+def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
+    """Return the rows of tars. name: as the user gave it."""
+    columns, count = dict[str, list[str]](), 0
+    for shard in shards.files:
+        for row in _samples(shards.file(shard), shard):
+            for column in row.keys() - columns.keys():
+                columns[column] = [""] * count
+            for column, values in columns.items():
+                values.append(row.get(column, ""))
+            count += 1
+    table = normalised(Table(Path(name), {"path": [], **columns}))
+    if labelled and "label" not in table.columns:
+        raise DataError(f"{name}: no sample has a label; write KEY.cls, or KEY.json with the field `label`")
+    metadata = {column: values for column, values in table.columns.items() if column not in COLUMNS}
+    labels, splits, texts = (table.columns.get(column) for column in ("label", "split", "text"))
+    return Rows(name, table.texts("path"), shards.folder, labels, splits, texts, metadata=metadata)
 
 
 def _shards(name: str) -> Shards:
     if has_range(name):
         return shards_of_pattern(name)
+    if is_remote(name):
+        return Shards(None, [Shard(name, "")])
     path = Path(name)
     found = Shards(path.parent, [Shard(path.name, "")]) if path.is_file() else shards_of_folder(name, TARS[0])
     assert found is not None
     return found
 
 
-def _has_samples(tar: str) -> bool:
+def has_samples(tar: str) -> bool:
     """Return whether a tar has members `KEY.cls`, or images outside folders with `KEY.json` next to them; else it has class folders."""
     try:
         names = [name for name in index_of_archive(tar).names if not hidden(name)]
