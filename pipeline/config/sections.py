@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from refract.models.credentials import masked
 from refract.models.fields import Checked, number
-from refract.remote.address import is_remote
+from refract.remote.address import has_credentials, is_remote
 
 LONGEST_TEXT = 4096
 """Upper bound of text.max_length, in words or tokens. A server keeps this many integers in memory for each queued sample."""
@@ -85,7 +85,7 @@ class DataConfig(Checked):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def rules(self) -> Rules:
-        clean = not is_remote(self.source) or (masked(self.source) == self.source and "@" not in self.source)
+        clean = not (is_remote(self.source) and has_credentials(self.source))
         yield "data.source", masked(self.source), clean, "a URL without credentials, which runs would store"
         yield "data.image_size", self.image_size, min(self.sides()) >= 8, "at least 8 pixels"
         yield "data.repeats", self.repeats, 1 <= self.repeats <= self.batch_size, "in 1…data.batch_size"

@@ -8,7 +8,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from refract.errors import InputError
 from refract.models.credentials import masked
 
-SCHEMES: Mapping[str, str] = MappingProxyType({"s3": "s3", "https": "", "http": ""})
+SCHEMES: Mapping[str, str] = MappingProxyType({"s3": "s3", "hf": "hf", "https": "", "http": ""})
 """Scheme → extra of Refract that it needs, or ""."""
 
 _URL = re.compile(rf"({'|'.join(SCHEMES)})://")
@@ -36,12 +36,17 @@ def credentials_of(url: str) -> str:
     return _CREDENTIALS[scheme_of(url)]
 
 
+def has_credentials(url: str) -> bool:
+    """Return whether a URL contains a password, token or signature."""
+    return "@" in url.partition("://")[2].partition("/")[0] or ("?" in url and masked(url) != url)
+
+
 def checked(url: str) -> str:
     """Return the URL without a slash at the end. AddressError if it has no host, or contains a password or a signature."""
     host = url.partition("://")[2].partition("/")[0]
     if not host:
         raise AddressError(f"{masked(url)}: is not a complete URL; write {scheme_of(url)}://HOST/PATH")
-    if "@" in host or ("?" in url and masked(url) != url):
+    if has_credentials(url):
         raise AddressError(
             f"{masked(url)}: contains a password, token or signature, which runs would store; give credentials by "
             f"{credentials_of(url)}"

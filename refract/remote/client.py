@@ -13,6 +13,7 @@ from typing import TypeVar
 from refract.errors import ServiceError
 from refract.models.credentials import masked
 from refract.remote.address import checked, scheme_of
+from refract.remote.hub import HubFiles
 from refract.remote.object_store import ObjectStore
 from refract.remote.store import ChangedError, RefusedError, RemoteObject, Store
 from refract.remote.web import WebFiles
@@ -26,7 +27,7 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
 _T = TypeVar("_T")
 
 STORES: Mapping[str, Callable[[str], Store]] = MappingProxyType(
-    {"s3": ObjectStore, "https": WebFiles, "http": WebFiles}
+    {"s3": ObjectStore, "hf": HubFiles, "https": WebFiles, "http": WebFiles}
 )
 """Scheme → class."""
 
@@ -74,7 +75,7 @@ def blocks(item: RemoteObject) -> Iterator[bytes]:
 
     FileNotFoundError if the file is gone. RemoteError if its content is not that of `item`, or after all attempts without a byte more.
     """
-    digest, done, attempt = hashlib.md5(usedforsecurity=False), 0, 0
+    digest, done, attempt = _digest(item), 0, 0
     while True:
         before = done
         try:
@@ -90,10 +91,20 @@ def blocks(item: RemoteObject) -> Iterator[bytes]:
         except Exception as error:  # the libraries raise many types for a failed connection
             attempt = 1 if done > before else attempt + 1
             _wait_or_raise(item.url, error, attempt)
-    differs = bool(item.md5) and digest.hexdigest() != item.md5
-    # An ETag of an object that the server encrypts looks like an MD5 and is none.
-    if (item.size >= 0 and done != item.size) or (differs and info(item.url).version != item.version):
+    differs = bool(item.checksum) and digest.hexdigest() != item.checksum.partition(":")[2]
+    if differs and item.checksum.startswith("md5:"):
+        # An ETag of an object that an S3 server encrypts looks like an MD5 and is none.
+        differs = info(item.url).version != item.version
+    if differs or (item.size >= 0 and done != item.size):
         raise changed(item.url)
+
+
+def _digest(item: RemoteObject) -> "hashlib._Hash":
+    """Return the digest of the item's checksum, to which its content is added."""
+    kind = item.checksum.partition(":")[0]
+    if kind == "git":  # which hashes the size too
+        return hashlib.sha1(f"blob {item.size}\0".encode(), usedforsecurity=False)
+    return hashlib.sha256() if kind == "sha256" else hashlib.md5(usedforsecurity=False)
 
 
 def read(item: RemoteObject) -> bytes:

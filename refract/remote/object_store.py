@@ -1,4 +1,4 @@
-"""Object stores through fsspec: S3 and the Hugging Face Hub."""
+"""Object stores through fsspec."""
 
 import os
 import re
@@ -60,7 +60,7 @@ class ObjectStore:
             with _Errors(item.url):
                 data = self._files().cat_file(item.url, **limits)
             # Blocks of two versions must not be mixed: the checksum is that of one version, or the version is looked up again.
-            if not (whole and item.md5) and self.info(item.url).version != item.version:
+            if not (whole and item.checksum) and self.info(item.url).version != item.version:
                 raise ChangedError(item.url)
             yield data
             start += len(data)
@@ -77,11 +77,8 @@ class ObjectStore:
         return self._filesystem
 
     def _object(self, url: str, entry: Mapping[str, Any]) -> RemoteObject:
-        lfs = entry.get("lfs") or {}
-        digest = lfs.get("sha256") if isinstance(lfs, Mapping) else getattr(lfs, "sha256", None)
-        tag = str(entry.get("ETag") or digest or entry.get("blob_id") or entry.get("LastModified") or "").strip('"')
-        md5 = tag if self.scheme == "s3" and re.fullmatch(r"[0-9a-f]{32}", tag) else ""
-        return RemoteObject(url, int(entry["size"]), tag, md5)
+        tag = str(entry.get("ETag") or entry.get("LastModified") or "").strip('"')
+        return RemoteObject(url, int(entry["size"]), tag, f"md5:{tag}" if re.fullmatch(r"[0-9a-f]{32}", tag) else "")
 
 
 def _filesystem(scheme: str) -> Any:
@@ -115,7 +112,7 @@ class _Errors:
             return
         if type(error).__name__ in _ANONYMOUS:
             raise RefusedError(f"{self.url}: no credentials; set {credentials_of(self.url)}") from error
-        if isinstance(error, PermissionError) or type(error).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
+        if isinstance(error, PermissionError):
             raise RefusedError(
                 f"{self.url}: access denied ({error}); check the name, and {credentials_of(self.url)}"
             ) from error

@@ -6,12 +6,13 @@ from typing import NamedTuple, Protocol
 
 
 class RemoteObject(NamedTuple):
-    """A file at a URL. size: bytes, or -1 if unknown; version: changes with the content; md5: hexadecimal, or "" if unknown."""
+    """A file at a URL. size: bytes, or -1 if unknown; version: changes with the content; checksum: `md5:`, `sha256:` or `git:` and
+    hexadecimal digits, or "" if unknown."""
 
     url: str
     size: int
     version: str
-    md5: str = ""
+    checksum: str = ""
 
 
 class ChangedError(OSError):

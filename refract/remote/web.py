@@ -3,8 +3,9 @@
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from refract.remote.address import credentials_of
@@ -41,9 +42,16 @@ class WebFiles:
         )
 
     def read(self, item: RemoteObject, start: int) -> Iterator[bytes]:
-        with self._open("GET", item.url, {"range": f"bytes={start}-"} if start else {}) as response:
-            if _version(response) != item.version:
-                raise ChangedError(item.url)
+        return self.content(item.url, start, version=item.version)
+
+    def content(
+        self, url: str, start: int, headers: Mapping[str, str] = MappingProxyType({}), version: str | None = None
+    ) -> Iterator[bytes]:
+        """Yield the content from the byte `start` on. ChangedError if it has another version than `version`, where that is given."""
+        ranged = {"range": f"bytes={start}-"} if start else {}
+        with self._open("GET", url, {**headers, **ranged}) as response:
+            if version is not None and _version(response) != version:
+                raise ChangedError(url)
             skipped = start if start and response.status_code != 206 else 0  # a server without ranges sends all
             for block in response.iter_raw(1 << 20):
                 yield block[skipped:]
