@@ -241,6 +241,8 @@ class TrainerConfig(Checked):
 
     def rules(self) -> Rules:
         name = self.run_name
+        local = "://" not in self.runs_dir
+        yield "trainer.runs_dir", masked(self.runs_dir), local, "a local folder; copy finished runs to a URL"
         yield "trainer.run_name", name, name is None or _is_name(name), "a plain folder name"
         yield "trainer.folds", self.folds, self.folds == 0 or 2 <= self.folds <= 20, "0, or in 2…20"
         within = self.fold is None or 1 <= self.fold <= self.folds

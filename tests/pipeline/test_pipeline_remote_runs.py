@@ -15,6 +15,9 @@ from warm_process import WarmProcess
 
 from refract.models.bundle.bundle import BundleError, load_bundle
 from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.data import remote_files
+from refract.pipeline.retraining.snapshot import Snapshot, changed, take
+from refract.pipeline.retraining.workspace import workspace_of
 from refract.pipeline.training.run import train
 from refract.remote import client
 from refract.remote.client import RemoteError
@@ -131,3 +134,26 @@ def test_a_server_serves_a_bundle_at_a_url(server: ObjectServer, bundle: Path, w
                 process.terminate()
                 process.communicate(30)
     assert [one["predictions"] for one in answers[0]] == [one["predictions"] for one in answers[1]]
+
+
+def test_retraining_takes_the_same_snapshot_of_a_url_and_an_archive_and_notices_changes(
+    server: ObjectServer, archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(source: str, name: str) -> Snapshot:
+        settings = config_from_dict({
+            "data": {"source": source, "image_size": 16, "workers": 0}, "model": {"name": "lenet5"},
+            "tracking": {"model_name": "colors"}, "retrain": {"folder": name},
+        })  # fmt: skip
+        return take(settings, workspace_of(settings))
+
+    local = taken(str(archives / "images"), "local")
+    assert taken(str(archives / "photos.zip"), "zip").digest == local.digest
+    server.put_folder(archives / "images", "snapshot")
+    remote = taken("s3://data/snapshot", "remote")
+    assert remote.digest == local.digest and changed(remote) == []
+    files = json.loads((remote.folder / "files.json").read_text())
+    url = next(path for path in files if path.startswith("s3://"))
+    server.put(url.removeprefix("s3://data/"), b"other")
+    monkeypatch.setattr(remote_files, "_versions", {})  # as in the next run
+    monkeypatch.delenv("REFRACT_LISTINGS")
+    assert changed(remote) == [url]
