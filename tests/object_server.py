@@ -25,6 +25,7 @@ class FaultProxy:
         self.every, self.faults = 0, itertools.cycle(FAULTS)
         self.reads: list[tuple[str, str]] = []
         self.injected: list[str] = []
+        self.authorizations: list[str] = []
         self.released = Event()
         self._lock, proxy = Lock(), self
 
@@ -72,6 +73,7 @@ class FaultProxy:
             return fault
 
     def forward(self, request: BaseHTTPRequestHandler, host: str, port: int) -> None:
+        self.authorizations.append(request.headers.get("authorization", ""))
         body = request.rfile.read(int(request.headers.get("content-length") or 0))
         fault = self.fault_of(request.command, request.path)
         if fault in ("500", "503"):

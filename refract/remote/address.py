@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
@@ -24,6 +25,11 @@ class AddressError(InputError):
 def is_remote(name: str) -> bool:
     """Return whether a name is a URL of SCHEMES."""
     return _URL.match(name) is not None
+
+
+def path_or_url(name: str) -> Path | str:
+    """Return a URL as it is, and another name as a path, which would lose a slash of a URL."""
+    return name if is_remote(name) else Path(name)
 
 
 def scheme_of(url: str) -> str:

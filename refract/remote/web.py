@@ -67,14 +67,26 @@ class WebFiles:
         if self._pid != os.getpid():  # connections do not survive a fork
             import httpx
 
-            netrc = Path.home() / ".netrc"
             self._client = httpx.Client(
                 follow_redirects=True,
                 timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S),
-                auth=httpx.NetRCAuth(str(netrc)) if netrc.is_file() else None,
+                auth=_netrc(),
             )
             self._pid = os.getpid()
         return self._client
+
+
+def _netrc() -> "httpx.NetRCAuth | None":
+    """Return the credentials of ~/.netrc. RefusedError for a file that cannot be parsed, without its content."""
+    import netrc
+
+    import httpx
+
+    file = Path.home() / ".netrc"
+    try:
+        return httpx.NetRCAuth(str(file)) if file.is_file() else None
+    except netrc.NetrcParseError as error:
+        raise RefusedError(f"{file}, line {error.lineno}: is not a valid .netrc; correct or remove the line") from None
 
 
 class _Response:

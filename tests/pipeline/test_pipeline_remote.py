@@ -181,6 +181,9 @@ def test_remote_tables_name_urls_and_relative_paths(server: ObjectServer, archiv
     server.put("short.csv", b"path,label\nimages/green/000.png\n")
     with pytest.raises(DataError, match=r"s3://data/short.csv, line 2: has 1 of 2 fields"):
         load_manifest("s3://data/short.csv")
+    server.put("odd/a//1.png", b"1")
+    with pytest.raises(DataError, match=r"s3://data/odd/a//1.png: the name has an empty part"):
+        load_manifest("s3://data/odd")
     with pytest.raises(DataError, match=r"s3://data/none.csv: cannot be read"):
         load_manifest("s3://data/none.csv")
     with pytest.raises(DataError, match=r"s3://data/nothing: no such folder or file, or it is empty"):

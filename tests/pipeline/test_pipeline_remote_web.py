@@ -58,6 +58,23 @@ def test_a_changed_file_is_noticed(root: str, server: ObjectServer) -> None:
     assert storage.read(f"{root}/1.png") == b"again"
 
 
+def test_credentials_of_netrc_are_sent_and_never_shown(
+    root: str, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    server.put("1.png", b"first")
+    client._store.cache_clear()
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password hunter2secret\n")
+    assert storage.read(f"{root}/1.png") == b"first"
+    assert server.proxy.authorizations[-1].startswith("Basic ")
+    client._store.cache_clear()
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me hunter2secret\n")
+    with pytest.raises(RemoteError, match=r".netrc, line \d: is not a valid .netrc") as refused:
+        client.info(f"{root}/1.png")
+    assert "hunter2" not in str(refused.value)
+    client._store.cache_clear()
+
+
 def test_what_a_web_server_lacks_is_reported(root: str, server: ObjectServer) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read(f"{root}/none.png")

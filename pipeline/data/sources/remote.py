@@ -66,7 +66,11 @@ class RemoteFolderSource(Source):
     def _names(self) -> list[str]:
         from refract.pipeline.data.remote_files import list_files
 
-        return [item.url.removeprefix(f"{self.name}/") for item in list_files(self.name)]
+        names = [item.url.removeprefix(f"{self.name}/") for item in list_files(self.name)]
+        odd = next((name for name in names if {"", ".", ".."} & {*name.split("/")}), None)
+        if odd is not None:
+            raise DataError(f"{self.name}/{odd}: the name has an empty part, `.` or `..`; rename the file")
+        return names
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read a folder of images, of Parquet files with images, or of WebDataset tars, by the names of its files."""
