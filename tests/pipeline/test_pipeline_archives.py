@@ -19,8 +19,8 @@ from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data import cache, storage
 from refract.pipeline.data.archives.archive import index_of_archive
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
+from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import draw_splits, write_splits
-from refract.pipeline.data.validation import scan
 from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.inference.batch.listing import listing_of
 from refract.pipeline.training.run import train

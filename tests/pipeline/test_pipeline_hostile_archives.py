@@ -16,7 +16,7 @@ from refract.pipeline.data import storage
 from refract.pipeline.data.archives import index as index_module
 from refract.pipeline.data.archives import unpacking
 from refract.pipeline.data.manifest import DataError, load_manifest
-from refract.pipeline.data.validation import scan
+from refract.pipeline.data.scan import scan
 
 NUMBERS = range(10)
 

@@ -20,8 +20,8 @@ from small_data import tar_of
 from refract.pipeline.data import remote_files, storage
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import Manifest, load_manifest
+from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import write_splits
-from refract.pipeline.data.validation import scan
 from refract.pipeline.inference.batch.listing import listing_of
 from refract.remote import client, object_store
 from refract.remote.address import AddressError, checked, joined

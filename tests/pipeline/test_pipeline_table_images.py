@@ -12,8 +12,8 @@ from small_data import COLORS, tar_of
 from refract.augment.image_files import is_image
 from refract.pipeline.data.archives.archive import archive_path
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
+from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import write_splits
-from refract.pipeline.data.validation import scan
 from refract.pipeline.inference.batch.listing import listing_of
 
 NUMBERS = range(10)
