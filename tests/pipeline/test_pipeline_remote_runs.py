@@ -14,7 +14,7 @@ from small_data import Run
 from warm_process import WarmProcess
 
 from refract.models.bundle.bundle import BundleError, load_bundle
-from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.data import remote_files
 from refract.pipeline.retraining.snapshot import Snapshot, changed, take
 from refract.pipeline.retraining.workspace import workspace_of
@@ -39,28 +39,32 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
 
 
-def config(source: str, runs: Path, name: str, workers: int) -> Config:
-    return config_from_dict({
+def settings(source: str, runs: Path, name: str, workers: int) -> dict[str, dict[str, object]]:
+    return {
         "data": {"source": source, "image_size": 16, "batch_size": 8, "memory": "never", "workers": workers},
         "augment": {"policy": [{"HorizontalFlip": {"p": 0.5}}]},
         "model": {"name": "cnn", "args": {"widths": [4, 8]}},
         "trainer": {"max_epochs": 1, "run_name": name, "runs_dir": str(runs), "device": "cpu"},
         "tracking": {"enabled": False}, "evaluation": {"robustness": "none"},
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def bundle(archives: Path, server: ObjectServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that was trained on the folder, also at s3://data/bundle."""
     runs = tmp_path_factory.mktemp("runs")
-    train(config(str(archives / "images"), runs, "local", 0))
+    train(config_from_dict(settings(str(archives / "images"), runs, "local", 0)))
     server.put_folder(runs / "local" / "bundle", "bundle")
     return runs / "local" / "bundle"
 
 
-def test_training_gives_the_weights_of_the_folder_while_the_server_fails(server: ObjectServer, bundle: Path) -> None:
+def test_training_gives_the_weights_of_the_folder_while_the_server_fails(
+    server: ObjectServer, bundle: Path, refract: Run
+) -> None:
+    # In a process of its own: loader workers have the environment of the first one that this process started.
+    Path("c.yaml").write_text(json.dumps(settings("s3://data/images", Path("runs"), "remote", 2)))
     with server.proxy.failing(7):
-        train(config("s3://data/images", Path("runs"), "remote", 2))
+        refract("train", "c.yaml")
     assert server.proxy.injected
     weights = [load_file(folder / "weights.safetensors") for folder in (bundle, Path("runs/remote/bundle"))]
     assert all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
