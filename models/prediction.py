@@ -121,7 +121,7 @@ def confidences(probabilities: np.ndarray, task: str, thresholds: Sequence[float
     return probabilities.max(axis=1, initial=0)
 
 
-def format_prediction(path: Path, result: dict[str, Any]) -> str:
+def format_prediction(path: str | Path, result: dict[str, Any]) -> str:
     """Format a prediction as one line of text. For multi-label the labels that reach their thresholds come first.
 
     A prediction that backs off starts with the ancestor.

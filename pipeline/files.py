@@ -43,8 +43,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file that is renamed to `path` at the end of the block: `write_atomically` for data that is streamed."""
+def written_atomically(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Yield a temporary file that is renamed to `path` at the end of the block: `write_atomically` for data that is streamed.
+
+    sync: wait for the disk, so that a crash of the machine leaves no half file; without, readers must verify the content.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -52,7 +55,8 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_MASK)  # mkstemp denies access to all other users
         Path(name).replace(path)
     except BaseException as error:

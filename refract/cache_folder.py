@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+VARIABLE = "REFRACT_CACHE_DIR"
+
 
 def cache_folder() -> Path:
     """Return the folder. It may be missing."""
-    return Path(os.environ.get("REFRACT_CACHE_DIR") or "~/.cache/refract").expanduser()
+    return Path(os.environ.get(VARIABLE) or "~/.cache/refract").expanduser().absolute()

@@ -37,6 +37,7 @@ from refract.models.factory import make_classifier
 from refract.models.multimodal.former_names import rename
 from refract.models.training_features import TrainingFeatures
 from refract.plugins import loaded
+from refract.remote.address import is_remote
 
 __all__ = ["Bundle", "BundleError", "BundleInfo", "GoldenSample", "load_bundle", "save_bundle"]
 
@@ -188,8 +189,11 @@ def save_bundle(
 def load_bundle(path: str | Path) -> Bundle:
     """Verify the size and SHA-256 of every file in the manifest, then parse. Files outside the manifest are never read.
 
-    BundleError names the file that is missing, altered, unlisted or outside the folder, and what to do.
+    path: a folder, or the URL of one, which is downloaded once for each version. BundleError names the file that is missing, altered,
+    unlisted or outside the folder, and what to do. AddressError and RemoteError for a URL.
     """
+    if is_remote(str(path)):
+        return _load_remote(str(path))
     folder = open_verified_directory(Path(path))
     # The weights are verified but not held in memory: `Bundle.classifier` reads and verifies them again.
     contents = {name: b"" if name == WEIGHTS else data for name, data in _read_all(folder)}
@@ -203,6 +207,19 @@ def load_bundle(path: str | Path) -> Bundle:
     )
     _check_golden_samples(info, golden_samples)
     return Bundle(folder.path, info, golden_samples, folder.digest, folder)
+
+
+def _load_remote(url: str) -> Bundle:
+    from refract.remote.folders import fetched_folder
+
+    try:
+        return load_bundle(fetched_folder(url))
+    except BundleError:
+        local = fetched_folder(url, again=True)  # the local copy may be damaged
+        try:
+            return load_bundle(local)
+        except BundleError as err:
+            raise BundleError(str(err).replace(str(local), url)) from err
 
 
 def _read_all(folder: VerifiedDirectory) -> list[tuple[str, bytes]]:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         description="Compare new data with the held-out data that a bundle was evaluated on. Exit codes: 0 no drift, or warnings only; "
         f"{STOP} a check reaches its stop threshold; 2 the input cannot be used.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder, or its URL")
     parser.add_argument(
         "data",
         metavar="DATA",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="refract evaluate", description="Measure a bundle on labelled images.")
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder, or its URL")
     parser.add_argument(
         "data",
         metavar="DATA",

@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refract import output
 from refract.pipeline.cli import console
+from refract.remote.address import path_or_url
 
 if TYPE_CHECKING:
     from refract.models.bundle.info import BundleInfo
@@ -20,8 +22,14 @@ def main(argv: list[str]) -> int:
         description="Classify images with a bundle, or with a running server: `refract predict --url URL --help` lists its options. "
         "An unreadable image is reported, and the exit code is then 1.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
-    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of images")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder, or its URL")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        type=path_or_url,
+        metavar="FILE_OR_FOLDER",
+        help="images, or folders and archives of images, also at URLs",
+    )
     parser.add_argument(
         "--text", action="append", help="text to classify, alone or with each image, for a bundle that reads texts"
     )
@@ -46,14 +54,14 @@ def _predict(args: argparse.Namespace) -> int:
 
     from refract.models.bundle.bundle import load_bundle
     from refract.models.familiarity import Familiarity
-    from refract.pipeline.files import read_file
+    from refract.pipeline.data import storage
     from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score_outputs
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
     classifier = bundle.classifier()
     files = _image_files(args, classifier.reads)
-    inputs = [SampleInput(partial(read_file, file), args.text) for file in files] or [
+    inputs = [SampleInput(partial(storage.read, str(file)), args.text) for file in files] or [
         SampleInput(bytes, args.text, False)
     ]
     training = bundle.training_features()
@@ -81,7 +89,7 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
+def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path | str]:
     """Return the image files. DataError for an input that the bundle does not read."""
     from refract.pipeline.data.manifest import DataError
 
@@ -92,7 +100,7 @@ def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     return listed_images(args.paths) if args.paths else []
 
 
-def _show(file: Path, outcome: "Scored", info: "BundleInfo", args: argparse.Namespace, *, cut: bool) -> None:
+def _show(file: Path | str, outcome: "Scored", info: "BundleInfo", args: argparse.Namespace, *, cut: bool) -> None:
     from refract.models.prediction import confidences, format_prediction, prediction
 
     probabilities = outcome.probabilities
@@ -109,21 +117,24 @@ def _show(file: Path, outcome: "Scored", info: "BundleInfo", args: argparse.Name
         print(format_prediction(file, result))
 
 
-def listed_images(paths: list[Path]) -> list[Path]:
-    """Return the files, and all images below the folders. DataError if no path exists or a folder has no image."""
+def listed_images(paths: Sequence[Path | str]) -> list[Path | str]:
+    """Return the files, and all images below the folders and in the archives. DataError if no path exists or a folder has no image."""
+    from refract.augment.image_files import is_image
+    from refract.pipeline.data.archives.archive import archive_path
     from refract.pipeline.data.errors import DataError
     from refract.pipeline.data.sources import open_source
     from refract.pipeline.data.sources.folders import no_images
 
-    if not any(path.exists() for path in paths):
+    in_archive = [isinstance(path, str) or archive_path(str(path)) is not None for path in paths]
+    if not any(inside or Path(path).exists() for path, inside in zip(paths, in_archive, strict=True)):
         raise DataError(f"{paths[0]}: no such file or folder")
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = open_source(path).rows(labelled=False).paths
-            if not inside:
+    files: list[Path | str] = []
+    for path, inside in zip(paths, in_archive, strict=True):
+        if Path(path).is_dir() or (inside and not is_image(str(path))):
+            rows = open_source(path).rows(labelled=False)
+            if not len(rows):
                 raise no_images(path)
-            files += map(Path, inside)
+            files += (path_or_url(rows.file(row)) for row in range(len(rows)))
         else:  # a missing file is reported later, as an unreadable one
             files.append(path)
     return files

@@ -79,8 +79,10 @@ def _from_config(args: argparse.Namespace):
 
 def _from_images(args: argparse.Namespace):
     from refract.pipeline.cli.predict import listed_images
+    from refract.pipeline.data import storage
     from refract.pipeline.preview import Shown, spread
+    from refract.remote.address import path_or_url
 
-    files = listed_images([Path(args.source)])
-    images = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]
+    files = [str(file) for file in listed_images([path_or_url(args.source)])]
+    images = [Shown(Path(files[i]).stem, storage.read(files[i]), i) for i in spread(len(files), args.rows)]
     return "imagenet", 0, 224, "convert", images

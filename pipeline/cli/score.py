@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refract import output
@@ -18,12 +17,12 @@ def main(argv: list[str]) -> int:
         description="Classify all images of a folder, or the rows of a manifest, into a Parquet file with one row per input. After an "
         "interruption, the same command resumes. An unreadable input gets a row with an error. Exit code 1 if no input has a prediction.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder, or its URL")
     parser.add_argument(
-        "source", type=Path, metavar="FOLDER_OR_MANIFEST",
+        "source", metavar="FOLDER_OR_MANIFEST",
         help="folder of images at any depth, or a CSV or Parquet file with the columns path and/or text; a column label is copied",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the Parquet file to write")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the Parquet file to write, or its URL")
     parser.add_argument(
         "--engine",
         choices=("processes", "ray"),
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
-    if args.output.suffix != ".parquet":
+    if not args.output.endswith(".parquet"):
         parser.error(f"-o: {args.output} does not end in .parquet")
     return console.run("score", lambda: _score(args), plugins=args.plugin)
 
@@ -74,7 +73,8 @@ def main(argv: list[str]) -> int:
 def _score(args: argparse.Namespace) -> int:
     import signal
 
-    from refract.pipeline.inference.batch_scoring import Options, score_all
+    from refract.pipeline.inference.batch_scoring import Options
+    from refract.pipeline.inference.remote_output import score_to
     from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
 
     options = Options(
@@ -82,7 +82,7 @@ def _score(args: argparse.Namespace) -> int:
         embeddings=args.embeddings, overwrite=args.overwrite, restart=args.restart,
     )  # fmt: skip
     try:
-        summary = score_all(args.bundle, args.source, args.output, options)
+        summary = score_to(args.bundle, args.source, args.output, options)
     except Stopped as error:
         print(f"refract score: {error}; the same command resumes{_without(args)}", file=sys.stderr)
         return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from refract.models.credentials import masked
 from refract.models.fields import Checked, number
+from refract.remote.address import has_credentials, is_remote
 
 LONGEST_TEXT = 4096
 """Upper bound of text.max_length, in words or tokens. A server keeps this many integers in memory for each queued sample."""
@@ -26,8 +27,9 @@ class DataConfig(Checked):
     """The data set, and how its images reach the network.
 
     Args:
-        source: data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest with the columns
-            path,label and/or text[,split], or `digits` (embedded).
+        source: data set: a folder or archive (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest with the columns
+            path,label and/or text[,split], a table with images, a WebDataset, the URL of one of these (docs/sources.md), or
+            `digits` (embedded).
         task: kind of classification; auto chooses multilabel if a label contains `;`, binary for two classes, else multiclass.
         image_size: size of the network's input in pixels, at least 8: the side of a square, or [height, width].
         resize: how validation, test and served images are resized: crop keeps the aspect ratio and takes the centre; squash keeps the
@@ -83,6 +85,8 @@ class DataConfig(Checked):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def rules(self) -> Rules:
+        clean = not (is_remote(self.source) and has_credentials(self.source))
+        yield "data.source", masked(self.source), clean, "a URL without credentials, which runs would store"
         yield "data.image_size", self.image_size, min(self.sides()) >= 8, "at least 8 pixels"
         yield "data.repeats", self.repeats, 1 <= self.repeats <= self.batch_size, "in 1…data.batch_size"
         secret = self.labels is not None and "://" in self.labels and _has_password(self.labels)
@@ -237,6 +241,8 @@ class TrainerConfig(Checked):
 
     def rules(self) -> Rules:
         name = self.run_name
+        local = "://" not in self.runs_dir
+        yield "trainer.runs_dir", masked(self.runs_dir), local, "a local folder; copy finished runs to a URL"
         yield "trainer.run_name", name, name is None or _is_name(name), "a plain folder name"
         yield "trainer.folds", self.folds, self.folds == 0 or 2 <= self.folds <= 20, "0, or in 2…20"
         within = self.fold is None or 1 <= self.fold <= self.folds

@@ -44,12 +44,15 @@ def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int |
     """
     from refract.augment import PolicyError
     from refract.pipeline.cli.predict import listed_images
+    from refract.pipeline.data.archives.archive import archive_path
 
     augmenter = Augmenter(policy, seed, size=size)
     if augmenter.mixes:
         raise PolicyError(f"{policy}: MixUp and CutMix mix labels, which image files lack; remove them from the policy")
     entries, broken = [], []
-    for index, file in enumerate(listed_images([source])):
+    if archive_path(str(source)) is not None:
+        raise DataError(f"{source}: is an archive; extract it, and name the folder")
+    for index, file in enumerate(map(Path, listed_images([source]))):
         data = file.read_bytes()
         name = str(file.relative_to(source)) if file != source else file.name
         try:

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from refract.errors import ServiceError
+from refract.errors import RefractError, ServiceError
 from refract.pipeline.data.datasets import NOT_SENT, Item, collate
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ class _Watched(_MultiProcessingDataLoaderIter):
         """Raise LoaderError instead of the error that a worker's death causes in a read."""
         try:
             yield
+        except RefractError as error:  # an error in a worker, whose message PyTorch replaces by a traceback
+            raise _own_message(error) from error
         except (RuntimeError, OSError, EOFError) as error:
             watch = self._watch
             if watch is None:
@@ -157,6 +159,13 @@ class _Watched(_MultiProcessingDataLoaderIter):
         for worker in getattr(self, "_workers", ()):
             if worker.is_alive():
                 worker.kill()  # workers ignore SIGTERM
+
+
+def _own_message(error: RefractError) -> RefractError:
+    """Return the error of a worker with its message alone."""
+    kind = type(error)
+    _, found, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    return kind(message.rstrip()) if found else error
 
 
 _iterators: "weakref.WeakSet[_Watched]" = weakref.WeakSet()

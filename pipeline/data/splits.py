@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refract.augment.random import generator
 from refract.pipeline.data.manifest import Manifest, Sample
-from refract.pipeline.data.storage import scheme_of
+from refract.pipeline.data.storage import absolute
 
 
 def draw_splits(
@@ -95,7 +95,7 @@ def _split_by_content(digest: str, drawn: Sequence[str], val_fraction: float, te
 def _path_column(sample: Sample) -> str:
     if not sample.has_image:
         return ""
-    return sample.path if sample.data is not None or scheme_of(sample.path) else str(Path(sample.path).resolve())
+    return sample.path if sample.data is not None else absolute(sample.path)
 
 
 def write_splits(manifest: Manifest, path: Path) -> None:

@@ -1,11 +1,16 @@
-"""Where the images of samples are stored. A further storage, such as object storage, is a class with `open` and an entry in STORAGES."""
+"""Where the images of samples are stored. A further storage is a class with `open` and an entry in STORAGES."""
 
+import errno
 import hashlib
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Protocol
 
+from refract.pipeline.data.errors import DataError
 from refract.pipeline.files import open_file
+from refract.remote.address import SCHEMES
 
 
 class Storage(Protocol):
@@ -16,15 +21,39 @@ class Storage(Protocol):
 
 
 class LocalFiles:
-    """The file system."""
+    """The file system, and the members of archives in it: `photos.zip/cat/1.jpg`."""
 
     def open(self, path: str) -> BinaryIO:
-        return open_file(path)
+        try:
+            return open_file(path)
+        except NotADirectoryError:
+            from refract.pipeline.data.archives.archive import archive_path, read_from_archive
+
+            where = archive_path(path)
+            if where is None:
+                raise
+            try:
+                return io.BytesIO(read_from_archive(where))
+            except DataError as error:
+                raise OSError(errno.EIO, str(error), path) from error
 
 
 LOCAL = LocalFiles()
 
-STORAGES: Mapping[str, Storage] = MappingProxyType({})
+
+class Remote:
+    """Remote files, whose libraries are imported on first use. RemoteError if a server cannot be reached: the file may be good."""
+
+    def open(self, path: str) -> BinaryIO:
+        from refract.pipeline.data.remote_files import RemoteFiles
+
+        try:
+            return RemoteFiles().open(path)
+        except DataError as error:
+            raise OSError(errno.EIO, str(error), path) from error
+
+
+STORAGES: Mapping[str, Storage] = MappingProxyType(dict.fromkeys(SCHEMES, Remote()))
 """Scheme of a path such as `s3://bucket/cat.png` → storage. Paths with another scheme, or without one, are local."""
 
 
@@ -32,6 +61,11 @@ def scheme_of(path: str) -> str:
     """Return the scheme of a path, if STORAGES has it; else ""."""
     scheme, mark, _ = path.partition("://")
     return scheme if mark and scheme in STORAGES else ""
+
+
+def absolute(path: str) -> str:
+    """Return the absolute path of a file, with links resolved; the path of another storage as it is."""
+    return path if scheme_of(path) else str(Path(path).resolve())
 
 
 def open_stored(path: str) -> BinaryIO:

@@ -91,7 +91,7 @@ class Summary:
         self.overlap = (self.overlap or 0.0) + (2 * len(predicted & truth) / both if both else 1.0)
 
 
-def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summary:
+def score_all(bundle: str | Path, source: str | Path, out: Path, options: Options) -> Summary:
     """Score every row of `source` and write `out`.
 
     Raises DataError or BundleError for unusable inputs, ScoringError where the workers fail, and Stopped after SIGTERM or Ctrl-C.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.data.storage import scheme_of
 from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.holdout import TABLE
 from refract.pipeline.retraining.registry import registry_of
@@ -132,7 +133,7 @@ def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
 
 def _embedded(config: Config, rows: Sequence[_Row]) -> Mapping[str, Sample]:
     """Return name → sample for data without files, such as the digits: `splits.csv` lists their names, and absolute paths of files."""
-    if all(not row.path or Path(row.path).is_absolute() for row in rows):
+    if all(not row.path or Path(row.path).is_absolute() or scheme_of(row.path) for row in rows):
         return {}
     try:
         manifest = load_manifest(config.data.source, config.data.task, to_train=False)

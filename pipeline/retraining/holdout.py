@@ -168,7 +168,7 @@ def _copied(sample: Sample, folder: Path) -> str:
     return name
 
 
-def hash_of(path: Path) -> str | None:
+def hash_of(path: str | Path) -> str | None:
     """Return the SHA-256 of a file; None if it cannot be read."""
     try:
         return storage.sha256(str(path))

@@ -18,6 +18,7 @@ from refract.pipeline.data.prepare import with_labels
 from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.sources.folders import skipped_lines
 from refract.pipeline.data.splits import draw_splits, write_splits
+from refract.pipeline.data.storage import absolute
 from refract.pipeline.data.validation import check_classes, drop_bad, drop_contradictory, drop_shared
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
@@ -322,7 +323,7 @@ def _written(
         for pair in zip(whole.samples, stored.samples, strict=True)
         if pair[0].split != "test" and pair[0].has_image
     ]
-    write(folder / FILES, {str(Path(file.path).resolve()): scanned.images[sample.path] for sample, file in files})
+    write(folder / FILES, {absolute(file.path): scanned.images[sample.path] for sample, file in files})
     write(folder / RECORD, snapshot.record())
     return snapshot
 
@@ -337,7 +338,7 @@ def _write_table(manifest: Manifest, path: Path) -> None:
 def changed(snapshot: Snapshot) -> list[str]:
     """Return the files that are gone, or changed since the snapshot was taken."""
     digests = read(snapshot.folder / FILES)
-    present = mapped(lambda path: hash_of(Path(path)), list(digests), threads=FILES_AT_ONCE)
+    present = mapped(hash_of, list(digests), threads=FILES_AT_ONCE)
     return [path for path, digest in zip(digests, present, strict=True) if digest != digests[path]]
 
 

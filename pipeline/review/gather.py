@@ -17,6 +17,7 @@ from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from refract.pipeline.data.near_duplicates import near_duplicates_among
 from refract.pipeline.data.prepare import read_samples
+from refract.pipeline.data.storage import absolute
 from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.features.embed import Options, embed, source_name
 from refract.pipeline.features.heads import Part
@@ -236,10 +237,10 @@ def _splits(sources: Sources, samples: Sequence[Sample]) -> dict[int, str]:
     if sources.splits is None:
         return {}
     rows = load_manifest(str(sources.splits), to_train=False).samples
-    split_of = {str(Path(row.path).resolve()) if row.data is None else row.path: row.split for row in rows}
+    split_of = {absolute(row.path) if row.data is None else row.path: row.split for row in rows}
     found = {}
     for index, sample in enumerate(samples):
-        name = str(Path(sample.path).resolve()) if sample.data is None else sample.path
+        name = absolute(sample.path) if sample.data is None else sample.path
         if name in split_of:
             found[index] = split_of[name]
     return found

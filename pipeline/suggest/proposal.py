@@ -9,6 +9,7 @@ from refract.pipeline.suggest.network import ProposedNetwork, choose_network, mi
 from refract.pipeline.suggest.policy import choose_policy
 from refract.pipeline.suggest.start import Start
 from refract.pipeline.suggest.survey import TEST_FRACTION, VAL_FRACTION, Survey
+from refract.remote.address import is_remote
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def _for_later(choice: Choice) -> Choice:
 
 
 def _data(survey: Survey, network: ProposedNetwork) -> list[Choice]:
+    named = survey.source == "digits" or is_remote(survey.source)
     choices = [
-        Choice("data.source", survey.source if survey.source == "digits" else str(Path(survey.source)), "", from_data=False),
+        Choice("data.source", survey.source if named else str(Path(survey.source)), "", from_data=False),
         Choice("data.task", survey.task, _task_reason(survey)),
     ]  # fmt: skip
     if survey.images:

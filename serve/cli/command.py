@@ -132,17 +132,22 @@ def _load_plugins(config: ServeConfig) -> None:
 
 
 def _bundle(source: str) -> "Bundle":
+    from refract.remote.address import AddressError, is_remote
     from refract.serve.rollout.model_source import SourceError, is_registered, resolve, resolve_in_subprocess
 
     progress.stage(f"loading {source}")
+    remote = is_remote(source)
     try:
-        folder = resolve_in_subprocess(source) if is_registered(source) else resolve(source)
+        folder = resolve_in_subprocess(source) if is_registered(source) else None if remote else resolve(source)
     except SourceError as err:
         raise InvalidOptionError(str(err)) from err
+    from refract.errors import ServiceError
     from refract.models.bundle.bundle import BundleError, load_bundle
 
     try:
-        return load_bundle(folder)
+        return load_bundle(source if folder is None else folder)
+    except (AddressError, ServiceError) as err:
+        raise InvalidOptionError(str(err)) from err
     except BundleError as err:
         if not is_registered(source):
             raise InvalidOptionError(str(err)) from err

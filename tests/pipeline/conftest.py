@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from chromium import browser  # noqa: F401  a fixture of the tests of a review's page
 from review_browser import review  # noqa: F401  the other one
-from small_data import COLORS, Run, Training, make_image, write_image
+from small_data import COLORS, Run, Training, make_image, paint, write_image
 from warm_process import Started, WarmProcess, shared
 
 
@@ -27,6 +28,29 @@ def folder(tmp_path: Path) -> Path:
     for label in COLORS:
         for number in range(20):
             write_image(root / label / f"{number:02}.jpg", make_image(label, number))
+    return root
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images`, a folder of class folders with names of other scripts and files that are skipped; and its archives."""
+    root = tmp_path_factory.mktemp("data")
+    images = root / "images"
+    paint(images, range(10))
+    (images / "red").rename(images / "röt 红")
+    for number in range(4):
+        (images / "blue" / "deep").mkdir(exist_ok=True)
+        (images / "blue" / f"{number:03}.png").rename(images / "blue" / "deep" / f"{number}.png")
+    (images / "blue" / "notes.txt").write_text("a note")
+    (images / "__MACOSX").mkdir()
+    (images / "__MACOSX" / "._1.png").write_bytes(b"\0")
+    (images / "loose.png").write_bytes((images / "green" / "000.png").read_bytes())
+    for kind in ("zip", "tar", "gztar", "bztar", "xztar"):
+        shutil.make_archive(str(root / "photos"), kind, images)
+        shutil.make_archive(str(root / "wrapped"), kind, root, "images")
+    with zipfile.ZipFile(root / "stored.zip", "w", zipfile.ZIP_STORED) as target:
+        for path in sorted(images.rglob("*"), reverse=True):
+            target.write(path, path.relative_to(images))
     return root
 
 

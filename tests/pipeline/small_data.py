@@ -1,7 +1,9 @@
 """Small data sets of the tests, such as images in three colours that a network learns in an epoch; and helpers for processes."""
 
 import csv
+import io
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -100,3 +102,16 @@ def to_former_layout(workspace: Path) -> None:
     for path in workspace.glob("runs/*/run.json"):
         path.rename(path.with_name("night.json"))
     (workspace / "runs").rename(workspace / "nights")
+
+
+def tar_of(path: str, *members: tuple[str, bytes] | tarfile.TarInfo) -> str:
+    """Write a tar of members in this order: (name, content), or a header without content. Return its path."""
+    with tarfile.open(path, "w") as target:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                target.addfile(member)
+            else:
+                entry = tarfile.TarInfo(member[0])
+                entry.size = len(member[1])
+                target.addfile(entry, io.BytesIO(member[1]))
+    return path

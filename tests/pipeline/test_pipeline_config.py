@@ -302,3 +302,19 @@ def test_a_search_space_may_name_a_former_key(tmp_path: Path) -> None:
     first, second = read_space(path)
     assert first.key == "data.val_fraction" and second.when == (("data.val_fraction", 0.1),)
     assert with_values(Config().to_dict(), {first.key: 0.2})["data"]["val_fraction"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.source", "https://user:hunter2secret@host/a.zip", "a URL without credentials, which runs would store"),
+        ("data.source", "https://host/a.zip?sig=hunter2secret", "a URL without credentials"),
+        ("trainer.runs_dir", "s3://bucket/runs", "a local folder; copy finished runs to a URL"),
+    ],
+)
+def test_urls_in_a_config(key: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        section, name = key.split(".")
+        config_from_dict({section: {name: value}})
+    assert key in str(refused.value) and "hunter2secret" not in str(refused.value)
+    assert config_from_dict({"data": {"source": "hf://datasets/acme/photos@main"}}).data.source.endswith("@main")

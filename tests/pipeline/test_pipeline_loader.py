@@ -20,6 +20,7 @@ from warm_process import shared
 from refract.augment import Augmenter, Preprocess
 from refract.pipeline.data import loader
 from refract.pipeline.data.datamodule import ImageDataModule
+from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.loader import Loader, LoaderError, exit_message, plan_workers
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.inference.batch.local_workers import score_in_processes
@@ -74,6 +75,22 @@ def test_a_dead_worker_ends_the_epoch_with_an_error(number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
+class Unreadable(torch.utils.data.Dataset):
+    """Raises an error with a message for the user."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        raise DataError("a.png: was readable\nand is not now")
+
+
+def test_an_error_of_a_worker_has_its_message_without_a_traceback() -> None:
+    with pytest.raises(DataError) as raised:
+        list(Loader(Unreadable(), batch_size=2, workers=1, shared=True))
+    assert str(raised.value) == "a.png: was readable\nand is not now"
+
+
 def test_a_worker_that_dies_between_epochs_or_within_a_message_does_not_block() -> None:
     loader = loader_of(Numbered(side=600), shared=False)  # 4 MiB through a pipe that holds 64 KiB
     assert [int(batch["indices"][0]) for batch in loader] == list(range(0, 64, 4))

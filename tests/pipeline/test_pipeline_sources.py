@@ -61,7 +61,7 @@ def test_an_unknown_source_names_what_is_accepted(folder: Path) -> None:
     Path("notes.txt").touch()
     with pytest.raises(DataError, match="notes.txt: got a .txt file; expected a folder, .*manifest, or `digits`$"):
         load_manifest("notes.txt")
-    with pytest.raises(DataError, match="got a .png file; expected a folder or a .csv, .*`refract predict` takes"):
+    with pytest.raises(DataError, match="got a .png file; expected a folder, .*or a .csv, .*`refract predict` takes"):
         listing_of(folder / "a" / "z.png")
     with pytest.raises(DataError, match="digits: no such folder or file"):
         listing_of(Path("digits"))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 from refract.augment.decoding.decode import SUFFIXES
-from refract.augment.image_files import FolderEntries, Skipped, identities_above, identity, list_folder, walk
+from refract.augment.image_files import FolderEntries, Skipped, Tree, identities_above, identity, list_folder, walk
 from refract.pipeline.data.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -64,10 +65,31 @@ class ImageFolder:
     notes: Sequence[str]
 
 
-def read_folder(root: str | Path) -> ImageFolder:
+class Files(Protocol):
+    """Lists folders: those of the file system, of an archive or of an object store. Paths start with that of the root."""
+
+    def list_folder(self, folder: str) -> FolderEntries: ...
+
+    def walk(self, root: str) -> Tree: ...
+
+
+class LocalFolders:
+    """The folders of the file system. OSError if one cannot be read."""
+
+    def list_folder(self, folder: str) -> FolderEntries:
+        return list_folder(folder)
+
+    def walk(self, root: str) -> Tree:
+        return walk(root)
+
+
+LOCAL = LocalFolders()
+
+
+def read_folder(root: str | Path, files: Files = LOCAL) -> ImageFolder:
     """Read CLASS/… or SPLIT/CLASS/…; follow links and skip hidden entries. DataError for an ambiguous folder structure."""
     try:
-        return _read(os.fspath(root))
+        return _read(os.fspath(root), files)
     except OSError as error:
         raise unreadable(error, root) from error
 
@@ -84,10 +106,10 @@ def no_images(root: str | Path) -> DataError:
     return DataError(f"{root}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
 
 
-def _read(root: str) -> ImageFolder:
-    top = _level(root)
-    splits = _splits(root, top.folders)
-    parts = [(split, _level(folder)) for split, folder in splits] or [("", top)]
+def _read(root: str, files: Files) -> ImageFolder:
+    top = _level(root, files)
+    splits = _splits(root, top.folders, files)
+    parts = [(split, _level(folder, files)) for split, folder in splits] or [("", top)]
     if splits:
         _reject_repeated_level(splits, [level for _, level in parts])
     if not any(level.folders for _, level in parts):
@@ -98,7 +120,7 @@ def _read(root: str) -> ImageFolder:
         skipped.add(replace(level.skipped, others=[]))  # readmes and tables next to the classes
     for split, level in parts:
         for folder in level.folders:
-            tree = walk(folder)
+            tree = files.walk(folder)
             skipped.add(tree.skipped)
             classes.append(ClassFolder(split, label_of(_name(folder)), folder, tree.images))
     _reject_invalid_labels(root, classes)
@@ -142,9 +164,9 @@ def inner_hint(root: str | Path) -> str:
     return f". If its folders ({_some(inner)}) are the {kind}, use {folder} instead of {root}"
 
 
-def _level(folder: str) -> FolderEntries:
+def _level(folder: str, files: Files) -> FolderEntries:
     """Read one folder. Its folders include links to folders, except links to itself or to a parent folder."""
-    level = list_folder(folder)
+    level = files.list_folder(folder)
     if level.linked:
         ancestors = {identity(folder), *identities_above(folder)}
         back = [link for link in level.linked if identity(link) in ancestors]
@@ -153,15 +175,15 @@ def _level(folder: str) -> FolderEntries:
     return level
 
 
-def _splits(root: str, folders: Sequence[str]) -> list[tuple[str, str]]:
+def _splits(root: str, folders: Sequence[str], files: Files) -> list[tuple[str, str]]:
     """Return (split, folder) pairs if the folders are splits, [] if they are classes. DataError for an ambiguous mixture."""
     named = [(split, folder) for folder in folders if (split := split_of(_name(folder)))]
     others = [folder for folder in folders if not split_of(_name(folder))]
     if not named:
-        _reject_suspected_parts(root, others)
+        _reject_suspected_parts(root, others, files)
         return []
     if others:
-        if _valid_and_invalid(folders):
+        if _valid_and_invalid(folders, files):
             return []
         raise DataError(_splits_and_others(root, [_name(folder) for _, folder in named], [*map(_name, others)]))
     for split in SPLITS:
@@ -184,19 +206,19 @@ def _splits_and_others(root: str, splits: list[str], others: list[str]) -> str:
     )
 
 
-def _valid_and_invalid(folders: Sequence[str]) -> bool:
+def _valid_and_invalid(folders: Sequence[str], files: Files) -> bool:
     """Return whether two image folders are the classes `valid` and `invalid`, not a split and a class."""
     names = {_name(folder).casefold() for folder in folders}
-    return names == {"valid", "invalid"} and not any(list_folder(folder).folders for folder in folders)
+    return names == {"valid", "invalid"} and not any(files.list_folder(folder).folders for folder in folders)
 
 
-def _reject_suspected_parts(root: str, folders: Sequence[str]) -> None:
+def _reject_suspected_parts(root: str, folders: Sequence[str], files: Files) -> None:
     """Raise DataError for folders such as `seg_train` and `seg_test`, which are probably splits, not classes."""
     suspected = {folder: parts for folder in folders if (parts := _parts_in(_name(folder)))}
     splits = {_WORDS[part] for parts in suspected.values() for part in parts if part in _WORDS}
     if len(suspected) < 2:
         return
-    inner = [{label_of(_name(path)) for path in list_folder(folder).folders} for folder in suspected]
+    inner = [{label_of(_name(path)) for path in files.list_folder(folder).folders} for folder in suspected]
     shared = sorted(set.intersection(*inner))
     if len(shared) >= 2 or (len(suspected) == len(folders) and len(splits) >= 2):
         names = [_name(folder) for folder in suspected]

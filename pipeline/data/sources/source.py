@@ -75,7 +75,7 @@ class Source(ABC):
 
     name: str
     accepts: ClassVar[str]
-    """What a name of this kind is, for error messages."""
+    """What a name of this kind is, for error messages; "" for a special form of another kind."""
     embedded: ClassVar[bool] = False
     """Whether the images are in the package, not in files."""
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from refract.models.credentials import masked
+from refract.pipeline.data.archives.archive import archive_path
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.sources.folders import label_of, split_of, trimmed_name
-from refract.pipeline.data.storage import scheme_of
+from refract.pipeline.data.storage import STORAGES, scheme_of
+from refract.remote.address import AddressError, checked, is_remote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,24 +101,28 @@ def read_table(path: Path) -> Table:
 
     DataError names the line and the column of an ambiguous or invalid value.
     """
-    rows = _parquet(path) if path.suffix.lower() == ".parquet" else _text_table(path)
-    if not len(rows):
-        raise DataError(f"{path}: the manifest has no rows")
-    return _normalised(_renamed(rows))
+    return normalised(_parquet(path) if path.suffix.lower() == ".parquet" else _text_table(path))
+
+
+def normalised(table: Table) -> Table:
+    """Return the table with Refract's column names, and trimmed paths, labels and splits. DataError as `read_table`."""
+    if not len(table):
+        raise DataError(f"{table.path}: the manifest has no rows")
+    return _normalised(_renamed(table))
 
 
 def _parquet(path: Path) -> Table:
     import pandas as pd
 
     try:
-        table, list_columns = _texts(pd.read_parquet(path))
+        table, list_columns = texts_of(pd.read_parquet(path))
     except Exception as error:  # pyarrow raises many types for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read as a PARQUET table ({reason})") from error
     return Table(path, {str(name): list(table[name]) for name in table.columns}, list_columns=list_columns)
 
 
-def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
+def texts_of(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
     """Return (all columns as text, with "" for missing values; the names of columns with lists).
 
     Columns with bytes, such as hashes and thumbnails, are skipped. ValueError for a list in one of COLUMNS.
@@ -320,10 +327,12 @@ def _holds(table: Table, name: str, column: str) -> bool:
     values = [value for value in table.columns[name] if trimmed_name(value)]
     if column == "path":
         first = values[0] if values else ""
-        return bool(
-            scheme_of(first) or (first and os.path.lexists(table.file(_existing_path(table.path.parent, first))))
-        )
+        return bool(scheme_of(first) or (first and _exists(table.file(_existing_path(table.path.parent, first)))))
     return column != "split" or all(split_of(value) for value in values)
+
+
+def _exists(file: str) -> bool:
+    return os.path.lexists(file) or archive_path(file) is not None
 
 
 def _normalised(table: Table) -> Table:
@@ -355,18 +364,29 @@ def _path_at(table: Table, row: int, value: str) -> str:
     if value.isascii() and value == value.strip() and not any(mark in value for mark in "\\:\"'"):
         return value
     if scheme_of(value):
-        return value
+        return _checked(table, row, value)
     path = _existing_path(table.path.parent, value)
-    local = os.path.lexists(table.file(path))
+    local = _exists(table.file(path))
     if not local and re.match(r"[A-Za-z][\w+.-]+://", path):
         raise DataError(
-            f"{table.where(row)}, column 'path': {value!r} is a URL, not a file; download the images and use the file paths"
+            f"{table.where(row)}, column 'path': {masked(value)!r} is a URL that Refract does not read; "
+            f"accepted: {', '.join(f'{scheme}://' for scheme in STORAGES)}, and paths of files"
         )
     if not local and re.match(r"/?[A-Za-z]:/|//", path):
         raise DataError(
             f"{table.where(row)}, column 'path': {value!r} is a path on a Windows machine; write it relative to the table's folder"
         )
     return path
+
+
+def _checked(table: Table, row: int, url: str) -> str:
+    """Return a URL. DataError if it contains credentials."""
+    if not is_remote(url):  # a storage of a plugin
+        return url
+    try:
+        return checked(url)
+    except AddressError as error:
+        raise DataError(f"{table.where(row)}, column 'path': {error}") from error
 
 
 def _existing_path(folder: Path, value: str) -> str:

@@ -50,7 +50,7 @@ class Listing:
             yield Shard(number, start, self.rows[start : start + size])
 
 
-def listing_of(source: Path) -> Listing:
+def listing_of(source: str | Path) -> Listing:
     """List the images of a folder at any depth, or the rows of a `.csv`, `.tsv` or `.parquet` manifest.
 
     A manifest has the column path, text or both, and optionally label. Raises DataError for other sources and damaged manifests.

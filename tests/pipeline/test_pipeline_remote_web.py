@@ -1,0 +1,98 @@
+"""Data at http:// and https://: tables and archives on a web server that fails now and then."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_server import ObjectServer
+
+from refract.pipeline.data import remote_files, storage
+from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.manifest import load_manifest
+from refract.remote import client
+from refract.remote.client import RemoteError
+
+
+@pytest.fixture(scope="module")
+def server(archives: Path) -> Iterator[ObjectServer]:
+    server = ObjectServer()
+    server.put_folder(archives / "images", "images")
+    server.put("photos.zip", (archives / "photos.zip").read_bytes())
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def root(server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of the files. The cache is empty, and waits are short."""
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(remote_files, "_versions", {})
+    return f"{server.proxy.url}/data"
+
+
+def test_archives_and_tables_give_the_images_while_the_server_fails(
+    root: str, server: ObjectServer, archives: Path
+) -> None:
+    local = load_manifest(archives / "images")
+    rows = "\n".join(f"{Path(s.path).relative_to(archives)},{local.labels[s.labels[0]]}" for s in local.samples)
+    server.put("m.csv", f"path,label\n{rows}\n".encode())
+    for name in ("photos.zip", "m.csv"):
+        with server.proxy.failing(3):
+            manifest = load_manifest(f"{root}/{name}")
+            assert [s.read() for s in manifest.samples] == [s.read() for s in local.samples]
+        assert manifest.labels == local.labels
+    assert manifest.samples[0].path.startswith(f"{root}/images/")
+    server.proxy.reads.clear()
+    assert manifest.samples[0].read() and not server.proxy.reads  # from the cache
+
+
+def test_a_changed_file_is_noticed(root: str, server: ObjectServer) -> None:
+    server.put("1.png", b"first")
+    item = client.info(f"{root}/1.png")
+    remote_files._versions[item.url] = item  # as after a first read
+    server.put("1.png", b"again")
+    with pytest.raises(RemoteError, match=r"1.png: has changed while it was in use"):
+        storage.read(item.url)
+    remote_files._versions.clear()
+    assert storage.read(f"{root}/1.png") == b"again"
+
+
+def test_credentials_of_netrc_are_sent_and_never_shown(
+    root: str, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    server.put("1.png", b"first")
+    client._store.cache_clear()
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password hunter2secret\n")
+    assert storage.read(f"{root}/1.png") == b"first"
+    assert server.proxy.authorizations[-1].startswith("Basic ")
+    client._store.cache_clear()
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me hunter2secret\n")
+    with pytest.raises(RemoteError, match=r".netrc, line \d: is not a valid .netrc") as refused:
+        client.info(f"{root}/1.png")
+    assert "hunter2" not in str(refused.value)
+    client._store.cache_clear()
+
+
+def test_what_a_web_server_lacks_is_reported(root: str, server: ObjectServer) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read(f"{root}/none.png")
+    with pytest.raises(DataError, match=r"none.zip: cannot be read"):
+        load_manifest(f"{root}/none.zip")
+    with pytest.raises(RemoteError, match=r"images: a web server's folder cannot be listed; name a table"):
+        load_manifest(f"{root}/images")
+    with (
+        server.proxy.failing(1, ["500"]),
+        pytest.raises(RemoteError, match=r"m.csv: failed 6 times, at last with .*HTTP 500"),
+    ):
+        load_manifest(f"{root}/m.csv")
+    with (
+        server.proxy.failing(1, ["cut"]),
+        pytest.raises(RemoteError, match=r"photos.zip: failed 6 times, at last with"),
+    ):
+        client.read(client.info(f"{root}/photos.zip")._replace(size=10**6))
+    with pytest.raises(
+        RemoteError, match="http://127.0.0.1:9/a.zip: failed 6 times, at last with ConnectionError: ConnectError"
+    ):
+        load_manifest("http://127.0.0.1:9/a.zip")
