@@ -20,7 +20,7 @@ from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.data.train_order import TrainOrder
-from refract.pipeline.evaluation.evaluate import _single_label
+from refract.pipeline.evaluation.evaluate import measured
 from refract.pipeline.training.build import make_preprocess, with_normalisation
 from refract.pipeline.training.fit import Assembly, fit
 from refract.pipeline.training.ranks import Ranks
@@ -67,7 +67,7 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
 def test_top_five_counts_the_five_best() -> None:
     given = np.tile(np.arange(8) / 28, (3, 1))
     samples = [Sample("-", (truth,)) for truth in (7, 6, 1)]
-    result = _single_label(given, samples, [str(i) for i in range(8)])
+    result = measured(given, samples, task="multiclass", labels=[str(i) for i in range(8)])
     assert result.metrics["top5_accuracy"] == pytest.approx(2 / 3) and result.metrics["accuracy"] == pytest.approx(
         1 / 3
     )

@@ -26,7 +26,6 @@ from refract.serve.http.metrics import Metrics
 from refract.serve.http.transport.connection import Connection
 from refract.serve.http.transport.server import Server, listen, url
 from refract.serve.requests.limits import Limits
-from refract.serve.runtime import selection as choosing
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
 
@@ -143,9 +142,9 @@ def other(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate cache of backend choices. PyTorch's number of threads is restored afterwards."""
-    monkeypatch.setattr(choosing, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
-    yield tmp_path / "cache"
+    yield tmp_path / "cache" / "backends"
     torch.set_num_threads(threads)
 
 

@@ -15,7 +15,6 @@ from warm_process import shared
 from refract.models.classifier import Classifier
 from refract.models.features import FeatureClassifier
 from refract.models.registry import build
-from refract.serve.runtime import selection as choosing
 from refract.serve.runtime.backends.base import AGREED, INT8_AGREED
 from refract.serve.runtime.backends.quantised import weight_bits
 from refract.serve.runtime.backends.registry import BACKENDS
@@ -37,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stored_networks(cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convert the bundle's network once for each backend, and read it from the disk in the next test."""
-    monkeypatch.setattr(choosing, "CACHE", folder)
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(folder))
 
 
 @pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
