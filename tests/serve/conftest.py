@@ -143,7 +143,8 @@ def other(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathF
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate cache of backend choices. PyTorch's number of threads is restored afterwards."""
     monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "backends"
     torch.set_num_threads(threads)
 
