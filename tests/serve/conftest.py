@@ -142,9 +142,9 @@ def other(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate cache of backend choices. PyTorch's number of threads is restored afterwards."""
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
     yield tmp_path / "cache" / "backends"
     torch.set_num_threads(threads)
 
