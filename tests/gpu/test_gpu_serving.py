@@ -36,9 +36,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refract.serve.runtime import selection
-
-    monkeypatch.setattr(selection, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if "cuda" in backend.devices])
