@@ -1,18 +1,16 @@
-"""Remote files as a storage: each version of a file is fetched once, into the cache.
+"""The content of remote files: each version of a file is fetched once, into the cache.
 
 A process reads one version of each file: the one that was listed, or else the one of the first access. Child processes use the listings of
 their parents.
 """
 
 import hashlib
-import io
 import json
 import os
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from io import FileIO
-from typing import BinaryIO
 
 from refract.pipeline.data import cache
 from refract.remote import client
@@ -25,18 +23,6 @@ _SHA256 = 32
 _versions: dict[str, RemoteObject] = {}
 _searched: set[str] = set()
 _lock = threading.Lock()
-
-
-class RemoteFiles:
-    """The storage of remote files, and of the members of remote archives: `s3://bucket/photos.zip/cat/1.jpg`."""
-
-    def open(self, path: str) -> BinaryIO:
-        from refract.pipeline.data.archives.archive import archive_path, read_from_archive
-
-        where = archive_path(path)
-        if where is not None and where.member:
-            return io.BytesIO(read_from_archive(where))
-        return io.BytesIO(_object(path)) if where is None else io.BufferedReader(whole_file(path)[0])
 
 
 def list_files(url: str) -> Sequence[RemoteObject]:
@@ -74,7 +60,7 @@ def whole_file(url: str) -> tuple[FileIO, str]:
     return cache.opened("files", _key(item), write, title=url), _key(item)
 
 
-def _object(url: str) -> bytes:
+def content(url: str) -> bytes:
     """Return the content of a small file, verified by its checksum in the cache."""
     item = version_of(url)
 
@@ -84,8 +70,8 @@ def _object(url: str) -> bytes:
 
     for _ in range(2):
         with cache.opened("objects", _key(item), write, title=url, sync=False) as file:
-            content = file.readall()
-        digest, data = content[:_SHA256], content[_SHA256:]
+            stored = file.readall()
+        digest, data = stored[:_SHA256], stored[_SHA256:]
         if hashlib.sha256(data).digest() == digest:
             return data
         cache.removed("objects", _key(item))  # a damaged disk, or a crash of the machine

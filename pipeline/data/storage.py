@@ -41,19 +41,28 @@ class LocalFiles:
 LOCAL = LocalFiles()
 
 
-class Remote:
-    """Remote files, whose libraries are imported on first use. RemoteError if a server cannot be reached: the file may be good."""
+class RemoteFiles:
+    """Remote files, and the members of remote archives: `s3://bucket/photos.zip/cat/1.jpg`. Their libraries are imported on first use.
+
+    RemoteError if a server cannot be reached: the file may be good.
+    """
 
     def open(self, path: str) -> BinaryIO:
-        from refract.pipeline.data.remote_files import RemoteFiles
+        from refract.pipeline.data.archives.archive import archive_path, read_from_archive
+        from refract.pipeline.data.remote_files import content, whole_file
 
+        where = archive_path(path)
         try:
-            return RemoteFiles().open(path)
+            if where is None:
+                return io.BytesIO(content(path))
+            if where.member:
+                return io.BytesIO(read_from_archive(where))
+            return io.BufferedReader(whole_file(path)[0])
         except DataError as error:
             raise OSError(errno.EIO, str(error), path) from error
 
 
-STORAGES: Mapping[str, Storage] = MappingProxyType(dict.fromkeys(SCHEMES, Remote()))
+STORAGES: Mapping[str, Storage] = MappingProxyType(dict.fromkeys(SCHEMES, RemoteFiles()))
 """Scheme of a path such as `s3://bucket/cat.png` → storage. Paths with another scheme, or without one, are local."""
 
 
