@@ -59,7 +59,7 @@ class ScanCache:
         self._added: list[tuple[object, ...]] = []
 
     def __enter__(self) -> Self:
-        for _ in range(2):  # the first error may remove a damaged file
+        for _ in range(2):
             try:
                 if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
                     self._wait()
@@ -67,6 +67,8 @@ class ScanCache:
                 break
             except (sqlite3.Error, OSError) as error:
                 self._disable(error)
+                if type(error) is not sqlite3.DatabaseError:  # such an error removes the damaged file
+                    break
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,9 +114,9 @@ class ScanCache:
         """Wait for the lock of the ranks. The lock of a rank that died is free."""
         import fcntl
 
-        if self._turn is None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._turn = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._turn = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        with suppress(OSError):  # a network file system may have no locks
             fcntl.flock(self._turn, fcntl.LOCK_EX)
 
     def _release(self) -> None:
