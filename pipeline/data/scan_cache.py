@@ -91,6 +91,8 @@ class ScanCache:
                     continue
                 if max(facts.st_mtime_ns, facts.st_ctime_ns) <= settled:
                     state[:] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+        if not states.any():  # no check is stored, as of archives and remote files: the ranks work at the same time
+            self._release()
         return states
 
     def known(self, samples: Sequence[Sample], states: np.ndarray) -> Iterator[tuple[int, bytes, str]]:

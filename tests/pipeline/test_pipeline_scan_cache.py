@@ -135,6 +135,15 @@ def _checked(samples: Sequence[Sample]) -> list[dict[str, object]]:
     return results(scan(samples))
 
 
+def test_ranks_do_not_wait_for_checks_that_are_not_stored(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with ThreadPoolExecutor(1) as pool, ScanCache() as cache:
+        cache.states(samples[-1:])
+        assert pool.submit(scan, samples).result(timeout=60).images
+
+
 def test_processes_share_the_cache(samples: list[Sample], tmp_path: Path) -> None:
     with get_context("spawn").Pool(2) as pool:
         first, second = pool.map(_checked, [samples, samples], chunksize=1)
