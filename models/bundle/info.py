@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -159,7 +160,7 @@ def _check_task(_: object, name: str, value: object) -> None:
 def _check_labels(info: BundleInfo, name: str, value: object) -> None:
     if not isinstance(value, tuple) or not all(isinstance(label, str) and label for label in value):
         _fail(name, value, "a tuple of non-empty texts")
-    if duplicates := [label for i, label in enumerate(value) if label in value[:i]]:
+    if duplicates := [label for label, count in Counter(value).items() if count > 1]:
         _fail(name, value, f"each label once; {duplicates[0]!r} occurs twice")
     if info.task == "binary" and len(value) != 2:
         _fail(name, value, "two labels for the task binary")

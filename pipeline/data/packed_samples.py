@@ -8,10 +8,10 @@ from refract.pipeline.data.manifest import Sample
 
 
 class PackedTexts:
-    """Texts in one block of UTF-8."""
+    """Texts in one block of UTF-8, which also has the lone surrogates of paths in another encoding and of texts from JSON."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
         self.blob = b"".join(encoded)
         self.ends = np.cumsum([0, *map(len, encoded)])
 
@@ -19,7 +19,7 @@ class PackedTexts:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        return self.blob[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
+        return self.blob[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 class PackedSamples:

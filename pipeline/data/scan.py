@@ -114,8 +114,9 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
     remarks = (
         {path: remarks[path] for path in images if path in remarks} if remarks else {}
     )  # in the order of the samples
-    if any(sample.text or not sample.has_image for sample in samples):
+    if "texts" in reads or any(sample.text or not sample.has_image for sample in samples):
         hashes, groups = _with_texts([sample for sample in samples if sample.path in rows], scanned, reads)
+        scanned = Digests({path: row for path, row in rows.items() if images[path].has_image}, scanned.blob)
     return Scan(hashes, groups, DifferenceHashes(rows, records["difference"].tobytes()), bad, remarks, scanned)
 
 

@@ -6,7 +6,8 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,8 +26,8 @@ RECORD = np.dtype([("digest", np.uint8, 32), ("difference", np.uint8, 1 + HASH)]
 """The check of one image: its SHA-256, then 1 and its `difference_hash`, or zeros for an image without one."""
 
 FORMAT = 1
-DECODERS = ("refract", "numpy", "opencv-python-headless", "pillow")
-"""Packages whose version may change a record."""
+DECODERS = ("refract", "numpy", "opencv-python-headless", "pillow", "pillow-heif", "simplejpeg", "turbojpeg")
+"""Packages whose version, or absence, may change a record."""
 
 SETTLED_NS = 2_000_000_000
 """Age of a file's last change, from which on its check is stored. A younger file could change again within one tick of its clock."""
@@ -51,13 +52,14 @@ class ScanCache:
 
     _database: sqlite3.Connection | None = None
     _turn: int | None = None  # file descriptor of the ranks' lock
+    _versions = 0  # those of DECODERS, as one number
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file or cache_folder() / "checks.sqlite"
         self._added: list[tuple[object, ...]] = []
 
     def __enter__(self) -> Self:
-        for _ in range(2):  # the first error may remove a damaged file
+        for _ in range(2):
             try:
                 if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
                     self._wait()
@@ -65,14 +67,15 @@ class ScanCache:
                 break
             except (sqlite3.Error, OSError) as error:
                 self._disable(error)
+                if type(error) is not sqlite3.DatabaseError:  # such an error removes the damaged file
+                    break
         return self
 
     def __exit__(self, *_: object) -> None:
         self._store()
         if self._database is not None:
             self._database.close()
-        if self._turn is not None:
-            os.close(self._turn)
+        self._release()
 
     def states(self, samples: Sequence[Sample]) -> np.ndarray:
         """Return int64 N×4, the state of each sample's file; zeros for an image that is not in a local file, or whose file is too new."""
@@ -88,6 +91,8 @@ class ScanCache:
                     continue
                 if max(facts.st_mtime_ns, facts.st_ctime_ns) <= settled:
                     state[:] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+        if not states.any():  # no check is stored, as of archives and remote files: the ranks work at the same time
+            self._release()
         return states
 
     def known(self, samples: Sequence[Sample], states: np.ndarray) -> Iterator[tuple[int, bytes, str]]:
@@ -111,26 +116,31 @@ class ScanCache:
         """Wait for the lock of the ranks. The lock of a rank that died is free."""
         import fcntl
 
-        if self._turn is None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._turn = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._turn = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        with suppress(OSError):  # a network file system may have no locks
             fcntl.flock(self._turn, fcntl.LOCK_EX)
+
+    def _release(self) -> None:
+        if self._turn is not None:
+            os.close(self._turn)
+            self._turn = None
 
     def _opened(self) -> sqlite3.Connection:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.file.exists() and self.file.stat().st_size > LIMIT:
             self.file.unlink()
         database = sqlite3.connect(self.file, timeout=TIMEOUT_S)
-        versions = zlib.crc32(repr((FORMAT, [version(package) for package in DECODERS])).encode()) >> 1
+        self._versions = zlib.crc32(repr((FORMAT, [_version(package) for package in DECODERS])).encode()) >> 1
         with database:
             database.execute("BEGIN IMMEDIATE")
-            if database.execute("PRAGMA user_version").fetchone() != (versions,):
+            if database.execute("PRAGMA user_version").fetchone() != (self._versions,):
                 database.execute("DROP TABLE IF EXISTS checks")
                 database.execute(
                     "CREATE TABLE checks (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ctime INTEGER, inode INTEGER, "
                     "record BLOB, remark TEXT) WITHOUT ROWID"
                 )
-                database.execute(f"PRAGMA user_version = {versions}")
+                database.execute(f"PRAGMA user_version = {self._versions}")
         return database
 
     def _rows(self, paths: list[bytes]) -> list[tuple[Any, ...]]:
@@ -138,6 +148,7 @@ class ScanCache:
             return []
         try:
             marks = ",".join("?" * len(paths))
+            self._check_version(self._database)
             return self._database.execute(f"SELECT * FROM checks WHERE path IN ({marks})", paths).fetchall()
         except sqlite3.Error as error:
             self._disable(error)
@@ -147,18 +158,35 @@ class ScanCache:
         if self._database is not None and self._added:
             try:
                 with self._database:
+                    self._database.execute("BEGIN IMMEDIATE")
+                    self._check_version(self._database)
                     self._database.executemany("REPLACE INTO checks VALUES (?,?,?,?,?,?,?)", self._added)
             except (sqlite3.Error, OSError) as error:
                 self._disable(error)
         self._added.clear()
+
+    def _check_version(self, database: sqlite3.Connection) -> None:
+        """Raise OperationalError if a process with other versions of the packages has replaced the checks meanwhile."""
+        if database.execute("PRAGMA user_version").fetchone() != (self._versions,):
+            raise sqlite3.OperationalError("a process with other versions of Refract's packages uses it")
 
     def _disable(self, error: Exception) -> None:
         log.debug("%s cannot be used, so every image is checked again: %s", self.file, error)
         if self._database is not None:
             self._database.close()
         self._database = None
+        self._release()  # the other ranks need not wait for checks that they do not get
         if type(error) is sqlite3.DatabaseError:
-            self.file.unlink(missing_ok=True)  # damaged, or not a database
+            with suppress(OSError):  # the folder may be read-only
+                self.file.unlink(missing_ok=True)  # damaged, or not a database
+
+
+def _version(package: str) -> str:
+    """Return the version of an installed package, else ""."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _key(path: str) -> bytes:

@@ -1,6 +1,7 @@
 """Measure the drift of new data from a bundle's reference, for `refract drift` and retraining."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,10 +157,14 @@ def _stored(model: "EmbeddingModel", features: Path) -> "Stored | None":
         log.info("the network computes more after its last layer, so that its stored embeddings do not suffice")
         return None
     try:
-        return Stored(model, FeatureStore(features, model.key, model.record))
+        store = FeatureStore(features, model.key, model.record)
+        if os.access(store.folder, os.W_OK):
+            return Stored(model, store)
+        reason = "read-only"
     except OSError as error:
-        log.warning("%s: cannot be written (%s); no embedding is stored", features, error.strerror or error)
-        return None
+        reason = error.strerror or str(error)
+    log.warning("%s: cannot be written (%s); no embedding is stored", features, reason)
+    return None
 
 
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:

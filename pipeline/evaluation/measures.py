@@ -107,7 +107,7 @@ def top_accuracy(probabilities: np.ndarray, truth: np.ndarray, count: int) -> fl
         of_truth = np.take_along_axis(block, true[:, None], axis=1)
         ahead = block > of_truth
         ahead |= (block == of_truth) & (np.arange(block.shape[1]) < true[:, None])
-        right += int((ahead.sum(axis=1) < count).sum())
+        right += int(((ahead.sum(axis=1) < count) & ~np.isnan(of_truth[:, 0])).sum())
     return right / len(truth)
 
 

@@ -229,16 +229,14 @@ def _recalls(config: GateConfig, manifest: Manifest, new: Measured, old: Measure
             f"gate.recall_of: {unknown[0]!r} is not a class of the holdout; its classes are {', '.join(manifest.labels)}"
         )
     lines, lowest = [], None
-    members = [
-        np.array([index in sample.labels for sample in manifest.samples]) for index in range(len(manifest.labels))
-    ]
+    members = _members(manifest)
     chance = _chance_of_falling(members, new, old) if old is not None else {}
     for index, (label, has) in enumerate(zip(manifest.labels, members, strict=True)):
-        if not has.any():
+        if not len(has):
             lines.append(Line(f"recall {label}", None, None, False, "the holdout has no sample of it"))
             continue
         floor, hits = config.recall_of.get(label, config.recall), new.given[has, index]
-        recall, count = float(hits.mean()), int(has.sum())
+        recall, count = float(hits.mean()), len(has)
         lowest = recall if lowest is None else min(lowest, recall)
         summary, passed = f"{recall:.4f} of {count}, at least {floor:g}", recall >= floor
         if old is not None:
@@ -255,6 +253,15 @@ def _recalls(config: GateConfig, manifest: Manifest, new: Measured, old: Measure
     return lines
 
 
+def _members(manifest: Manifest) -> list[np.ndarray]:
+    """Return the indices of the samples of each label."""
+    rows: list[list[int]] = [[] for _ in manifest.labels]
+    for row, sample in enumerate(manifest.samples):
+        for index in sample.labels:
+            rows[index].append(row)
+    return [np.array(indices, np.int64) for indices in rows]
+
+
 def _chance_of_falling(members: Sequence[np.ndarray], new: Measured, old: Measured) -> dict[int, float]:
     """Return class index → p of losing so many of its samples if losses and gains were equally probable.
 
@@ -267,7 +274,7 @@ def _chance_of_falling(members: Sequence[np.ndarray], new: Measured, old: Measur
 
     values = {}
     for index, has in enumerate(members):
-        if has.any():
+        if len(has):
             hits, before = new.given[has, index], old.given[has, index]
             lost, differ = int((before & ~hits).sum()), int((before ^ hits).sum())
             values[index] = float(binomtest(lost, differ, alternative="greater").pvalue) if differ else 1.0

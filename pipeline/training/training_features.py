@@ -148,6 +148,10 @@ def _embed(classifier: Classifier, preprocess: Preprocess, task: str, samples: S
     embedded.thumbnails = [
         data if sample.has_image else b"" for sample, data in zip(embedded.samples, shown, strict=True)
     ]
+    finite = np.flatnonzero(np.isfinite(embedded.features).all(axis=1)).tolist()  # others have no distance
+    embedded.samples = [embedded.samples[i] for i in finite]
+    embedded.thumbnails = [embedded.thumbnails[i] for i in finite]
+    embedded.features = embedded.features[finite]
     return embedded
 
 

@@ -377,6 +377,16 @@ def test_a_network_that_computes_more_after_its_head_is_measured_without_the_sto
     hook.remove()
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_store_is_left_alone(bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, features = bundle_model(bundle), tmp_path / "features"
+    store = FeatureStore(features, model.key, model.record)
+    store.folder.chmod(0o500)
+    measured = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)), features=features)
+    store.folder.chmod(0o700)
+    assert measured.drift.count == 120 and not shards(features) and "read-only" in caplog.text
+
+
 def test_a_killed_measurement_repeats_at_most_one_shard(bundle: Bundle, tmp_path: Path, warm: WarmProcess) -> None:
     command = ["drift", str(bundle.path), "digits"]
     process = warm.start(command, cwd=tmp_path, env=dict(os.environ))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.data.packed_samples import PackedSamples
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXTS = st.text(st.characters(), max_size=20)
 NAMES = TEXTS | st.binary(max_size=20).map(lambda name: name.decode("utf-8", "surrogateescape"))
 SAMPLES = st.builds(
     Sample, NAMES, st.just((1,)), text=TEXTS, data=st.none() | st.binary(max_size=20), has_image=st.booleans()

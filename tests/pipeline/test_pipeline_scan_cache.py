@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def test_a_file_that_was_just_written_is_not_stored(
     assert stored(tmp_path) == [] and results(scan(samples)) == results(first)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "folder", "another version", "another table", "locked", "too large"])
+@pytest.mark.parametrize(
+    "damage", ["garbage", "read-only garbage", "folder", "another version", "another table", "locked", "too large"]
+)
 def test_no_state_of_the_cache_changes_a_result(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -89,6 +92,9 @@ def test_no_state_of_the_cache_changes_a_result(
     database = sqlite3.connect(file, isolation_level=None)
     if damage == "garbage":
         file.write_bytes(b"garbage" * 1000)
+    elif damage == "read-only garbage":  # which root may remove nevertheless
+        file.write_bytes(b"garbage" * 1000)
+        file.parent.chmod(0o500)
     elif damage == "folder":
         file.unlink()
         file.mkdir()
@@ -105,6 +111,7 @@ def test_no_state_of_the_cache_changes_a_result(
         monkeypatch.setattr(scan_cache, "LIMIT", 1)
     assert results(scan(samples)) == results(first)
     database.close()
+    file.parent.chmod(0o700)
     if damage in ("garbage", "another version", "too large"):
         assert len(stored(tmp_path)) == 4, "the cache starts anew"
 
@@ -128,6 +135,15 @@ def _checked(samples: Sequence[Sample]) -> list[dict[str, object]]:
     return results(scan(samples))
 
 
+def test_ranks_do_not_wait_for_checks_that_are_not_stored(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with ThreadPoolExecutor(1) as pool, ScanCache() as cache:
+        cache.states(samples[-1:])
+        assert pool.submit(scan, samples).result(timeout=60).images
+
+
 def test_processes_share_the_cache(samples: list[Sample], tmp_path: Path) -> None:
     with get_context("spawn").Pool(2) as pool:
         first, second = pool.map(_checked, [samples, samples], chunksize=1)
@@ -145,3 +161,53 @@ def test_texts_share_the_check_of_their_image(samples: list[Sample]) -> None:
     assert scanned.groups[keys[0]] == scanned.groups[keys[1]] == scanned.images["0.png"] != scanned.groups[keys[2]]
     of_images = scan(captioned)
     assert of_images.hashes[keys[0]] == of_images.hashes[keys[1]] == scanned.images["0.png"]
+
+
+def test_hashes_depend_only_on_the_inputs_of_the_network(samples: list[Sample]) -> None:
+    both, plain = frozenset({"images", "texts"}), samples[:1]
+    alone = Sample("m.csv#4", (0,), text="two", data=samples[-1].data, has_image=False)
+    with_texts = scan([*plain, alone], reads=both)
+    assert scan(plain, reads=both).hashes["0.png"] == with_texts.hashes["0.png"] != with_texts.images["0.png"]
+    assert list(with_texts.images) == ["0.png"], "the placeholder of a text alone is not one of the images"
+
+
+def test_a_removed_decoder_invalidates_the_checks(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_heif(package: str) -> str:
+        if package == "pillow-heif":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(scan_cache, "version", lambda package: "1" if package == "pillow-heif" else version(package))
+    first = scan(samples)
+    with sqlite3.connect(tmp_path / "cache" / "checks.sqlite") as database:
+        database.execute("UPDATE checks SET record = zeroblob(49)")
+    monkeypatch.setattr(scan_cache, "version", without_heif)
+    assert results(scan(samples)) == results(first)
+
+
+def test_a_process_does_not_store_checks_for_other_versions(samples: list[Sample], tmp_path: Path) -> None:
+    with ScanCache() as cache:
+        states = cache.states(samples)
+        with sqlite3.connect(tmp_path / "cache" / "checks.sqlite") as database:
+            database.execute("PRAGMA user_version = 1")
+        cache.add(samples[0].path, states[0], bytes(49), "")
+    assert stored(tmp_path) == []
+
+
+def test_a_user_without_a_home_has_no_cache(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = scan(samples)
+    monkeypatch.delenv("REFRACT_CACHE_DIR")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
+    assert results(scan(samples)) == results(first)
+
+
+def test_ranks_do_not_wait_for_a_cache_that_cannot_be_used(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (tmp_path / "cache" / "checks.sqlite").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool, ScanCache():
+        assert pool.submit(scan, samples).result(timeout=60).images

@@ -99,6 +99,25 @@ def test_without_a_readable_training_image_there_are_no_features(classifier: Cla
     assert training_features_of(classifier, PREPROCESS, damaged, task="multiclass") is None
 
 
+def test_images_with_a_non_finite_embedding_are_left_out(classifier: Classifier, manifest: Manifest) -> None:
+    def overflow(layer: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        white = inputs[0].flatten(1).amin(dim=1) > 2
+        return output.masked_fill(white[:, None, None, None], torch.inf)
+
+    train, held = Path(manifest.samples[7].path), Path(manifest.samples[35].path)
+    for file in (train, held):
+        write_image(file, np.full((64, 64, 3), 255, np.uint8))
+    first = next(layer for layer in classifier.network.modules() if isinstance(layer, torch.nn.Conv2d))
+    hook = first.register_forward_hook(overflow)
+    try:
+        training = training_features_of(classifier, PREPROCESS, manifest, task="multiclass")
+    finally:
+        hook.remove()
+    assert training is not None and train.name not in training.paths
+    assert len(training.paths) == len(training.thumbnails) == len(training.features) == 28
+    assert len(training.validation) == 9 and np.isfinite(training.validation).all()
+
+
 def example(width: int = 700) -> TrainingFeatures:
     rows = folded(np.random.default_rng(0).normal(size=(3, width)).astype(np.float32))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
