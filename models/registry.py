@@ -113,10 +113,11 @@ def _locate(name: str) -> tuple[str | None, str]:
         for source in sources
         for n in difflib.get_close_matches(wanted, CATALOGUES[source].names(), n=3)
     ]
-    near_builtin = difflib.get_close_matches(wanted, NETWORKS, n=1)
+    near = difflib.get_close_matches(wanted, NETWORKS, n=1) + near
+    nearest = f"nearest: {', '.join(near)}; " if near else ""
     raise ValueError(
         f"network {name!r} is unknown: expected one of {', '.join(NETWORKS)}, or a network of torchvision or timm; "
-        f"nearest: {', '.join(near_builtin + near) or 'none'} (torchvision/NAME and timm/NAME select the catalogue)"
+        f"{nearest}torchvision/NAME and timm/NAME select the catalogue"
     )
 
 

@@ -111,7 +111,9 @@ def _predictions(outcome: Outcome) -> list[dict[str, Any]]:
 def _content(outcome: Outcome) -> dict[str, Any]:
     """Return the content of a response. Raises ServerError for every other outcome."""
     if isinstance(outcome, httpx.TransportError):
-        message = f"the server at {outcome.request.url.copy_with(raw_path=b'/')} does not respond ({type(outcome).__name__}: {outcome})"
+        url = outcome.request.url.copy_with(raw_path=b"/")
+        remedy = "start it with `refract serve`, or correct the URL"
+        message = f"the server at {url} does not respond ({type(outcome).__name__}: {outcome}); {remedy}"
         raise ServerError(0, "unreachable", message) from outcome
     if outcome.status_code != 200:
         try:

@@ -64,6 +64,9 @@ def open_verified_directory(path: Path) -> VerifiedDirectory:
     try:
         manifest = file.read_bytes()
     except OSError as err:
+        if not path.is_dir():
+            kind = "a file" if path.exists() else "no such folder"
+            raise BundleError(f"{path}: {kind}; expected a bundle folder, such as runs/NAME/bundle") from err
         inside = path / "bundle"
         hint = f"did you mean {inside}?" if (inside / MANIFEST).is_file() else f"is {path} a bundle?"
         raise BundleError(f"{file} cannot be read: {err.strerror}; {hint}") from err

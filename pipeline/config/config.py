@@ -184,6 +184,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = read_yaml(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; `refract init FOLDER -o {path}` writes one") from error
+    except IsADirectoryError as error:
+        run = path / "config.yaml"
+        hint = f"did you mean {run}?" if run.is_file() else f"`refract init {path} -o my.yaml` writes one for images"
+        raise ConfigError(f"{path}: a folder, not a config; {hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -229,11 +233,24 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
 _KEYS = tuple(_keys(Config))
 
 
+_USUAL = {
+    "learning_rate": "optim.lr",
+    "epochs": "trainer.max_epochs",
+    "num_workers": "data.workers",
+    "optimizer": "optim.name",
+    "wd": "optim.weight_decay",
+    "img_size": "data.image_size",
+    "pretrained": "model.weights",
+    "dataset": "data.source",
+}
+"""Other libraries' names of keys, which are spelt unlike Refract's."""
+
+
 def _nearest(key: str) -> str:
     match = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.4)
     # A key without its section is the most common mistake: `lr` for `optim.lr`.
     same_name = [known for known in _KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    best = same_name or match
+    best = [_USUAL[name]] if (name := key.rpartition(".")[2]) in _USUAL else same_name or match
     return f"; did you mean {best[0]!r}?" if best else f"; known sections: {', '.join(f.name for f in fields(Config))}"
 
 

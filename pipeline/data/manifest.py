@@ -251,7 +251,8 @@ def reject_untrainable(manifest: Manifest) -> None:
         empty = f", and {len(manifest.empty)} empty class folders such as {manifest.empty[0]}" if manifest.empty else ""
         hint = inner_hint(manifest.source) if Path(manifest.source).is_dir() else ""
         raise DataError(
-            f"{manifest.source}: only one class ({', '.join(filled)}){empty}; a classifier needs two or more{hint}"
+            f"{manifest.source}: only one class ({', '.join(filled)}){empty}; a classifier needs two or more, "
+            f"one folder or label for each{hint}"
         )
 
 

@@ -64,7 +64,7 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
     history = LabelHistory(address, create=True)
     if applied is None:
         log.warning(
-            "review: set data.labels: %s in the config of the training, which else ignores these decisions",
+            "review: to train with these decisions, set data.labels: %s in the config",
             history.address,  # without a password
         )
     config = config.changed({"data.labels": address})

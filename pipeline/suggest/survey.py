@@ -190,9 +190,9 @@ def _refusal_notes(manifest: Manifest) -> list[str]:
     """Return the problems that `refract.pipeline.data.validation.check_classes` will reject, as far as headers show them."""
     notes = []
     if manifest.empty:
-        notes.append(
-            f"note: {len(manifest.empty)} class folders are empty, such as {manifest.empty[0]}; training rejects them"
-        )
+        count = len(manifest.empty)
+        which = f"{count} class folders are empty, such as" if count > 1 else "empty class folder:"
+        notes.append(f"note: {which} {manifest.empty[0]}; training rejects {'them' if count > 1 else 'it'}")
     train_counts = manifest.counts("train") if "train" in manifest.splits() else manifest.counts()
     untrained = {index for index, label in enumerate(manifest.labels) if not train_counts[label]}
     measured = [sample for sample in manifest.samples if untrained.intersection(sample.labels)]

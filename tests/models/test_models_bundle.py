@@ -214,6 +214,16 @@ def test_a_broken_manifest_is_refused(folder: Path, text: str) -> None:
         load_bundle(folder)
 
 
+def test_a_path_without_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        BundleError, match=r"nowhere: no such folder; expected a bundle folder, such as runs/NAME/bundle"
+    ):
+        load_bundle(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=r"file: a file; expected a bundle folder"):
+        load_bundle(tmp_path / "file")
+
+
 def test_a_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"manifest.json cannot be read: .*is .* a bundle\?"):
         load_bundle(tmp_path)

@@ -17,7 +17,7 @@ from refract.cli import main
 from refract.models.training.losses import LOSSES
 from refract.models.training.optimizers import OPTIMIZERS
 from refract.models.training.schedules import SCHEDULES
-from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
+from refract.pipeline.config.config import _KEYS, _USUAL, Config, ConfigError, config_from_dict, help_text, load_config
 from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 from refract.pipeline.config.schema import json_schema
 from refract.pipeline.training.run import train
@@ -67,8 +67,25 @@ def test_errors_name_the_key(tmp_path: Path, text: str, message: str) -> None:
 def test_errors_of_unknown_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no option --optim.lrate; did you mean 'optim.lr'\?"):
         load_config(None, ["--optim.lrate", "1"])
+    with pytest.raises(ConfigError, match=r"no option --learning_rate; did you mean 'optim.lr'\?"):
+        load_config(None, ["--learning_rate", "1"])
+    with pytest.raises(ConfigError, match=r"no option --trainer.epochs; did you mean 'trainer.max_epochs'\?"):
+        load_config(None, ["--trainer.epochs", "1"])
     with pytest.raises(ConfigError, match="optim.lr"):
         load_config(None, ["--optim.lr", "quick"])
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a folder, not a config; `refract init .* -o my.yaml` writes one"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"a folder, not a config; did you mean .*config\.yaml\?"):
+        load_config(tmp_path)
+
+
+def test_the_names_of_other_libraries_lead_to_keys() -> None:
+    assert set(_USUAL.values()) <= set(_KEYS)
+    assert not {key.rpartition(".")[2] for key in _KEYS} & set(_USUAL)
 
 
 def test_the_error_of_a_missing_file_names_refract_init() -> None:

@@ -10,6 +10,7 @@ import torch
 from small_data import COLORS, Run, make_image, write_image
 from torch import nn
 
+from refract.pipeline.cli.doctor import main
 from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.doctor.findings import late
 from refract.pipeline.doctor.record import Record
@@ -222,6 +223,13 @@ def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: P
     result = train(config_from_dict(values, ["--trainer.run_name", "cured"]))
     assert result is not None and result.metrics["accuracy"] > 0.9
     assert "the transfer learned nothing" not in {finding.name for finding in read_findings(tmp_path / "cured")[0]}
+
+
+def test_a_run_without_steps_has_no_line_of_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "doctor.json").write_text('{"findings": [], "record": {"seconds": {}}}')
+    assert main([str(tmp_path)]) == 0 and capsys.readouterr().out == "no problem found\n"
+    (tmp_path / "doctor.json").write_text('{"findings": [], "record": {"seconds": {"steps": 3.0, "waiting": 1.0}}}')
+    assert main([str(tmp_path)]) == 0 and "time: steps 75%, waiting 25% of 4.0 s\n" in capsys.readouterr().out
 
 
 def test_the_doctor_changes_no_weight(colours: Path, tmp_path: Path) -> None:

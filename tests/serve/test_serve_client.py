@@ -101,7 +101,8 @@ def test_the_client_waits_for_retry_after_and_retries(caplog: pytest.LogCaptureF
 
 
 def test_an_unreachable_server_is_reported() -> None:
-    with Client("http://127.0.0.1:9", tries=2) as client, pytest.raises(ServerError, match="does not respond"):
+    message = r"does not respond .*start it with `refract serve`"
+    with Client("http://127.0.0.1:9", tries=2) as client, pytest.raises(ServerError, match=message):
         client.predict([b"x"])
 
 
