@@ -50,7 +50,11 @@ def written_atomically(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # not the temporary file, which no user knows
+        raise
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

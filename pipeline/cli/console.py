@@ -1,6 +1,7 @@
 """Run a command: log to the terminal, and print a user's mistake as one line instead of a traceback."""
 
 import argparse
+import errno
 import logging
 import shlex
 import shutil
@@ -72,7 +73,16 @@ def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
-        return _failed(command, f"{where}{error.strerror or error}", 1)
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        return _failed(command, f"{where}{error.strerror or error}{remedy}", 1)
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; change the permissions, or name another path"),
+    errno.EEXIST: "; a file has the name of a folder that is needed: name another path",
+    errno.ENOSPC: "; the disk is full: free space, or name a path on another disk",
+}
+"""Error number → what to do, for the errors of the file system whose text names no cure."""
 
 
 def _stopped(command: str, error: Stopped) -> int:
