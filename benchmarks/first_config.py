@@ -32,9 +32,9 @@ FROM_SCRATCH = {"small": "resnet20", "grey": "resnet18"}
 
 def through_refract(data: Path, seed: int, folder: Path, start: list[str]) -> tuple[dict[str, Any], float, Path]:
     """Run `init` and `train`. Returns (the config that `init` wrote, accuracy on the test set, the run's folder)."""
-    _command(["init", str(data), *start, "-o", "first.yaml"], folder)
+    run_command(["init", str(data), *start, "-o", "first.yaml"], folder)
     config = yaml.safe_load((folder / "first.yaml").read_text("utf-8"))
-    _command(
+    run_command(
         [
             "train",
             "first.yaml",
@@ -51,7 +51,7 @@ def through_refract(data: Path, seed: int, folder: Path, start: list[str]) -> tu
     return config, record["metrics"]["accuracy"], folder / "runs" / "run"
 
 
-def _command(arguments: list[str], folder: Path) -> None:
+def run_command(arguments: list[str], folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "refract", *arguments],
         cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False,
