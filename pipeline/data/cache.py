@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -134,7 +134,13 @@ class _Entry:
             step = max(len(data), min(self.size, 16 << 20))
             _count(self.root, step, self.limit)
             self.counted += step
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except (
+            OSError
+        ) as error:  # of a full disk: without a name, it would seem to come from the data that are converted
+            error.filename = str(self.root)
+            raise
 
 
 def _count(root: Path, size: int, limit: int) -> None:
@@ -158,18 +164,20 @@ def _entries(root: Path) -> Iterator["os.DirEntry[str]"]:
                 yield from (entry for entry in os.scandir(part) if _ENTRY.fullmatch(entry.name))
 
 
+def _statuses(root: Path) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
+    for entry in _entries(root):
+        with suppress(FileNotFoundError):  # another process has renamed or removed it
+            yield entry, entry.stat(follow_symlinks=False)
+
+
 def _measured(root: Path) -> int:
-    return sum(entry.stat(follow_symlinks=False).st_size for entry in _entries(root))
+    return sum(status.st_size for _, status in _statuses(root))
 
 
 def _evict(root: Path, target: int) -> int:
     """Remove the least recently used entries until at most `target` bytes remain. Return the size of the rest."""
     used, total = [], 0
-    for entry in _entries(root):
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except FileNotFoundError:
-            continue
+    for entry, status in _statuses(root):
         total += status.st_size
         # A temporary file is being written, unless its process has died long ago.
         if not entry.name.startswith(".") or time.time() - status.st_mtime > 86400:
@@ -199,4 +207,7 @@ def _locked(path: Path) -> Iterator[int]:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
     finally:
+        fcntl.flock(
+            handle, fcntl.LOCK_UN
+        )  # a process that was forked meanwhile has the descriptor too, and would keep the lock
         os.close(handle)

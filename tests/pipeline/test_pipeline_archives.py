@@ -1,7 +1,9 @@
 """Class folders in zips and tars: the same samples as in the folder, in any process; and the cache of unpacked archives."""
 
+import fcntl
 import json
 import os
+import resource
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from small_data import paint
@@ -200,3 +204,54 @@ def test_the_cache_removes_what_was_used_least_recently(tmp_path: Path, monkeypa
         entry(key)
     assert written == ["a", "b", "c", "d", "b"]  # `a` was in use, `b` was not
     assert sum(file.stat().st_size for file in (tmp_path / "cache" / "data" / "things").glob("*/*")) <= 1000
+
+
+def test_a_full_disk_is_reported_as_such_and_not_as_a_damaged_archive(
+    archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(Path("cache").absolute()))
+    images = [sample.read() for sample in load_manifest(archives / "images").samples]
+    pq.write_table(pa.table({"image": images, "label": ["a", "b"] * (len(images) // 2)}), "a.parquet")
+    shutil.copy(archives / "photos.tar.gz", "a.tar.gz")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("a.tar.gz", "a.parquet"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # a write fails as on a full disk
+        try:
+            with pytest.raises(
+                DataError, match=f"{name}: cannot be stored in the cache .*File too large.*; set REFRACT"
+            ):
+                load_manifest(name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert load_manifest(name).samples
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_was_forked_under_a_lock_does_not_keep_it(tmp_path: Path) -> None:
+    lock, (end, start) = tmp_path / "lock", os.pipe()
+    with cache._locked(lock):
+        child = os.fork()
+        if not child:  # as a loader's worker, which lives as long as the training
+            os.close(start)
+            os.read(end, 1)
+            os._exit(0)
+    try:
+        handle = os.open(lock, os.O_RDWR)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+    finally:
+        os.close(start)
+        os.close(end)
+        os.waitpid(child, 0)
+
+
+def test_an_entry_that_vanishes_while_the_cache_is_measured_is_not_counted(tmp_path: Path) -> None:
+    names = [tmp_path / "things" / "ab" / f"ab{number:062}" for number in range(3)]
+    names[0].parent.mkdir(parents=True)
+    for name in names:
+        name.write_bytes(b"1")
+    statuses = cache._statuses(tmp_path)
+    next(statuses)
+    for name in names:
+        name.unlink()
+    assert [*statuses] == []

@@ -40,6 +40,27 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     return entry
 
 
+def sized(name: str, size: int) -> bytes:
+    """Return a header with a size that `tarfile` does not write."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def blocks(path: str, *parts: bytes) -> str:
+    """Write a tar of these parts and its end."""
+    Path(path).write_bytes(b"".join(parts) + bytes(1024))
+    return path
+
+
+def long_name() -> bytes:
+    entry = special("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    entry.size = 5
+    return entry.tobuf(tarfile.GNU_FORMAT) + b"1.png".ljust(512, b"\0")
+
+
 def symlink(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name)
     entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
@@ -74,6 +95,11 @@ HOSTILE: Mapping[str, tuple[Callable[[], str], str]] = {
     "names of other encodings": (
         lambda: tar_of("a.tar", ("a/caf\udce9.png", b"1")), r"'a/caf\\udce9.png' is not UTF-8"
     ),
+    "endless loop": (lambda: blocks("a.tar", sized("a/", -512)), "the member 'a/' has a negative size"),
+    "endless loop of images": (
+        lambda: blocks("a.tar", tarfile.TarInfo("a/1.png").tobuf(), sized("a/2.png", -1024)), "the member 'a/2.png' has a negative size"
+    ),
+    "headers of headers": (lambda: blocks("a.tar", long_name() * 3000), "a.tar: is damaged or incomplete"),
     "empty file": (lambda: empty("a.zip"), "a.zip: is damaged or incomplete"),
     "empty tar": (lambda: empty("a.tar"), "a.tar: is damaged or incomplete"),
 }  # fmt: skip
@@ -138,6 +164,14 @@ def test_encrypted_members_are_refused(archives: Path) -> None:
     Path("a.zip").write_bytes(content)
     with pytest.raises(DataError, match=r"'a/1.png' is encrypted; extract the archive"):
         load_manifest("a.zip")
+
+
+def test_a_member_of_a_zip_without_a_name_is_skipped() -> None:
+    content = bytearray(Path(zip_of("a.zip", ("a/1.png", b"1"), ("b/1.png", b"2"), ("x", b"3"))).read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 28 : at + 32] = bytes((0, 0, 1, 0))  # the name becomes an extra field
+    Path("a.zip").write_bytes(content)
+    assert [sample.path for sample in load_manifest("a.zip").samples] == ["a.zip/a/1.png", "a.zip/b/1.png"]
 
 
 def test_bombs_are_refused_before_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

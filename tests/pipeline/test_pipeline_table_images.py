@@ -13,6 +13,7 @@ from refract.augment.image_files import is_image
 from refract.pipeline.data.archives.archive import archive_path
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.scan import scan
+from refract.pipeline.data.sources import open_source
 from refract.pipeline.data.splits import write_splits
 from refract.pipeline.inference.batch.listing import listing_of
 
@@ -196,3 +197,30 @@ def test_a_tar_with_class_folders_and_texts_is_not_a_webdataset() -> None:
     manifest = load_manifest(tar_of("a.tar", *members))
     assert manifest.labels == tuple(sorted(COLORS)) and len(manifest.samples) == 6
     assert archive_path("a.tar/blue/1.png") == ("a.tar", "blue/1.png")
+
+
+def test_the_columns_of_a_webdataset_are_in_the_order_of_its_fields() -> None:
+    fields = {name: name for name in ("weight", "alpha", "zoo", "label", "beta", "gamma", "delta")}
+    samples = [[(f"{key}.png", b"1"), (f"{key}.json", json.dumps(fields | {"label": key}).encode())] for key in "ab"]
+    rows = open_source(tar_of("a.tar", *chain(*samples))).rows(labelled=True)
+    assert [*rows.metadata] == ["weight", "alpha", "zoo", "beta", "gamma", "delta"]  # in any process
+
+
+def test_json_that_is_nested_too_deeply_or_of_other_types_is_refused_or_ignored() -> None:
+    deep = b"[" * 100_000
+    with pytest.raises(DataError, match="a.tar/1.json: is not JSON .*; write an object"):
+        load_manifest(tar_of("a.tar", ("1.png", b"1"), ("1.cls", b"a"), ("1.json", deep)))
+    table = pa.table({"image": [b"1", b"2"], "label": ["a", "b"]})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": deep}), "a.parquet")
+    assert load_manifest("a.parquet").labels == ("a", "b")
+    Path("saved/train").mkdir(parents=True)
+    for splits, files, problem in (
+        (deep.decode(), "{}", "dataset_dict.json: cannot be read as JSON"),
+        ('{"splits": null}', "{}", "dataset_dict.json: 'splits' is not a list; save the data set again"),
+        ('{"splits": ["train"]}', '{"_data_files": 1}', "train/state.json: '_data_files' is not a list"),
+        ('{"splits": ["train"]}', '{"_data_files": ["a.arrow"]}', "train/state.json: names '', not an .arrow file"),
+    ):
+        Path("saved/dataset_dict.json").write_text(splits)
+        Path("saved/train/state.json").write_text(files)
+        with pytest.raises(DataError, match=problem):
+            load_manifest("saved")

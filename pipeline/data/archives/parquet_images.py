@@ -29,7 +29,7 @@ def hugging_face_features(schema: "pa.Schema") -> dict[str, Any]:
     try:
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = stored.get("info", {}).get("features", {})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # of JSON that is nested too deeply
         return {}
     return features if isinstance(features, dict) else {}
 

@@ -14,7 +14,7 @@ def tar_index(archive: str, file: BinaryIO) -> Index:
     """Return the index of a tar. DataError for a damaged or incomplete archive, and for links, devices and sparse files."""
     try:
         return index_of(archive, _members(archive, file))
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:  # thousands of headers for one member
         if isinstance(error, DataError):
             raise
         raise _incomplete(archive, str(error)) from error
@@ -35,6 +35,8 @@ def _members(archive: str, file: BinaryIO) -> Iterator[Member]:
                 if not entry.isreg() or entry.sparse is not None:
                     kind = "sparse file" if entry.isreg() else "device or pipe"
                     raise DataError(f"{archive}: the member {entry.name!r} is a {kind}; archives may hold plain files")
+            if entry.size < 0:  # `tarfile` would read the same headers again, without an end
+                raise _incomplete(archive, f"the member {entry.name!r} has a negative size")
             if entry.offset_data + entry.size > size:
                 raise _incomplete(archive, f"the member {entry.name!r} is cut off")
             if folder or entry.isreg():

@@ -29,7 +29,7 @@ def zip_index(archive: str, file: BinaryIO) -> Index:
 def _members(archive: str, entries: list[zipfile.ZipInfo], size: int) -> Iterator[Member]:
     for entry in entries:
         name = _name(archive, entry)
-        if not hidden(name) and not entry.is_dir():
+        if not hidden(name) and not name.endswith("/"):
             _check(archive, name, entry)
         if entry.header_offset < 0 or entry.header_offset + entry.compress_size > size:
             raise DataError(f"{archive}: the member {name!r} is outside the archive, which is damaged; copy it again")

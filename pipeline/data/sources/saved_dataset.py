@@ -25,7 +25,7 @@ class SavedDatasetSource(Source):
         root = Path(self.name)
         if not (root / SPLITS).is_file():
             return rows_of(self.name, Shards(root, [Shard(file, "") for file in _files(root)]), labelled=labelled)
-        splits = _json(root / SPLITS).get("splits", [])
+        splits = _list(root / SPLITS, "splits")
         unknown = [split for split in splits if not split_of(str(split))]
         if unknown:
             raise DataError(
@@ -40,17 +40,25 @@ def _files(folder: Path) -> list[str]:
     state = _json(folder / STATE)
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: its rows are a selection; call `flatten_indices()` before `save_to_disk`")
-    files = [str(file.get("filename", "")) for file in state.get("_data_files", [])]
+    entries = _list(folder / STATE, "_data_files")
+    files = [str(entry.get("filename", "")) if isinstance(entry, dict) else "" for entry in entries]
     odd = [file for file in files if "/" in file or not file.endswith(".arrow")]
     if odd or not files:
         raise DataError(f"{folder / STATE}: names {odd[0] if odd else 'no file'!r}, not an .arrow file in the folder")
     return files
 
 
+def _list(file: Path, key: str) -> list[Any]:
+    content = _json(file).get(key, [])
+    if not isinstance(content, list):
+        raise DataError(f"{file}: {key!r} is not a list; save the data set again")
+    return content
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}); save the data set again") from error
     if not isinstance(content, dict):
         raise DataError(f"{file}: is not a JSON object; save the data set again")

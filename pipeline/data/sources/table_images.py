@@ -53,7 +53,7 @@ def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
         for column in dict.fromkeys([*columns, *added]):
             columns.setdefault(column, [""] * count).extend(added.get(column, [""] * size))
         count += size
-    table = normalised(Table(Path(name), columns))
+    table = normalised(Table(Path(name), columns, name=name))
     if labelled and "label" not in table.columns:
         raise table.lacks("label", needed="an image and label[,split,text]")
     return Rows(

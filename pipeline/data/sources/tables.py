@@ -48,7 +48,7 @@ class Table:
     """The content of a table.
 
     columns: name → text of each row, "" if missing; lines: line of each row in a text file, empty for Parquet; list_columns: columns that
-    contain lists; notes: columns that were read under another name.
+    contain lists; notes: columns that were read under another name; name: as the user gave it, if it is a URL or a pattern.
     """
 
     path: Path
@@ -56,9 +56,15 @@ class Table:
     lines: Sequence[int] = ()
     list_columns: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    name: str = ""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
+
+    @property
+    def title(self) -> str:
+        """The name of the table in errors: a path would lose a slash of a URL."""
+        return self.name or str(self.path)
 
     @cached_property
     def folder(self) -> Path:
@@ -71,7 +77,7 @@ class Table:
 
     def where(self, row: int) -> str:
         """Return the location of a row, counted from 0, for an error: `m.csv, line 3`."""
-        return f"{self.path}, line {self.lines[row]}" if self.lines else f"{self.path}, row {row + 1}"
+        return f"{self.title}, line {self.lines[row]}" if self.lines else f"{self.title}, row {row + 1}"
 
     def file(self, row_path: str) -> str:
         """Return the file path of a value of the column path."""
@@ -82,7 +88,7 @@ class Table:
         has = ", ".join(name if name.isidentifier() else repr(name) for name in self.columns)
         like = [f"{name!r} to {column}" for column in columns for name in self.columns if _is_synonym(name, column)]
         return DataError(
-            f"{self.path}: no column {' or '.join(map(repr, columns))}; columns: {has}; needed: {needed}"
+            f"{self.title}: no column {' or '.join(map(repr, columns))}; columns: {has}; needed: {needed}"
             + (
                 f"; rename {' or '.join(like)}, if it has this meaning"
                 if like
@@ -107,7 +113,7 @@ def read_table(path: Path) -> Table:
 def normalised(table: Table) -> Table:
     """Return the table with Refract's column names, and trimmed paths, labels and splits. DataError as `read_table`."""
     if not len(table):
-        raise DataError(f"{table.path}: the manifest has no rows")
+        raise DataError(f"{table.title}: the manifest has no rows")
     return _normalised(_renamed(table))
 
 
@@ -306,7 +312,7 @@ def _renamed(table: Table) -> Table:
         same = [name for name in table.columns if _folded(name) == column]
         if column not in table.columns and len(same) > 1:
             raise DataError(
-                f"{table.path}: {' and '.join(map(repr, same))} both denote the column {column}; rename one"
+                f"{table.title}: {' and '.join(map(repr, same))} both denote the column {column}; rename one"
             )
         if column not in table.columns and same:
             new_names[same[0]] = column

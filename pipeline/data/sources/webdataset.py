@@ -39,12 +39,13 @@ def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
     columns, count = dict[str, list[str]](), 0
     for shard in shards.files:
         for row in _samples(shards.file(shard), shard):
-            for column in row.keys() - columns.keys():
-                columns[column] = [""] * count
+            for column in row:  # in their order, which that of a set would change in each process
+                if column not in columns:
+                    columns[column] = [""] * count
             for column, values in columns.items():
                 values.append(row.get(column, ""))
             count += 1
-    table = normalised(Table(Path(name), {"path": [], **columns}))
+    table = normalised(Table(Path(name), {"path": [], **columns}, name=name))
     if labelled and "label" not in table.columns:
         raise DataError(f"{name}: no sample has a label; write KEY.cls, or KEY.json with the field `label`")
     metadata = {column: values for column, values in table.columns.items() if column not in COLUMNS}
@@ -120,7 +121,7 @@ def _fields(member: str, data: bytes) -> dict[str, str]:
     """Return the fields of a JSON object as columns; `label`, `text` and `split` also from other names."""
     try:
         content = json.loads(_decoded(member, data))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{member}: is not JSON ({error}); write an object") from error
