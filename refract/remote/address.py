@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from refract.errors import InputError
 from refract.models.credentials import masked
@@ -66,10 +66,12 @@ def joined(base: str, path: str) -> str:
         return checked(path)
     if re.match(r"[A-Za-z][\w+.-]*:", path):
         raise AddressError(f"{masked(path)}: is not a path below {base}, nor a URL with {', '.join(SCHEMES)}")
-    # `urljoin` knows the schemes of the web only.
-    parts = urlsplit(base)
-    joined_path = urljoin(f"http://host{parts.path}/", path.replace("?", "%3F").replace("#", "%23"))
-    target = urlsplit(joined_path)
+    web = scheme_of(base).startswith("http")
+    host, _, folder = base.partition("://")[2].partition("/")
+    # The names of other stores are no URLs: `?`, `#` and `%` have no meaning in them. `urljoin` knows the schemes of the web only.
+    quoted = (lambda name: name.replace("#", "%23")) if web else (lambda name: quote(name, safe="/"))
+    target = urlsplit(urljoin(f"http://host/{quoted(folder)}".rstrip("/") + "/", quoted(path)))
     if target.netloc != "host":
-        raise AddressError(f"{path}: is not a path below {base}; write the whole URL")
-    return urlunsplit((parts.scheme, parts.netloc, target.path.replace("%3F", "?").replace("%23", "#"), "", ""))
+        raise AddressError(f"{masked(path)}: is not a path below {base}; write the whole URL")
+    inside = f"{target.path}?{target.query}" if target.query else target.path
+    return checked(f"{scheme_of(base)}://{host}{inside if web else unquote(inside)}")

@@ -82,6 +82,8 @@ def blocks(item: RemoteObject) -> Iterator[bytes]:
             for block in store_of(item.url).read(item, done):
                 digest.update(block)
                 done += len(block)
+                if 0 <= item.size < done:  # before an endless response fills the memory
+                    raise ChangedError(item.url)
                 yield block
             if done < item.size:
                 raise ConnectionError(f"the transfer ended after {done:,} of {item.size:,} bytes")

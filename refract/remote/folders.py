@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from refract.cache_folder import VARIABLE, cache_folder
@@ -91,5 +92,6 @@ def _download(url: str, items: Sequence[RemoteObject], target: Path) -> None:
 def _remove_unused(root: Path) -> None:
     before = time.time() - UNUSED_S
     for folder in root.iterdir():
-        if folder.stat().st_mtime < before:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has renamed its temporary folder
+            if folder.stat().st_mtime < before:
+                shutil.rmtree(folder, ignore_errors=True)

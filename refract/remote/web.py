@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import httpx
 
 _CONNECT_S, _READ_S = 10, 30
+_NO_HEAD = (405, 501)
+"""Codes of a server without the method HEAD."""
 _LATER = (408, 425, 429)
 """Codes below 500 that ask for another attempt."""
 _UNVERSIONED = uuid.uuid4().hex
@@ -30,7 +32,7 @@ class WebFiles:
 
     def info(self, url: str) -> RemoteObject:
         with self._open("HEAD", url) as response:
-            if response.status_code not in (405, 501):
+            if response.status_code not in _NO_HEAD:
                 return _object(url, response, response.headers.get("content-length"))
         with self._open("GET", url, {"range": "bytes=0-0"}) as response:
             ranged = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("content-range", ""))
@@ -52,7 +54,13 @@ class WebFiles:
         with self._open("GET", url, {**headers, **ranged}) as response:
             if version is not None and _version(response) != version:
                 raise ChangedError(url)
-            skipped = start if start and response.status_code != 206 else 0  # a server without ranges sends all
+            partial = response.status_code == 206
+            skipped = 0 if partial else start  # a server without ranges sends all
+            sent = response.headers.get("content-range", "")
+            if partial and not sent.startswith(f"bytes {start}-"):
+                raise ConnectionError(
+                    f"the server sent {sent or 'no content-range'!r} in place of the bytes from {start:,} on"
+                )
             for block in response.iter_raw(1 << 20):
                 yield block[skipped:]
                 skipped = max(0, skipped - len(block))
@@ -94,6 +102,7 @@ class _Response:
 
     def __init__(self, client: "httpx.Client", method: str, url: str, headers: dict[str, str]) -> None:
         self.url, self._stream = url, client.stream(method, url, headers=headers)
+        self._allowed = _NO_HEAD if method == "HEAD" else ()
 
     def __enter__(self) -> "httpx.Response":
         import httpx
@@ -101,11 +110,13 @@ class _Response:
         try:
             response = self._stream.__enter__()
         except httpx.UnsupportedProtocol as error:
-            raise RefusedError(f"{self.url}: {error}") from error
+            raise RefusedError(
+                f"{self.url}: redirects to a URL of another kind ({error}); name a URL of http:// or https://"
+            ) from error
         except httpx.HTTPError as error:
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
         code = response.status_code
-        if code < 400 or code in (405, 501):
+        if 200 <= code < 300 or code in self._allowed:
             return response
         self._stream.__exit__(None, None, None)
         if code in (404, 410):

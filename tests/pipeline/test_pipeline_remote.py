@@ -23,7 +23,7 @@ from refract.pipeline.data.manifest import Manifest, load_manifest
 from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import write_splits
 from refract.pipeline.inference.batch.listing import listing_of
-from refract.remote import client, object_store
+from refract.remote import client, folders, object_store
 from refract.remote.address import AddressError, checked, joined
 from refract.remote.client import RemoteError
 
@@ -281,6 +281,42 @@ def test_relative_urls_are_joined_within_their_host() -> None:
     assert joined("s3://data/a", "../b c?.png") == "s3://data/b c?.png"
     assert joined("https://host:8000/a", "/b.png") == "https://host:8000/b.png"
     assert joined("s3://data/a", "https://other/b.png") == "https://other/b.png"
+    # A name in a store is no URL; in a relative URL, `?` starts a query, and a name with `#` is meant.
+    for name in ("a#1.png", "a%231.png", "100%.png", "a;b.png", "a\tb.png", "é [1]*.png"):
+        assert joined("s3://data/a#b%20", f"./{name}") == f"s3://data/a#b%20/{name}"
+    assert joined("https://host/a", "b#1.png") == joined("https://host/a", "b%231.png") == "https://host/a/b%231.png"
+    assert joined("https://host/a", "b?id=1") == "https://host/a/b?id=1"
+    assert joined("https://host", "b.png") == "https://host/b.png"
+    with pytest.raises(AddressError, match="contains a password"):
+        joined("https://host/a", "b.png?sig=hunter2secret")
     for path in ("file:///etc/passwd", "//other/b.png", "gs://bucket/b.png", "C:/b.png"):
         with pytest.raises(AddressError):
             joined("s3://data/a", path)
+
+
+def test_names_with_marks_of_urls_are_read_as_they_are(server: ObjectServer) -> None:
+    names = ["a b", "a#b", "a?b", "a%20b", "a+b", "é", "[a]*", "a&b=c"]
+    for number, name in enumerate(names):
+        server.put(f"marks/x #?%/{name}.png", b"x%d" % number)
+        server.put(f"marks/y/{name}.png", b"y%d" % number)
+    manifest = load_manifest("s3://data/marks")
+    expected = {f"s3://data/marks/x #?%/{name}.png": b"x%d" % number for number, name in enumerate(names)}
+    expected |= {f"s3://data/marks/y/{name}.png": b"y%d" % number for number, name in enumerate(names)}
+    assert {sample.path: sample.read() for sample in manifest.samples} == expected
+    rows = "".join(f"{url.rpartition('/')[2]},{i % 2}\n" for i, url in enumerate(expected) if "/x" in url)
+    server.put("marks/x #?%/m.csv", f"path,label\n{rows}".encode())
+    table = load_manifest("s3://data/marks/x #?%/m.csv")
+    assert {sample.path: sample.read() for sample in table.samples}.items() <= expected.items()
+
+
+def test_errors_of_remote_tables_of_images_name_the_url(server: ObjectServer) -> None:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"1"], "other": ["a"]}), file)
+    server.put("unlabelled.parquet", file.getvalue())
+    with pytest.raises(DataError, match="^s3://data/unlabelled.parquet: no column 'label'"):
+        load_manifest("s3://data/unlabelled.parquet")
+
+
+def test_a_download_that_another_process_renames_is_not_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".temporary").symlink_to("gone")
+    folders._remove_unused(tmp_path)

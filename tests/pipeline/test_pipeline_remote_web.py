@@ -1,7 +1,10 @@
 """Data at http:// and https://: tables and archives on a web server that fails now and then."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from object_server import ObjectServer
@@ -96,3 +99,69 @@ def test_what_a_web_server_lacks_is_reported(root: str, server: ObjectServer) ->
         RemoteError, match="http://127.0.0.1:9/a.zip: failed 6 times, at last with ConnectionError: ConnectError"
     ):
         load_manifest("http://127.0.0.1:9/a.zip")
+
+
+class OddHandler(BaseHTTPRequestHandler):
+    """Responses of servers that break the rules of HTTP. Every file claims 2 MiB of zeros at the method HEAD."""
+
+    protocol_version = "HTTP/1.1"
+    size = 2 << 20
+    sent = 0
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def respond(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in {"content_length": str(len(body)), "etag": '"1"', **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        with suppress(OSError):  # the client has closed the connection
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        refused = self.path == "/refused.png"
+        self.respond(405 if refused else 200, content_length="0" if refused else str(self.size))
+
+    def do_GET(self) -> None:
+        if self.path == "/refused.png":
+            self.respond(405, b"<html>not allowed</html>")
+        elif self.path == "/choices.png":
+            self.respond(300, b"<html>choose</html>")
+        elif self.path == "/local.png":
+            self.respond(302, location="file:///etc/passwd")
+        elif self.path == "/endless.png":
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("etag", '"1"')
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(200):
+                    self.wfile.write(bytes(1 << 20))
+                    OddHandler.sent += 1 << 20
+        elif "range" in self.headers:  # another range than the requested one, with the missing length
+            start = int(self.headers["range"].removeprefix("bytes=").rstrip("-"))
+            self.respond(206, b"1" * (self.size - start), content_range=f"bytes 0-{self.size - start - 1}/{self.size}")
+        else:
+            self.close_connection = True
+            self.respond(200, bytes(self.size * 3 // 4), content_length=str(self.size))
+
+
+def test_responses_that_are_not_the_file_are_never_its_content(root: str) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), OddHandler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        for name, problem in (
+            ("refused.png", "HTTP 405; check the URL"),
+            ("choices.png", "HTTP 300; check the URL"),
+            ("local.png", "redirects to a URL of another kind .*file.*; name a URL of http:// or https://"),
+            ("endless.png", "has changed while it was in use"),
+            ("ranges.png", "the server sent 'bytes 0-1048575/2097152' in place of the bytes from 1,048,576 on"),
+        ):
+            with pytest.raises(RemoteError, match=f"^{url}/{name}: .*{problem}"):
+                storage.read(f"{url}/{name}")
+        assert OddHandler.sent < 100 << 20  # the transfer ends where the file should
+    finally:
+        server.shutdown()
+        server.server_close()
