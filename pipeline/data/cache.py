@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol
 
 from refract.cache_folder import VARIABLE as FOLDER
 from refract.cache_folder import cache_folder
-from refract.pipeline.data.errors import DataError
+from refract.errors import ServiceError
 from refract.pipeline.files import open_file, written_atomically
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,8 @@ LOCKS = 64
 """Number of lock files of each kind of entries: different entries rarely wait for each other."""
 
 
-class CacheError(DataError, OSError):
-    """Raised if the cache cannot hold an entry. An OSError too, as it is raised where files are opened."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class CacheError(ServiceError):
+    """Raised if the cache cannot hold an entry. No OSError: an image that cannot be stored is not an unreadable image."""
 
 
 class Writer(Protocol):
@@ -53,11 +50,11 @@ def folder() -> Path:
 
 
 def limit() -> int:
-    """Return the largest size of the cache in bytes, from REFRACT_CACHE_SIZE. DataError for an invalid value."""
+    """Return the largest size of the cache in bytes, from REFRACT_CACHE_SIZE. CacheError for an invalid value."""
     text = os.environ.get(SIZE, "") or DEFAULT_SIZE
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise DataError(f"{SIZE}: {text!r} is not a size; write a number of bytes, or a number with KB, MB, GB or TB")
+        raise CacheError(f"{SIZE}: {text!r} is not a size; write a number of bytes, or a number with KB, MB, GB or TB")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
@@ -75,6 +72,8 @@ def opened(kind: str, key: str, write: Callable[[Writer], object], *, title: str
         except FileNotFoundError:
             _create(kind, path, write, title, sync)
             continue
+        except OSError as error:
+            raise _unusable(title, error) from error
         _record_use(file)
         return file
     raise CacheError(f"{title}: the cache {folder()} is too small for the data in use; raise {SIZE}")
@@ -90,8 +89,9 @@ def content(kind: str, key: str) -> bytes | None:
 
 
 def removed(kind: str, key: str) -> None:
-    """Remove the entry, as its content is damaged or out of date."""
-    _path(kind, key).unlink(missing_ok=True)
+    """Remove the entry, as its content is damaged or out of date. `opened` reports a cache that cannot be written."""
+    with suppress(OSError):
+        _path(kind, key).unlink()
 
 
 def _path(kind: str, key: str) -> Path:
@@ -110,11 +110,15 @@ def _create(kind: str, path: Path, write: Callable[[Writer], object], title: str
                 entry = _Entry(file, root, title)
                 write(entry)
     except OSError as error:
-        if isinstance(error, CacheError) or not str(error.filename or "").startswith(str(root.parent)):
+        if not str(error.filename or "").startswith(str(root.parent)):
             raise
-        raise CacheError(
-            f"{title}: cannot be stored in the cache {root} ({error.strerror}); set {FOLDER} to a folder with free space"
-        ) from error
+        raise _unusable(title, error) from error
+
+
+def _unusable(title: str, error: OSError) -> CacheError:
+    return CacheError(
+        f"{title}: cannot be stored in the cache {folder()} ({error.strerror}); set {FOLDER} to a writable folder with free space"
+    )
 
 
 class _Entry:

@@ -37,15 +37,20 @@ def list_files(url: str) -> Sequence[RemoteObject]:
     return items
 
 
-def version_of(url: str) -> RemoteObject:
-    """Return the version of a file that this process reads. FileNotFoundError, RemoteError."""
+def is_listed(url: str) -> bool:
+    """Return whether the version of a file is known, from a listing of this process or of a parent process."""
     if url not in _versions:
         for folder in _folders_above(url):
             _read_listing(folder)
-        if url not in _versions:
-            item = client.info(url)
-            with _lock:
-                _versions.setdefault(url, item)
+    return url in _versions
+
+
+def version_of(url: str) -> RemoteObject:
+    """Return the version of a file that this process reads. FileNotFoundError, RemoteError."""
+    if not is_listed(url):
+        item = client.info(url)
+        with _lock:
+            _versions.setdefault(url, item)
     return _versions[url]
 
 

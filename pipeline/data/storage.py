@@ -44,16 +44,16 @@ LOCAL = LocalFiles()
 class RemoteFiles:
     """Remote files, and the members of remote archives: `s3://bucket/photos.zip/cat/1.jpg`. Their libraries are imported on first use.
 
-    RemoteError if a server cannot be reached: the file may be good.
+    RemoteError if a server cannot be reached, CacheError if the cache cannot be written: the file may be good.
     """
 
     def open(self, path: str) -> BinaryIO:
         from refract.pipeline.data.archives.archive import archive_path, read_from_archive
-        from refract.pipeline.data.remote_files import content, whole_file
+        from refract.pipeline.data.remote_files import content, is_listed, whole_file
 
         where = archive_path(path)
         try:
-            if where is None:
+            if where is None or (where.member and is_listed(path)):  # a folder may be named as an archive
                 return io.BytesIO(content(path))
             if where.member:
                 return io.BytesIO(read_from_archive(where))

@@ -110,6 +110,8 @@ class _Errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, RefusedError):
             return
+        if isinstance(error, FileNotFoundError) and error.errno is None:  # its text is the name alone
+            raise FileNotFoundError(2, "No such file", self.url) from error
         if type(error).__name__ in _ANONYMOUS:
             raise RefusedError(f"{self.url}: no credentials; set {credentials_of(self.url)}") from error
         if isinstance(error, PermissionError):

@@ -22,6 +22,7 @@ from refract.pipeline.cli.predict import listed_images
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data import cache, storage
 from refract.pipeline.data.archives.archive import index_of_archive
+from refract.pipeline.data.cache import CacheError
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import draw_splits, write_splits
@@ -172,17 +173,24 @@ def test_an_archive_that_the_cache_cannot_hold_is_refused(archives: Path, monkey
     monkeypatch.setenv("REFRACT_CACHE_DIR", str(Path("small").absolute()))
     monkeypatch.setenv("REFRACT_CACHE_SIZE", "40KB")
     with pytest.raises(
-        DataError, match=r"a.tar.gz: is larger than the cache \(40,000 bytes\); raise REFRACT_CACHE_SIZE"
+        CacheError, match=r"a.tar.gz: is larger than the cache \(40,000 bytes\); raise REFRACT_CACHE_SIZE"
     ):
         load_manifest("a.tar.gz")
     assert not [*Path("small").glob("data/archives/*/*")]
     monkeypatch.setenv("REFRACT_CACHE_SIZE", "much")
-    with pytest.raises(DataError, match="REFRACT_CACHE_SIZE: 'much' is not a size"):
+    with pytest.raises(CacheError, match="REFRACT_CACHE_SIZE: 'much' is not a size"):
         load_manifest("a.tar.gz")
     monkeypatch.delenv("REFRACT_CACHE_SIZE")
     monkeypatch.setenv("REFRACT_CACHE_DIR", "/proc/nowhere")
-    with pytest.raises(DataError, match="cannot be stored in the cache /proc/nowhere/data .*; set REFRACT_CACHE_DIR"):
+    with pytest.raises(CacheError, match="cannot be stored in the cache /proc/nowhere/data .*; set REFRACT_CACHE_DIR"):
         load_manifest("a.tar.gz")
+    Path("file").touch()
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(Path("file").absolute()))
+    with pytest.raises(
+        CacheError, match=r"cannot be stored in the cache .*file/data \(Not a directory\); set REFRACT_CACHE_DIR"
+    ):
+        load_manifest("a.tar.gz")
+    assert load_manifest(archives / "photos.zip").samples  # an index is not worth an error
 
 
 def test_the_cache_removes_what_was_used_least_recently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +226,7 @@ def test_a_full_disk_is_reported_as_such_and_not_as_a_damaged_archive(
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # a write fails as on a full disk
         try:
             with pytest.raises(
-                DataError, match=f"{name}: cannot be stored in the cache .*File too large.*; set REFRACT"
+                CacheError, match=f"{name}: cannot be stored in the cache .*File too large.*; set REFRACT"
             ):
                 load_manifest(name)
         finally:

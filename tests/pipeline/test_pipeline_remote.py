@@ -4,6 +4,7 @@ import functools
 import io
 import operator
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from object_server import KEYS, ObjectServer
 from small_data import tar_of
 
 from refract.pipeline.data import remote_files, storage
+from refract.pipeline.data.cache import CacheError
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import Manifest, load_manifest
 from refract.pipeline.data.scan import scan
@@ -184,7 +186,7 @@ def test_remote_tables_name_urls_and_relative_paths(server: ObjectServer, archiv
     server.put("odd/a//1.png", b"1")
     with pytest.raises(DataError, match=r"s3://data/odd/a//1.png: the name has an empty part"):
         load_manifest("s3://data/odd")
-    with pytest.raises(DataError, match=r"s3://data/none.csv: cannot be read"):
+    with pytest.raises(DataError, match=r"s3://data/none.csv: cannot be read \(No such file\); check the URL"):
         load_manifest("s3://data/none.csv")
     with pytest.raises(DataError, match=r"s3://data/nothing: no such folder or file, or it is empty"):
         load_manifest("s3://data/nothing")
@@ -320,3 +322,30 @@ def test_errors_of_remote_tables_of_images_name_the_url(server: ObjectServer) ->
 def test_a_download_that_another_process_renames_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / ".temporary").symlink_to("gone")
     folders._remove_unused(tmp_path)
+
+
+def test_images_that_the_full_disk_of_the_cache_cannot_hold_are_not_unreadable_images(server: ObjectServer) -> None:
+    for name in ("a/1", "b/1"):
+        server.put(f"heavy/{name}.png", os.urandom(9000))
+    manifest = load_manifest("s3://data/heavy")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # a write fails as on a full disk
+    try:
+        with pytest.raises(
+            CacheError, match=r"heavy/a/1.png: cannot be stored in the cache .*; set REFRACT_CACHE_DIR to"
+        ):
+            scan(manifest.samples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_named_as_an_archive_is_read_as_a_folder(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x.zip/1", "y/1"):
+        server.put(f"named/{name}.png", name.encode())
+    manifest = load_manifest("s3://data/named")
+    assert [sample.read() for sample in manifest.samples] == [b"x.zip/1", b"y/1"]
+    monkeypatch.setattr(remote_files, "_versions", {})
+    monkeypatch.setattr(remote_files, "_searched", set())
+    assert manifest.samples[0].read() == b"x.zip/1"  # as in a worker process, by the listing of its parent

@@ -162,8 +162,8 @@ def _stored_index(archive: str, opened: _Opened) -> Index:
         with cache.opened("indexes", key, write, title=f"index of {archive}") as file:
             if not built:
                 return Index.from_bytes(file.readall())
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError) and not isinstance(error, cache.CacheError):
+    except (OSError, ValueError, cache.CacheError) as error:
+        if isinstance(error, DataError):
             raise  # of the archive
         log.debug("the index of %s is not stored: %s", archive, error)
         cache.removed("indexes", key)

@@ -6,7 +6,7 @@ import lzma
 import zlib
 from io import FileIO
 
-from refract.pipeline.data.cache import CacheError, Writer
+from refract.pipeline.data.cache import Writer
 from refract.pipeline.data.errors import DataError
 
 _BLOCK = 1 << 20
@@ -26,8 +26,6 @@ def unpack(archive: str, file: FileIO, target: Writer) -> None:
                 if size > largest:
                     raise DataError(f"{archive}: expands to more than {largest:,} bytes, as a decompression bomb does")
                 target.write(data)
-    except CacheError:
-        raise
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # of the cache

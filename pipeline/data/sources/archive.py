@@ -8,6 +8,7 @@ from refract.pipeline.data.sources.folders import split_of
 from refract.pipeline.data.sources.image_folder import image_rows, labelled_rows, one_class_per_image
 from refract.pipeline.data.sources.listed_files import ListedFiles
 from refract.pipeline.data.sources.source import Rows, Source
+from refract.remote.address import is_remote
 
 SUFFIXES = (*ZIPS, *TARS, *COMPRESSED)
 
@@ -54,7 +55,8 @@ def unreadable_archive(error: OSError, archive: str) -> DataError:
     """Return the error for an archive that cannot be opened or unpacked."""
     if isinstance(error, DataError):
         return error
-    return DataError(f"{archive}: cannot be read ({error.strerror or error}); make it readable, or copy it again")
+    remedy = "check the URL" if is_remote(archive) else "make it readable, or copy it again"
+    return DataError(f"{archive}: cannot be read ({error.strerror or error}); {remedy}")
 
 
 def _only_folder(files: ListedFiles, root: str) -> str:
