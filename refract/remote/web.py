@@ -1,5 +1,6 @@
 """Files of web servers, by HTTP."""
 
+import logging
 import os
 import re
 import uuid
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from refract.models.credentials import masked
 from refract.remote.address import credentials_of
 from refract.remote.store import ChangedError, RefusedError, RemoteObject
 
@@ -75,6 +77,7 @@ class WebFiles:
         if self._pid != os.getpid():  # connections do not survive a fork
             import httpx
 
+            logging.getLogger("httpx").addFilter(_mask)
             self._client = httpx.Client(
                 follow_redirects=True,
                 timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S),
@@ -82,6 +85,12 @@ class WebFiles:
             )
             self._pid = os.getpid()
         return self._client
+
+
+def _mask(record: logging.LogRecord) -> bool:
+    """Mask a record of httpx: it logs each request, and servers redirect to URLs with signatures."""
+    record.msg, record.args = masked(record.getMessage()), ()
+    return True
 
 
 def _netrc() -> "httpx.NetRCAuth | None":

@@ -1,5 +1,6 @@
 """Data at http:// and https://: tables and archives on a web server that fails now and then."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,6 +121,9 @@ class OddHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_HEAD(self) -> None:
+        if self.path == "/signed.png":
+            self.respond(302, location="/choices.png?X-Amz-Signature=hunter2secret")
+            return
         refused = self.path == "/refused.png"
         self.respond(405 if refused else 200, content_length="0" if refused else str(self.size))
 
@@ -147,21 +151,31 @@ class OddHandler(BaseHTTPRequestHandler):
             self.respond(200, bytes(self.size * 3 // 4), content_length=str(self.size))
 
 
-def test_responses_that_are_not_the_file_are_never_its_content(root: str) -> None:
+@pytest.fixture
+def odd(root: str) -> Iterator[str]:
+    """The URL of a server with `OddHandler`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), OddHandler)
     Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        for name, problem in (
-            ("refused.png", "HTTP 405; check the URL"),
-            ("choices.png", "HTTP 300; check the URL"),
-            ("local.png", "redirects to a URL of another kind .*file.*; name a URL of http:// or https://"),
-            ("endless.png", "has changed while it was in use"),
-            ("ranges.png", "the server sent 'bytes 0-1048575/2097152' in place of the bytes from 1,048,576 on"),
-        ):
-            with pytest.raises(RemoteError, match=f"^{url}/{name}: .*{problem}"):
-                storage.read(f"{url}/{name}")
-        assert OddHandler.sent < 100 << 20  # the transfer ends where the file should
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_responses_that_are_not_the_file_are_never_its_content(odd: str) -> None:
+    for name, problem in (
+        ("refused.png", "HTTP 405; check the URL"),
+        ("choices.png", "HTTP 300; check the URL"),
+        ("local.png", "redirects to a URL of another kind .*file.*; name a URL of http:// or https://"),
+        ("endless.png", "has changed while it was in use"),
+        ("ranges.png", "the server sent 'bytes 0-1048575/2097152' in place of the bytes from 1,048,576 on"),
+    ):
+        with pytest.raises(RemoteError, match=f"^{odd}/{name}: .*{problem}"):
+            storage.read(f"{odd}/{name}")
+    assert OddHandler.sent < 100 << 20  # the transfer ends where the file should
+
+
+def test_the_signature_of_a_redirection_reaches_no_log(odd: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert client.info(f"{odd}/signed.png").size == OddHandler.size
+    assert "X-Amz-Signature=***" in caplog.text
+    assert "hunter2secret" not in caplog.text
