@@ -24,6 +24,9 @@ ATTEMPTS = 6
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
 """Seconds before the second attempt, which double with each further one, and their bound."""
 
+UNMEASURED = 1 << 30
+"""Bytes of the largest file without a known size that is held in memory."""
+
 _T = TypeVar("_T")
 
 STORES: Mapping[str, Callable[[str], Store]] = MappingProxyType(
@@ -110,8 +113,17 @@ def _digest(item: RemoteObject) -> "hashlib._Hash":
 
 
 def read(item: RemoteObject) -> bytes:
-    """Return the content of a file. Raises as `blocks`."""
-    return b"".join(blocks(item))
+    """Return the content of a file. Raises as `blocks`, and RemoteError for a response of unknown size that may be endless."""
+    parts, size = list[bytes](), 0
+    for block in blocks(item):
+        parts.append(block)
+        size += len(block)
+        if item.size < 0 and size > UNMEASURED:
+            raise RemoteError(
+                f"{masked(item.url)}: the server names no size and sent more than {UNMEASURED:,} bytes; check the URL, "
+                "or copy the file to another server"
+            )
+    return b"".join(parts)
 
 
 def upload(path: Path, url: str) -> None:

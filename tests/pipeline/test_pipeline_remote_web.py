@@ -121,6 +121,11 @@ class OddHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_HEAD(self) -> None:
+        if self.path == "/unmeasured.png":
+            self.send_response(200)
+            self.send_header("etag", '"1"')
+            self.end_headers()
+            return
         if self.path == "/signed.png":
             self.respond(302, location="/choices.png?X-Amz-Signature=hunter2secret")
             return
@@ -134,7 +139,7 @@ class OddHandler(BaseHTTPRequestHandler):
             self.respond(300, b"<html>choose</html>")
         elif self.path == "/local.png":
             self.respond(302, location="file:///etc/passwd")
-        elif self.path == "/endless.png":
+        elif self.path in ("/endless.png", "/unmeasured.png"):
             self.close_connection = True
             self.send_response(200)
             self.send_header("etag", '"1"')
@@ -161,11 +166,13 @@ def odd(root: str) -> Iterator[str]:
     server.server_close()
 
 
-def test_responses_that_are_not_the_file_are_never_its_content(odd: str) -> None:
+def test_responses_that_are_not_the_file_are_never_its_content(odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "UNMEASURED", 5 << 20)
     for name, problem in (
         ("refused.png", "HTTP 405; check the URL"),
         ("choices.png", "HTTP 300; check the URL"),
         ("local.png", "redirects to a URL of another kind .*file.*; name a URL of http:// or https://"),
+        ("unmeasured.png", "the server names no size and sent more than 5,242,880 bytes; check the URL"),
         ("endless.png", "has changed while it was in use"),
         ("ranges.png", "the server sent 'bytes 0-1048575/2097152' in place of the bytes from 1,048,576 on"),
     ):
