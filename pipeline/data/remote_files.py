@@ -99,7 +99,6 @@ def _read_listing(folder: str) -> None:
     """Read the listing of a parent process, once."""
     if folder in _searched:
         return
-    _searched.add(folder)
     token = os.environ.get(_TOKEN, "")
     data = cache.content("listings", f"{token} {folder}") if token else None
     if data:
@@ -107,3 +106,4 @@ def _read_listing(folder: str) -> None:
         with _lock:
             for item in items:
                 _versions.setdefault(item.url, item)
+    _searched.add(folder)  # last: a thread that finds the folder here finds its versions too
