@@ -77,19 +77,22 @@ def printable(path: str) -> str:
 
 
 @contextmanager
-def locked(path: Path, otherwise: Exception) -> Iterator[None]:
-    """Hold an exclusive lock on the file, which is created, during the block. Raises `otherwise` if another process holds it.
+def locked(path: Path, otherwise: Exception | None = None) -> Iterator[int]:
+    """Hold an exclusive lock on the file, which is created, during the block. Yields the file's descriptor.
 
-    The lock of a process that died is free.
+    otherwise: is raised if another process holds the lock; None waits. The lock of a process that died is free. OSError.
     """
     import fcntl
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise otherwise from None
-        yield
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise otherwise or error from None
+        try:
+            yield handle
+        finally:  # closing is not enough: a process that was forked meanwhile has the descriptor too
+            fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)

@@ -3,14 +3,13 @@
 Threads, worker processes and ranks share it: an entry is written by one of them, under a lock, and appears complete or not at all.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -18,7 +17,7 @@ from typing import BinaryIO, Protocol
 from refract.cache_folder import VARIABLE as FOLDER
 from refract.cache_folder import cache_folder
 from refract.errors import ServiceError
-from refract.pipeline.files import open_file, written_atomically
+from refract.pipeline.files import locked, open_file, written_atomically
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ def _create(kind: str, path: Path, write: Callable[[Writer], object], title: str
     root = folder()
     try:
         (root / "locks").mkdir(parents=True, exist_ok=True)
-        with _locked(root / "locks" / f"{kind}-{int(path.name[:8], 16) % LOCKS}"):
+        with locked(root / "locks" / f"{kind}-{int(path.name[:8], 16) % LOCKS}"):
             if path.exists():  # another process has written it
                 return
             with written_atomically(path, sync=sync) as file:
@@ -140,16 +139,16 @@ class _Entry:
             self.counted += step
         try:
             return self.file.write(data)
-        except (
-            OSError
-        ) as error:  # of a full disk: without a name, it would seem to come from the data that are converted
-            error.filename = str(self.root)
+        except OSError as error:
+            error.filename = str(
+                self.root
+            )  # without a name, a full disk would seem to be an error of the converted data
             raise
 
 
 def _count(root: Path, size: int, limit: int) -> None:
     """Add bytes to the counter of the cache; remove entries if it exceeds the limit."""
-    with _locked(root / "locks" / "size") as handle:
+    with locked(root / "locks" / "size") as handle:
         text = os.pread(handle, 32, 0).decode()
         total = (int(text) if text.isdigit() else _measured(root)) + size
         if total > limit:
@@ -201,17 +200,3 @@ def _record_use(file: FileIO) -> None:
             os.utime(file.fileno())
         except OSError as error:  # a cache that others own
             log.debug("cache: cannot record the use of an entry: %s", error)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Hold an exclusive lock on a file, and wait for it. Yields the file's descriptor."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        fcntl.flock(
-            handle, fcntl.LOCK_UN
-        )  # a process that was forked meanwhile has the descriptor too, and would keep the lock
-        os.close(handle)

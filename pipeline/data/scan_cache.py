@@ -6,7 +6,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ import numpy as np
 from refract.cache_folder import cache_folder
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.data.storage import scheme_of
+from refract.pipeline.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,12 @@ class ScanCache:
     """
 
     _database: sqlite3.Connection | None = None
-    _turn: int | None = None  # file descriptor of the ranks' lock
     _versions = 0  # those of DECODERS, as one number
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file or cache_folder() / "checks.sqlite"
         self._added: list[tuple[object, ...]] = []
+        self._turn = ExitStack()  # holds the ranks' lock
 
     def __enter__(self) -> Self:
         for _ in range(2):
@@ -75,7 +76,7 @@ class ScanCache:
         self._store()
         if self._database is not None:
             self._database.close()
-        self._release()
+        self._turn.close()
 
     def states(self, samples: Sequence[Sample]) -> np.ndarray:
         """Return int64 N×4, the state of each sample's file; zeros for an image that is not in a local file, or whose file is too new."""
@@ -92,7 +93,7 @@ class ScanCache:
                 if max(facts.st_mtime_ns, facts.st_ctime_ns) <= settled:
                     state[:] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
         if not states.any():  # no check is stored, as of archives and remote files: the ranks work at the same time
-            self._release()
+            self._turn.close()
         return states
 
     def known(self, samples: Sequence[Sample], states: np.ndarray) -> Iterator[tuple[int, bytes, str]]:
@@ -114,17 +115,9 @@ class ScanCache:
 
     def _wait(self) -> None:
         """Wait for the lock of the ranks. The lock of a rank that died is free."""
-        import fcntl
-
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._turn = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(OSError):  # a network file system may have no locks
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
-
-    def _release(self) -> None:
-        if self._turn is not None:
-            os.close(self._turn)
-            self._turn = None
+            self._turn.enter_context(locked(self.file.with_suffix(".lock")))
 
     def _opened(self) -> sqlite3.Connection:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +168,7 @@ class ScanCache:
         if self._database is not None:
             self._database.close()
         self._database = None
-        self._release()  # the other ranks need not wait for checks that they do not get
+        self._turn.close()  # the other ranks need not wait for checks that they do not get
         if type(error) is sqlite3.DatabaseError:
             with suppress(OSError):  # the folder may be read-only
                 self.file.unlink(missing_ok=True)  # damaged, or not a database

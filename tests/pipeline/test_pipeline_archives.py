@@ -237,7 +237,7 @@ def test_a_full_disk_is_reported_as_such_and_not_as_a_damaged_archive(
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_that_was_forked_under_a_lock_does_not_keep_it(tmp_path: Path) -> None:
     lock, (end, start) = tmp_path / "lock", os.pipe()
-    with cache._locked(lock):
+    with cache.locked(lock):
         child = os.fork()
         if not child:  # as a loader's worker, which lives as long as the training
             os.close(start)
