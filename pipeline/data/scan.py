@@ -21,38 +21,33 @@ IMAGES = frozenset({"images"})
 Value = TypeVar("Value")
 
 
-class Digests(Mapping[str, str]):
-    """Key → SHA-256 in hexadecimal, stored in 32 bytes. rows: key → row of `blob`, which has 32 bytes per row."""
+class _Column(Mapping[str, Value]):
+    """Key → value, whose values are rows of bytes. rows: key → row of `blob`."""
 
     def __init__(self, rows: Mapping[str, int], blob: bytes) -> None:
         self.rows, self.blob = rows, blob
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Digests(_Column[str]):
+    """Key → SHA-256 in hexadecimal, stored in 32 bytes."""
 
     def __getitem__(self, key: str) -> str:
         start = 32 * self.rows[key]
         return self.blob[start : start + 32].hex()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class DifferenceHashes(Mapping[str, bytes]):
-    """Path → `difference_hash` of the image. rows: path → row of `blob`, whose rows are those of RECORD."""
-
-    def __init__(self, rows: Mapping[str, int], blob: bytes) -> None:
-        self.rows, self.blob = rows, blob
+class DifferenceHashes(_Column[bytes]):
+    """Path → `difference_hash` of the image, stored as in RECORD."""
 
     def __getitem__(self, path: str) -> bytes:
         start = (1 + HASH) * self.rows[path]
         return self.blob[start + 1 : start + 1 + HASH] if self.blob[start] else b""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -111,9 +106,7 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
     records, bad, remarks = _scan_images(list(images.values()))
     rows = {path: row for row, path in enumerate(images) if path not in bad}
     hashes = groups = scanned = Digests(rows, records["digest"].tobytes())
-    remarks = (
-        {path: remarks[path] for path in images if path in remarks} if remarks else {}
-    )  # in the order of the samples
+    remarks = {path: remarks[path] for path in images if path in remarks}  # in the order of the samples
     if "texts" in reads or any(sample.text or not sample.has_image for sample in samples):
         hashes, groups = _with_texts([sample for sample in samples if sample.path in rows], scanned, reads)
         scanned = Digests({path: row for path, row in rows.items() if images[path].has_image}, scanned.blob)

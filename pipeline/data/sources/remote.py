@@ -95,10 +95,10 @@ class RemoteFolderSource(Source):
     def _shards(self, names: Sequence[str], suffix: str) -> Shards | None:
         """Return the files with a suffix, if the folder has no images and they are not in further folders; else None."""
         visible = [name for name in names if not any(map(is_hidden, name.split("/")))]
-        found = [name for name in visible if name.lower().endswith(suffix)]
-        if not found or any(map(is_image, visible)):
+        files = [name for name in visible if name.lower().endswith(suffix)]
+        if not files or any(map(is_image, visible)):
             return None
-        if any(name[: name.rfind("/") + 1] not in _FOLDERS for name in found):
+        if any(name[: name.rfind("/") + 1] not in _FOLDERS for name in files):
             return None
-        shards = with_splits(self.name, found)
+        shards = with_splits(self.name, files)
         return Shards(None, [Shard(f"{self.name}/{shard.path}", shard.split) for shard in shards])

@@ -39,6 +39,18 @@ def has_range(name: str) -> bool:
     return _RANGE.search(name) is not None
 
 
+def shards_of(name: str, suffix: str) -> Shards:
+    """Return the files of a pattern, a file, a URL, or a folder with files of the suffix. DataError as `shards_of_pattern`."""
+    if has_range(name):
+        return shards_of_pattern(name)
+    if is_remote(name):
+        return Shards(None, [Shard(name, "")])
+    path = Path(name)
+    shards = Shards(path.parent, [Shard(path.name, "")]) if path.is_file() else shards_of_folder(name, suffix)
+    assert shards is not None  # the source recognises no other name
+    return shards
+
+
 def shards_of_pattern(name: str) -> Shards:
     """Return the files of a pattern with one or more ranges `{FIRST..LAST}`. DataError for an invalid range and for missing files."""
     names = [name]
@@ -64,17 +76,16 @@ def shards_of_pattern(name: str) -> Shards:
 def shards_of_folder(name: str, suffix: str) -> Shards | None:
     """Return the files with a suffix in a folder, or in its folder `data`, if it has no other folders and no images; else None."""
     root = Path(name)
-    if root.is_dir() and (found := _files(root, suffix, only="data")) == []:
+    files = _files(root, suffix, only="data")
+    if files == []:
         root = root / "data"
-        found = _files(root, suffix) if root.is_dir() else None
-    elif not root.is_dir():
-        found = None
-    return Shards(root, with_splits(name, sorted(found))) if found else None
+        files = _files(root, suffix)
+    return Shards(root, with_splits(name, sorted(files))) if files else None
 
 
 def _files(folder: Path, suffix: str, only: str = "") -> list[str] | None:
-    """Return the names of the files with a suffix. None if the folder has images, or a folder with another name than `only`."""
-    found, inner = list[str](), False
+    """Return the names of the files with a suffix. None if it is no folder, or has images, or a folder with another name than `only`."""
+    files, inner = list[str](), False
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -84,10 +95,10 @@ def _files(folder: Path, suffix: str, only: str = "") -> list[str] | None:
                     return None  # at the first entry of most folders, however many they have
                 inner = inner or entry.is_dir()
                 if entry.name.lower().endswith(suffix):
-                    found.append(entry.name)
+                    files.append(entry.name)
     except OSError:
         return None  # which is reported when the folder is read
-    return None if inner and found else found
+    return None if inner and files else files
 
 
 def with_splits(name: str, files: Sequence[str]) -> list[Shard]:

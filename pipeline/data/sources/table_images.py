@@ -14,7 +14,7 @@ from refract.pipeline.data.archives.parquet_images import (
 )
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.sources.archive import unreadable_archive
-from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of_folder, shards_of_pattern
+from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of, shards_of_folder
 from refract.pipeline.data.sources.source import Rows, Source
 from refract.pipeline.data.sources.tables import COLUMNS, Table, normalised, texts_of
 from refract.remote.address import is_remote
@@ -35,12 +35,12 @@ class ParquetImagesSource(Source):
             if has_range(name):
                 return True
             return (is_remote(name) or Path(name).is_file()) and has_images(name)
-        found = shards_of_folder(name, _SUFFIX) if Path(name).is_dir() else None
-        return found is not None and has_images(found.file(found.files[0]))
+        shards = shards_of_folder(name, _SUFFIX)
+        return shards is not None and has_images(shards.file(shards.files[0]))
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read the columns label, split and text; all others are metadata. The order is that of the files and their rows."""
-        return rows_of(self.name, _shards(self.name), labelled=labelled)
+        return rows_of(self.name, shards_of(self.name, _SUFFIX), labelled=labelled)
 
 
 def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
@@ -66,19 +66,6 @@ def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
         metadata={column: values for column, values in table.columns.items() if column not in COLUMNS},
         notes=table.notes,
     )
-
-
-def _shards(name: str) -> Shards:
-    if has_range(name):
-        return shards_of_pattern(name)
-    if is_remote(name):
-        return Shards(None, [Shard(name, "")])
-    path = Path(name)
-    if path.is_file():
-        return Shards(path.parent, [Shard(path.name, "")])
-    found = shards_of_folder(name, _SUFFIX)
-    assert found is not None
-    return found
 
 
 def has_images(file: str) -> bool:

@@ -10,7 +10,7 @@ from refract.pipeline.data.archives.archive import COMPRESSED, TARS, index_of_ar
 from refract.pipeline.data.archives.index import hidden
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.sources.archive import unreadable_archive
-from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of_folder, shards_of_pattern
+from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of, shards_of_folder
 from refract.pipeline.data.sources.source import Rows, Source
 from refract.pipeline.data.sources.tables import COLUMNS, SYNONYMS, Table, normalised
 from refract.remote.address import is_remote
@@ -26,12 +26,12 @@ class WebDatasetSource(Source):
     def recognises(cls, name: str) -> bool:
         if suffix_of(name) in (*TARS, *COMPRESSED):
             return has_range(name) or ((is_remote(name) or Path(name).is_file()) and has_samples(name))
-        found = shards_of_folder(name, TARS[0]) if Path(name).is_dir() else None
-        return found is not None and has_samples(found.file(found.files[0]))
+        shards = shards_of_folder(name, TARS[0])
+        return shards is not None and has_samples(shards.file(shards.files[0]))
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read the samples in the order of the tars and their members. The fields of `.json` other than label and text are metadata."""
-        return rows_of(self.name, _shards(self.name), labelled=labelled)
+        return rows_of(self.name, shards_of(self.name, TARS[0]), labelled=labelled)
 
 
 def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
@@ -51,17 +51,6 @@ def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
     metadata = {column: values for column, values in table.columns.items() if column not in COLUMNS}
     labels, splits, texts = (table.columns.get(column) for column in ("label", "split", "text"))
     return Rows(name, table.texts("path"), shards.folder, labels, splits, texts, metadata=metadata)
-
-
-def _shards(name: str) -> Shards:
-    if has_range(name):
-        return shards_of_pattern(name)
-    if is_remote(name):
-        return Shards(None, [Shard(name, "")])
-    path = Path(name)
-    found = Shards(path.parent, [Shard(path.name, "")]) if path.is_file() else shards_of_folder(name, TARS[0])
-    assert found is not None
-    return found
 
 
 def has_samples(tar: str) -> bool:
