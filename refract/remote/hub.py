@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,9 +40,11 @@ class HubFiles:
 
     def info(self, url: str) -> RemoteObject:
         place = _place(url)
-        with _Errors(url):
-            found = _api().get_paths_info(place.repository, [place.path], revision=place.revision, repo_type=place.kind)
-        files = [_object(url, entry) for entry in found if hasattr(entry, "blob_id") and entry.path == place.path]
+        with _errors_of(url):
+            entries = _api().get_paths_info(
+                place.repository, [place.path], revision=place.revision, repo_type=place.kind
+            )
+        files = [_object(url, entry) for entry in entries if hasattr(entry, "blob_id") and entry.path == place.path]
         if not files:
             raise FileNotFoundError(2, "No such file", url)
         return files[0]
@@ -49,7 +52,7 @@ class HubFiles:
     def list(self, url: str) -> Sequence[RemoteObject]:
         place = _place(url)
         root = url.removesuffix(place.path).rstrip("/")
-        with _Errors(url):
+        with _errors_of(url):
             entries = list(
                 _api().list_repo_tree(
                     place.repository, place.path or None, recursive=True, revision=place.revision, repo_type=place.kind
@@ -104,24 +107,19 @@ def _object(url: str, entry: Any) -> RemoteObject:
     return RemoteObject(url, int(entry.size), checksum, checksum)
 
 
-class _Errors:
-    """Translates the errors of the Hub's library."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
+@contextmanager
+def _errors_of(url: str) -> Iterator[None]:
+    """Translate the errors of the Hub's library."""
+    try:
+        yield
+    except Exception as error:  # of the library, whose classes are imported with it
         names = {kind.__name__ for kind in type(error).__mro__}
         if "EntryNotFoundError" in names:
-            raise FileNotFoundError(2, "No such file", self.url) from error
+            raise FileNotFoundError(2, "No such file", url) from error
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if names & {*_REFUSED} or status in (400, 401, 403):
             first = (str(error).splitlines() or [""])[0]
             raise RefusedError(
-                f"{self.url}: refused by the Hub ({type(error).__name__}: {first}); check the name, and {credentials_of(self.url)}"
+                f"{url}: refused by the Hub ({type(error).__name__}: {first}); check the name, and {credentials_of(url)}"
             ) from error
+        raise

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,17 @@ class ObjectStore:
         self._pid, self._filesystem = 0, None
 
     def info(self, url: str) -> RemoteObject:
-        with _Errors(url):
+        with _errors_of(url):
             entry = self._files().info(url)
         if entry.get("type") != "file":
             raise FileNotFoundError(2, "No such file", url)
         return self._object(url, entry)
 
     def list(self, url: str) -> Sequence[RemoteObject]:
-        with _Errors(url):
-            found = self._files().find(url, detail=True)
+        with _errors_of(url):
+            objects = self._files().find(url, detail=True)
         below = url.partition("://")[2].rstrip("/") + "/"
-        entries = [(str(entry["name"]), entry) for entry in found.values() if entry.get("type") == "file"]
+        entries = [(str(entry["name"]), entry) for entry in objects.values() if entry.get("type") == "file"]
         return [
             self._object(f"{self.scheme}://{name}", entry)
             for name, entry in sorted(entries, key=lambda pair: pair[0])
@@ -57,7 +58,7 @@ class ObjectStore:
         while start < item.size or (start == item.size == 0):
             whole = start == 0 and item.size <= BLOCK
             limits = {} if whole else {"start": start, "end": min(start + BLOCK, item.size)}
-            with _Errors(item.url):
+            with _errors_of(item.url):
                 data = self._files().cat_file(item.url, **limits)
             # Blocks of two versions must not be mixed: the checksum is that of one version, or the version is looked up again.
             if not (whole and item.checksum) and self.info(item.url).version != item.version:
@@ -68,7 +69,7 @@ class ObjectStore:
                 return
 
     def upload(self, path: Path, url: str) -> None:
-        with _Errors(url):
+        with _errors_of(url):
             self._files().put_file(str(path), url)
 
     def _files(self) -> Any:
@@ -98,23 +99,20 @@ def _filesystem(scheme: str) -> Any:
     return filesystem
 
 
-class _Errors:
-    """Translates the errors that no further attempt would change."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, RefusedError):
-            return
-        if isinstance(error, FileNotFoundError) and error.errno is None:  # its text is the name alone
-            raise FileNotFoundError(2, "No such file", self.url) from error
+@contextmanager
+def _errors_of(url: str) -> Iterator[None]:
+    """Translate the errors that no further attempt would change."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except FileNotFoundError as error:
+        if error.errno is None:  # its text is the name alone
+            raise FileNotFoundError(2, "No such file", url) from error
+        raise
+    except PermissionError as error:
+        raise RefusedError(f"{url}: access denied ({error}); check the name, and {credentials_of(url)}") from error
+    except Exception as error:  # of the library, whose classes are imported with it
         if type(error).__name__ in _ANONYMOUS:
-            raise RefusedError(f"{self.url}: no credentials; set {credentials_of(self.url)}") from error
-        if isinstance(error, PermissionError):
-            raise RefusedError(
-                f"{self.url}: access denied ({error}); check the name, and {credentials_of(self.url)}"
-            ) from error
+            raise RefusedError(f"{url}: no credentials; set {credentials_of(url)}") from error
+        raise

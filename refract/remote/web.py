@@ -129,7 +129,7 @@ class _Response:
             return response
         self._stream.__exit__(None, None, None)
         if code in (404, 410):
-            raise FileNotFoundError(2, "No such file (HTTP 404)", self.url)
+            raise FileNotFoundError(2, f"No such file (HTTP {code})", self.url)
         if code >= 500 or code in _LATER:
             raise ConnectionError(f"HTTP {code}")
         raise RefusedError(f"{self.url}: HTTP {code}; check the URL, and {credentials_of(self.url)}")
