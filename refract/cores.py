@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,9 @@ def _quota(file: Path) -> int | None:
         return None
 
 
-def mapped(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None) -> Iterator[Result]:
+def mapped(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
+) -> Generator[Result, None, None]:
     """Yield `work(item)` of each item, in order, computed by threads: one for each core by default.
 
     At most AHEAD · TASK items for each thread are taken ahead of the results, so that a million items need no more memory than a thousand.

@@ -14,7 +14,7 @@ from refract.cores import cores, mapped
 from refract.models.multimodal.tokens import Tokens
 from refract.models.training.lightning_imports import lightning
 from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, init_worker, named, targets_of
-from refract.pipeline.data.loader import Loader, plan_workers, shared_memory_free
+from refract.pipeline.data.loader import MOST_WORKERS, Loader, plan_workers, shared_memory_free
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.train_order import RankShard, TrainOrder
 from refract.pipeline.processes import worker_context
@@ -64,7 +64,7 @@ class ImageDataModule(lightning.LightningDataModule):
         if workers is None:
             first = next((sample for sample in manifest.samples if sample.has_image), None)
             no_files = not reads_images or first is None or first.data is not None
-            workers = 0 if self.in_memory or no_files else min(8, cores())
+            workers = 0 if self.in_memory or no_files else min(MOST_WORKERS, cores())
         self.workers, self.shared = plan_workers(workers, self._batch_bytes(augmenter, views), shared_memory_free())
         decode_whole = partial(decode, color_profile=augmenter.color_profile)
         pixels = decoded(train, decode_whole, "decoding") if self.in_memory else None

@@ -30,6 +30,8 @@ PREFETCH = 2
 """Batches that each worker loads ahead."""
 SPARE = 2
 """Batches outside the queue: the network's current batch and the next one."""
+MOST_WORKERS = 8
+"""Worker processes that `data.workers: null` starts at most."""
 SEMAPHORES = 64 << 10
 """Upper bound of the shared memory of a loader's queues and locks, in bytes per worker."""
 PATIENCE_S = 2.0
@@ -164,8 +166,8 @@ class _Watched(_MultiProcessingDataLoaderIter):
 def _own_message(error: RefractError) -> RefractError:
     """Return the error of a worker with its message alone."""
     kind = type(error)
-    _, found, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
-    return kind(message.rstrip()) if found else error
+    _, mark, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    return kind(message.rstrip()) if mark else error
 
 
 _iterators: "weakref.WeakSet[_Watched]" = weakref.WeakSet()

@@ -91,15 +91,15 @@ def from_store(stored: Stored, samples: Sequence[Sample], *, task: str, temperat
     measured = mapped(partial(_measured, model.preprocess), samples if has_image else ())
     keys = []
     for index, key in enumerate(tracked(iter(embedded.keys), "measuring images", len(samples), unit="samples")):
-        found = next(measured, None)
-        if key is None or isinstance(found, Exception):
-            outputs.bad.setdefault(samples[index].path, str(found))
+        image = next(measured, None)
+        if key is None or isinstance(image, Exception):
+            outputs.bad.setdefault(samples[index].path, str(image))
             continue
         outputs.readable.append(index)
         keys.append(key)
-        if found is not None:
-            outputs.statistics.append(found[0])
-            outputs.sizes.append(found[1])
+        if image is not None:
+            outputs.statistics.append(image[0])
+            outputs.sizes.append(image[1])
     if keys:
         outputs.features = store.vectors(keys)
         logits = logits_of_embeddings(model.classifier.network, torch.from_numpy(outputs.features))

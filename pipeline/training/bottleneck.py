@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.data.loader import MOST_WORKERS
 from refract.pipeline.training.profile import WAITS, Profile
-
-MOST_WORKERS = 8
-"""Loader processes that `data.workers: null` starts at most."""
 
 MEMORY = 0.5
 """Fraction of the available memory that decoded images may take."""
@@ -41,7 +39,7 @@ def explanation(profile: Profile) -> str:
 def proposals(profile: Profile, config: Config) -> list[Proposal]:
     """Return the settings to try for the bottleneck, the most promising first."""
     stage = profile.bottleneck
-    found = []
+    options = []
     if profile.stages["wait"] > WAITS * profile.step:
         workers = min(MOST_WORKERS, profile.cores)
         if (
@@ -49,34 +47,36 @@ def proposals(profile: Profile, config: Config) -> list[Proposal]:
             and config.data.memory != "always"
             and profile.decoded_bytes < MEMORY * available_memory()
         ):
-            found.append(Proposal("keeps the decoded images in memory", {"data.memory": "always"}))
+            options.append(Proposal("keeps the decoded images in memory", {"data.memory": "always"}))
         if profile.workers < workers:
-            found.append(Proposal("more processes load images", {"data.workers": workers}))
+            options.append(Proposal("more processes load images", {"data.workers": workers}))
         if stage == "decode":
             side = round(1.15 * max(config.data.sides()))
-            found.append(Proposal(f"store the images smaller, with a shorter side of about {side} pixels", {}))
+            options.append(Proposal(f"store the images smaller, with a shorter side of about {side} pixels", {}))
         if stage == "augment" and profile.slowest is not None:
             name, milliseconds = profile.slowest
-            found.append(
+            options.append(
                 Proposal(f"lower the `p` of {name}, which takes {milliseconds:.2f} ms an image, or remove it", {})
             )
-        return found
+        return options
     if stage in ("forward", "backward"):
         if config.trainer.precision == "fp32":
-            found.append(Proposal("computes in 16 bits if the device is faster in them", {"trainer.precision": "auto"}))
+            options.append(
+                Proposal("computes in 16 bits if the device is faster in them", {"trainer.precision": "auto"})
+            )
         side = min(config.data.sides())
         if side >= 64:
             smaller = {"data.image_size": side * 3 // 4 // 8 * 8}
-            found.append(Proposal("smaller images; check the accuracy", smaller))
-        found.append(Proposal("a smaller network", {}))
+            options.append(Proposal("smaller images; check the accuracy", smaller))
+        options.append(Proposal("a smaller network", {}))
     if stage in ("optimiser", "callbacks"):
         if stage == "optimiser" and config.optim.name not in ("adamw", "sgd"):
-            found.append(Proposal("a cheaper optimiser; check the accuracy", {"optim.name": "adamw"}))
+            options.append(Proposal("a cheaper optimiser; check the accuracy", {"optim.name": "adamw"}))
         doubled = {"data.batch_size": 2 * config.data.batch_size}
-        found.append(Proposal("fewer steps for the same images; check the accuracy", doubled))
+        options.append(Proposal("fewer steps for the same images; check the accuracy", doubled))
     if stage == "transfer":
-        found.append(Proposal("keeps the images on the device", {"data.memory": "always"}))
-    return found
+        options.append(Proposal("keeps the images on the device", {"data.memory": "always"}))
+    return options
 
 
 def available_memory() -> int:

@@ -64,7 +64,7 @@ class Profile:
 
     step: milliseconds of a step; stages: stage → its milliseconds in a step, of the process for STEP_STAGES, of one core for
     INPUT_STAGES; workers, cores: loader processes, and cores that the process may use; slowest: name and milliseconds of the slowest
-    augmentation of an image; decoded_bytes: of all training images in memory, estimated.
+    augmentation of an image; decoded_bytes: memory of all decoded training images in bytes, estimated.
     """
 
     step: float
