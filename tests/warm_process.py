@@ -211,7 +211,7 @@ def _is_refract(
         traceback.print_exc()
         status = 1
     # As Python ends, without clearing each module: that takes time, and libraries that the program did not import complain.
-    threading._shutdown()  # type: ignore[attr-defined]  # not public
+    threading._shutdown()  # type: ignore[attr-defined]  # Python's own end calls it; typeshed lists public names
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

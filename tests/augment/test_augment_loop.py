@@ -5,8 +5,10 @@ import hashlib
 import io
 import pickle
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -203,7 +205,7 @@ def test_plain_indices_draw_epoch_zero() -> None:
     np.testing.assert_array_equal(dataset[5][0], AUGMENTER(IMAGES[5], epoch=0, index=5))
     np.testing.assert_array_equal(dataset[-1][0], dataset[COUNT - 1][0])
     np.testing.assert_array_equal(dataset[np.int64(5)][0], dataset[torch.tensor(5)][0])
-    labels = [label for _, label in dataset]  # type: ignore[attr-defined]  # Python iterates by `__getitem__`
+    labels = [label for _, label in cast("Iterable[tuple[object, int]]", dataset)]  # Python iterates by `__getitem__`
     assert labels == list(range(COUNT)) and len(dataset) == COUNT
     subset = Subset(dataset, [4, 2])
     np.testing.assert_array_equal(subset[1][0], AUGMENTER(IMAGES[2], epoch=0, index=2))

@@ -85,7 +85,7 @@ class Shell:
         else:
             program = {"python": sys.executable}.get(program, program)
             if shutil.which(program) is None:
-                pytest.skip(f"{program} is not installed")
+                pytest.skip(f"needs {program} (Debian's package {program})")
             done = subprocess.run(
                 [program, *arguments],
                 cwd=self.folder,

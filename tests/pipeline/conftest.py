@@ -54,6 +54,19 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read remote files as a new process with an empty cache, and wait little between attempts."""
+    from refract.pipeline.data import remote_files
+    from refract.remote import client
+
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(remote_files, "_versions", {})
+    monkeypatch.setattr(remote_files, "_searched", set())
+    client._store.cache_clear()  # whose connections are those of an earlier test's server
+
+
 @pytest.fixture(scope="session")
 def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet weights of timm/tf_efficientnet_lite0."""

@@ -28,7 +28,7 @@ def test_few_items_are_taken_ahead_of_the_results() -> None:
     results = mapped(lambda item: item, source(), threads=2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     assert len(taken) <= (AHEAD * 2 + 1) * TASK
-    results.close()  # type: ignore[attr-defined]  # a generator
+    results.close()
 
 
 def test_few_large_items_are_divided_among_the_threads() -> None:

@@ -377,7 +377,16 @@ def test_a_network_that_computes_more_after_its_head_is_measured_without_the_sto
     hook.remove()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_store_that_cannot_be_created_is_left_alone(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    measured = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)), features=file / "features")
+    assert measured.drift.count == 120 and "Not a directory" in caplog.text and file.read_bytes() == b""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere, and `os.access` says so")
 def test_a_read_only_store_is_left_alone(bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, features = bundle_model(bundle), tmp_path / "features"
     store = FeatureStore(features, model.key, model.record)

@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from refract.pipeline.data import remote_files, storage
+from refract.pipeline.data import storage
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import load_manifest
-from refract.remote import client
 from refract.remote.client import RemoteError
 
 TOKEN = "hf_not_a_real_token"
@@ -96,13 +95,10 @@ class Hub:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(new_cache: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(remote_files, "_versions", {})
     yield hub
     hub.close()
 

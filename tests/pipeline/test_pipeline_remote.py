@@ -29,6 +29,8 @@ from refract.remote import client, folders, object_store
 from refract.remote.address import AddressError, checked, joined
 from refract.remote.client import RemoteError
 
+pytestmark = pytest.mark.usefixtures("new_cache")
+
 
 @pytest.fixture(scope="module")
 def server(archives: Path) -> Iterator[ObjectServer]:
@@ -39,14 +41,6 @@ def server(archives: Path) -> Iterator[ObjectServer]:
         server.put(name, (archives / name).read_bytes())
     yield server
     server.close()
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache, and short waits."""
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
-    forget(monkeypatch)
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:

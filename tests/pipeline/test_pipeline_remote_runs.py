@@ -19,10 +19,9 @@ from refract.pipeline.data import remote_files
 from refract.pipeline.retraining.snapshot import Snapshot, changed, take
 from refract.pipeline.retraining.workspace import workspace_of
 from refract.pipeline.training.run import train
-from refract.remote import client
 from refract.remote.client import RemoteError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("new_cache")]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +30,6 @@ def server(archives: Path) -> Iterator[ObjectServer]:
     server.put_folder(archives / "images", "images")
     yield server
     server.close()
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
 
 
 def settings(source: str, runs: Path, name: str, workers: int) -> dict[str, dict[str, object]]:

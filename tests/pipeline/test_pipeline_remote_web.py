@@ -27,11 +27,8 @@ def server(archives: Path) -> Iterator[ObjectServer]:
 
 
 @pytest.fixture
-def root(server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of the files. The cache is empty, and waits are short."""
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(remote_files, "_versions", {})
+def root(server: ObjectServer, new_cache: None) -> str:
+    """The URL of the files."""
     return f"{server.proxy.url}/data"
 
 
