@@ -36,7 +36,7 @@ def end(*_):
 register_optimizer_step_pre_hook(end)
 sys.exit(main(sys.argv[1:]))
 """
-"""Stops at the first step until it is told to end, so that the memory of all processes can be read."""
+"""Stops at the first step until its standard input has a line, so that the memory of all processes can be read."""
 
 OPTIONS = ["--model.name", "lenet5", "--data.image_size", "32", "--data.memory", "never", "--tracking.enabled", "false"]
 

@@ -34,7 +34,7 @@ class ServerError(RuntimeError):
 
 class _BaseClient:
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 30.0, tries: int = TRIES) -> None:
-        """url: such as http://localhost:8000; key: an API key, if the server requires one; timeout_s: the seconds of one try, in seconds;
+        """url: such as http://localhost:8000; key: an API key, if the server requires one; timeout_s: limit of one try, in seconds;
         tries: most tries of a request, at least 1. Raises ValueError for an invalid url, key or number of tries."""
         if tries < 1:
             raise ValueError(f"tries={tries}: expected at least 1")

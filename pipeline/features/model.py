@@ -75,7 +75,7 @@ def model_key(
 def open_model(model: str, weights: str = "none", image_size: Size | None = None) -> EmbeddingModel:
     """Open the model that a user names.
 
-    model: the folder of a bundle or of a run, or the name of a network; weights, image_size: the values of a named network, see
+    model: the folder of a bundle or of a run, or the name of a network; weights, image_size: those of a named network, see
     `refract.models.registry.build`; None takes the image size of the weights, else 224. DataError for an unknown model and for options
     that a bundle does not take, BundleError for a damaged bundle.
     """
