@@ -84,7 +84,7 @@ def shards_of_folder(name: str, suffix: str) -> Shards | None:
 
 
 def _files(folder: Path, suffix: str, only: str = "") -> list[str] | None:
-    """Return the names of the files with a suffix. None if it is no folder, or has images, or a folder with another name than `only`."""
+    """Return the names of the files with a suffix. None for a folder that is missing, or has images or a folder other than `only`."""
     files, inner = list[str](), False
     try:
         with os.scandir(folder) as entries:
