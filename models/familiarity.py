@@ -53,7 +53,7 @@ class Gaussians:
     """
 
     def __init__(self, features: Tensor, labels: Sequence[tuple[int, ...]]) -> None:
-        """features: (N, D) unit vectors, on the device of the distances; labels: of each."""
+        """features: (N, D) unit vectors, on the device of the distances; labels: the labels of each row."""
         numbers = {row: number for number, row in enumerate(sorted(set(labels)))}
         classes = torch.tensor([numbers[row] for row in labels], device=features.device)
         rows = features.double()

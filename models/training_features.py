@@ -23,7 +23,7 @@ class TrainingFeatures:
     - features: (N, min(D, WIDEST)) float16, folded, of length 1
     - labels: label indices of each image
     - sha256: (N, 32) uint8, of the image files
-    - paths: the paths of each image, relative to the data
+    - paths: the path of each image, relative to the data
     - thumbnails: JPEG of each image as the network saw it, b"" for a sample without an image and for a bundle without thumbnails
     - validation: (M,) float32, distances of the validation images, ascending: see `refract.models.familiarity`
     - distance: how `validation` was measured, a name of DISTANCES

@@ -312,7 +312,8 @@ def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessme
 def package(assembly: Assembly, run_dir: Path, assessment: "Assessment", embedded: "EmbeddedFit | None" = None) -> None:
     """Write the bundle with the golden samples, the profile for drift and the training features.
 
-    embedded: of a head that was fitted on embeddings, whose store has most embeddings of the last two.
+    embedded: the fit of a head on embeddings, whose store has most embeddings for the profile and the training features; None for other
+    modes.
     """
     from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.pipeline.drift.measure import reference_of
