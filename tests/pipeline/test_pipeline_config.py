@@ -211,6 +211,11 @@ def test_a_section_of_another_type_is_named() -> None:
             config_from_dict({"optim": value})
 
 
+def messages_of_refract(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Without those of other libraries: a thread of MLflow's client still warns of the server of an earlier test."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("refract")]
+
+
 def test_former_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: {val_share: 0.3}\ntrainer: {recompute: true}\n")
@@ -219,7 +224,9 @@ def test_former_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogC
     assert config.trainer.gradient_checkpointing
     assert f"{file}: data.val_share is deprecated; write data.val_fraction" in caplog.messages
     assert "command line: data.test_share is deprecated; write data.test_fraction" in caplog.messages
-    assert not caplog.clear() and load_config(None, ["--data.test_fraction=0.25"]) and not caplog.messages
+    caplog.clear()
+    assert load_config(None, ["--data.test_fraction=0.25"]).data.test_fraction == 0.25
+    assert not messages_of_refract(caplog)
 
 
 def test_a_key_under_its_former_and_its_present_name_is_rejected() -> None:
@@ -238,11 +245,11 @@ def test_former_values_are_read_with_a_warning(
     assert f"{file}: retrain.drift: tell is deprecated; write retrain.drift: warn" in caplog.messages
     caplog.clear()
     assert load_config(None, ["--retrain.drift", "stop", *options]).retrain.drift == "warn"
-    assert caplog.messages == ["command line: retrain.drift: tell is deprecated; write retrain.drift: warn"]
+    assert messages_of_refract(caplog) == ["command line: retrain.drift: tell is deprecated; write retrain.drift: warn"]
     caplog.clear()
     file.write_text("retrain: {drift: warn, notify: tell}\n")
     assert load_config(file, ["--retrain.drift", "stop", "--retrain.notify", "tell"]).retrain.notify == "tell"
-    assert not caplog.messages
+    assert not messages_of_refract(caplog)
 
 
 @pytest.mark.parametrize("key", RENAMED_VALUES)
