@@ -28,6 +28,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "config": ("refract.pipeline.cli.config", "Print the config keys, or their JSON Schema for editors"),
             "find": ("refract.pipeline.cli.find", "Find a learning rate or the largest batch size for a config"),
             "profile": ("refract.pipeline.cli.profile", "Time the stages of a training and find its bottleneck"),
+            "pack": ("refract.pipeline.cli.pack", "Write a data set to a few large tars, also with smaller images"),
             "rerun": ("refract.pipeline.cli.rerun", "Repeat a training run and compare the weights"),
             "replay-batch": (
                 "refract.pipeline.cli.replay_batch",

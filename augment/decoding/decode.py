@@ -1,4 +1,5 @@
-"""Decode images to uint8 RGB: JPEG by libjpeg-turbo, reduced and cropped as needed; others by `refract.augment.decoding.full_decode`.
+"""Decode images to uint8 RGB: JPEG by libjpeg-turbo, reduced and cropped as needed; the usual BMP, cropped; others by
+`refract.augment.decoding.full_decode`.
 
 This module converts every decoder error to `ImageError`, so that a bad file costs the caller one image.
 """
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refract.augment.decoding import jpeg, jpeg_repair
+from refract.augment.decoding import bmp, jpeg, jpeg_repair
 from refract.augment.decoding.color_profiles import to_srgb
 from refract.augment.decoding.errors import ImageError, TooManyPixelsError, check_pixels
 from refract.augment.decoding.exif import ORIENTATIONS
@@ -45,6 +46,8 @@ def image_size(data: bytes) -> tuple[int, int]:
         if header is not None:
             transposed = ORIENTATIONS[jpeg.orientation(data, header)][0]
             return (header.width, header.height) if transposed else (header.height, header.width)
+        if (bitmap := bmp.read_layout(data)) is not None:
+            return bitmap.size
         source = open_source(data)
         height, width = source.size
         return (width, height) if ORIENTATIONS[source.orientation][0] else (height, width)
@@ -75,8 +78,8 @@ def decode_part(
     size: `image_size(data)` if the caller knows it; trusted.
     box: (top, left, height, width) inside the image, in pixels with the orientation applied; None for the whole image.
     scale: 1, 2, 4 or 8.
-    Other formats are decoded whole at full scale, a very small JPEG at full scale. With a box, damage outside the decoded part is not
-    detected.
+    Other formats than JPEG and the usual BMP are decoded whole; all but JPEG, and a very small JPEG, at full scale. With a box, damage
+    outside the decoded part is not detected.
     MemoryError only with max_pixels, for a size below the limit.
     """
     with _ERRORS if max_pixels is None else _LIMITED_ERRORS:
@@ -86,6 +89,9 @@ def decode_part(
             check_pixels(*(size or image_size(data)), max_pixels)
         header = _plain_jpeg(data)
         if header is None:
+            if (bitmap := bmp.read_layout(data)) is not None:
+                box = box or (0, 0, *bitmap.size)
+                return Part(bmp.read_pixels(data, bitmap, box), top=box[0], left=box[1])
             return decode_whole(data, max_pixels, convert=color_profile == "convert")
         return _decode_jpeg(data, header, box, scale, convert=color_profile == "convert")
 

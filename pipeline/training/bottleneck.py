@@ -52,7 +52,8 @@ def proposals(profile: Profile, config: Config) -> list[Proposal]:
             options.append(Proposal("more processes load images", {"data.workers": workers}))
         if stage == "decode":
             side = round(1.15 * max(config.data.sides()))
-            options.append(Proposal(f"store the images smaller, with a shorter side of about {side} pixels", {}))
+            command = f"`refract pack {config.data.source} FOLDER --resize {side}`"
+            options.append(Proposal(f"store smaller images by {command}, and train on the folder", {}))
         if stage == "augment" and profile.slowest is not None:
             name, milliseconds = profile.slowest
             options.append(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from refract.augment import Augmenter, ImageError, Preprocess, decode, image_size
-from refract.augment.decoding.decode import TooManyPixelsError
+from refract.augment.decoding.decode import TooManyPixelsError, decode_part
 
 RGB = np.zeros((12, 20, 3), np.uint8)
 RGB[:6] = [250, 20, 30]
@@ -241,3 +241,24 @@ def test_preprocess_round_trip_and_errors() -> None:
         Preprocess.from_dict({"height": 3, "widht": 3})
     with pytest.raises(ValueError, match="resize: 'stretch'"):
         Preprocess(3, 3, resize="stretch")
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), downward=st.booleans(), box=st.tuples(*[st.floats(0, 1)] * 4))
+def test_a_bmp_and_its_parts_equal_what_pillow_reads(
+    height: int, width: int, downward: bool, box: tuple[float, ...]
+) -> None:
+    """Each width has another padding of the rows; a negative height stores the first row first."""
+    pixels = np.random.default_rng(10 * height + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    data = bytearray(encoded(Image.fromarray(pixels), "BMP"))
+    if downward:
+        data[22:26] = (-height).to_bytes(4, "little", signed=True)
+    by_pillow = np.asarray(Image.open(io.BytesIO(data)))
+    assert image_size(bytes(data)) == (height, width) and np.array_equal(decode(bytes(data)), by_pillow)
+    top, left = int(box[0] * (height - 1)), int(box[1] * (width - 1))
+    part = top, left, 1 + int(box[2] * (height - top - 1)), 1 + int(box[3] * (width - left - 1))
+    found = decode_part(bytes(data), part)
+    assert (found.top, found.left, found.scale) == (top, left, 1)
+    assert np.array_equal(found.pixels, by_pillow[top : top + part[2], left : left + part[3]])
+    with pytest.raises(ImageError):
+        decode(bytes(data[:-4]))

@@ -10,6 +10,8 @@ AUGMENTATION = (
     "refract explain mine.yaml photo.jpg",
     "refract augment mine.yaml photos/ out/ --copies 5 --jobs 2",
     "refract augment --replay out/plans.jsonl photos/ again/",
+    "refract pack photos/ packed/ --resize 256",
+    "refract pack photos.yaml checked/ --resize 256",
     "refract config keys",
     "refract config schema",
     "refract --plugin my_plugin.py count-images photos",

@@ -114,7 +114,7 @@ def test_images_that_do_not_fit_the_memory_are_not_proposed_for_it() -> None:
     measured = with_stages(workers=4, wait=50, decode=90)
     large = Profile(measured.step, measured.stages, 4, 4, 32, 10**15)
     (proposal,) = proposals(large, config_from_dict({}))
-    assert not proposal.setting and "store the images smaller" in proposal.reason
+    assert not proposal.setting and "FOLDER --resize" in proposal.reason
 
 
 def test_modes_without_steps_are_refused() -> None:

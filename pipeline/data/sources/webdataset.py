@@ -9,6 +9,7 @@ from refract.augment.image_files import is_image
 from refract.pipeline.data.archives.archive import COMPRESSED, TARS, index_of_archive, open_archive, suffix_of
 from refract.pipeline.data.archives.index import hidden
 from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.pack_record import check_complete, is_pack
 from refract.pipeline.data.sources.archive import unreadable_archive
 from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of, shards_of_folder
 from refract.pipeline.data.sources.source import Rows, Source
@@ -27,11 +28,14 @@ class WebDatasetSource(Source):
         if suffix_of(name) in (*TARS, *COMPRESSED):
             return has_range(name) or ((is_remote(name) or Path(name).is_file()) and has_samples(name))
         shards = shards_of_folder(name, TARS[0])
-        return shards is not None and has_samples(shards.file(shards.files[0]))
+        return shards is not None and (is_pack(Path(name)) or has_samples(shards.file(shards.files[0])))
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read the samples in the order of the tars and their members. The fields of `.json` other than label and text are metadata."""
-        return rows_of(self.name, shards_of(self.name, TARS[0]), labelled=labelled)
+        shards = shards_of(self.name, TARS[0])
+        if shards.folder is not None:
+            check_complete(shards.folder)
+        return rows_of(self.name, shards, labelled=labelled)
 
 
 def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:

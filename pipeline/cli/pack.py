@@ -1,0 +1,83 @@
+"""`refract pack SOURCE FOLDER`"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from refract import output
+from refract.pipeline.cli import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract pack",
+        description="Write a data set to a few large tars (WebDataset), which `refract train` reads as it reads the data set itself: the "
+        "same samples in the same order. With --resize, the images are smaller, and training decodes them faster. After an "
+        "interruption, the same command resumes.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="the data, as data.source of a config; or a config (.yaml): its data as training reads them, checked, with the labels of "
+        "data.labels and all splits",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder for the tars")
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="reduce larger images to this shorter side, as JPEG (default: images keep their bytes)",
+    )
+    parser.add_argument("--quality", type=int, default=90, metavar="Q", help="of these JPEGs, 1 to 100 (default 90)")
+    parser.add_argument(
+        "--raw", action="store_true", help="store decoded images as BMP: ten times the size, read faster"
+    )
+    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples in a tar (default 1000)")
+    console.add_plugin_option(parser)
+    args = parser.parse_args(argv)
+    for name in ("resize", "shard_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
+    if not 1 <= args.quality <= 100:
+        parser.error(f"--quality: {args.quality} is not in 1 to 100")
+    return console.run("pack", lambda: _pack(args), plugins=args.plugin)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.data.pack import StoredImages, pack
+    from refract.pipeline.data.prepare import prepare_data
+    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped, stop_requests
+
+    fingerprint = ""
+    if Path(args.source).suffix.lower() in (".yaml", ".yml"):
+        manifest, identity = prepare_data(load_config(Path(args.source)))
+        fingerprint = identity["fingerprint"]
+    else:
+        manifest = load_manifest(args.source, to_train=False)
+    images = StoredImages(args.resize, args.quality, args.raw)
+    try:
+        with stop_requests("after this shard; finished shards are kept") as stop:
+            record, written = pack(
+                manifest, images, args.folder, stop, shard_size=args.shard_size, fingerprint=fingerprint
+            )
+    except Stopped as error:
+        print(f"refract pack: {error}; the same command resumes", file=sys.stderr)
+        return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+    kept = sum(shard.kept for shard in record.shards)
+    size = sum(shard.bytes for shard in record.shards)
+    reused = f"; {len(record.shards) - written:,} of them complete before" if written < len(record.shards) else ""
+    print(f"{args.folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB in {len(record.shards):,} tars{reused}")
+    if kept:
+        print(f"images that cannot be decoded, stored as they are: {kept:,}", file=sys.stderr)
+    print(f"next:     set data.source: {args.folder}" + (", and remove data.labels" if fingerprint else ""))
+    output.result(
+        {
+            "pack": args.folder, "samples": record.samples, "bytes": size, "shards": len(record.shards), "written": written,
+            "undecodable": kept, "fingerprint": fingerprint or None,
+        }
+    )  # fmt: skip
+    return 0
