@@ -26,7 +26,7 @@ import simplejpeg
 import torch
 
 from benchmarks.report import environment, write
-from refract.augment import Augmenter, Preprocess
+from refract.augment import Augmenter, Preprocess, decode
 from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.pack import StoredImages, pack
@@ -47,8 +47,8 @@ def write_images(source: Path, folder: Path, height: int, width: int, noise: flo
     """Write CLASS/N.jpg in two classes, from the images of `source` in turn."""
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     for number in range(count):
-        pixels = cv2.imdecode(np.fromfile(files[number % len(files)], np.uint8), cv2.IMREAD_COLOR_RGB)
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+        original = decode(files[number % len(files)].read_bytes())
+        pixels: np.ndarray = cv2.resize(original, (width, height), interpolation=cv2.INTER_CUBIC)
         if noise:
             drawn = np.random.default_rng(number).normal(0, noise, pixels.shape)
             pixels = np.clip(pixels + drawn, 0, 255).astype(np.uint8)
@@ -86,7 +86,7 @@ def through_litdata(source: Path, folder: Path) -> Callable[[], Iterator[torch.T
         [v2.RandomResizedCrop((SIDE, SIDE), scale=(0.08, 1.0), antialias=True), v2.RandomHorizontalFlip()]
     )
 
-    class Augmented(litdata.StreamingDataset):  # type: ignore[misc]  # its base is unknown without LitData
+    class Augmented(litdata.StreamingDataset):
         def __getitem__(self, index: Any) -> torch.Tensor:
             stored = super().__getitem__(index)["image"]
             return transform(decode_jpeg(torch.frombuffer(bytearray(stored), dtype=torch.uint8)))

@@ -36,6 +36,6 @@ def read_pixels(data: bytes, layout: Layout, box: tuple[int, int, int, int]) -> 
     top, left, height, width = box
     first = layout.size[0] - top - height if layout.upward else top
     rows = np.frombuffer(data, np.uint8, height * layout.stride, layout.offset + first * layout.stride)
-    pixels = rows.reshape(height, layout.stride)[:, 3 * left : 3 * (left + width)].reshape(height, width, 3)
-    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    stored = rows.reshape(height, layout.stride)[:, 3 * left : 3 * (left + width)].reshape(height, width, 3)
+    pixels: np.ndarray = cv2.cvtColor(stored, cv2.COLOR_BGR2RGB)
     return cv2.flip(pixels, 0) if layout.upward else pixels
