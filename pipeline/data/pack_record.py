@@ -65,7 +65,7 @@ def read_record(folder: Path) -> PackRecord | None:
 
 
 def is_pack(folder: Path) -> bool:
-    """Return whether a folder has a `pack.json`. Its first tar may have no image, so that nothing else distinguishes it from class folders."""
+    """Return whether a folder has a `pack.json`. Only this distinguishes tars without images from class folders."""
     return (folder / NAME).is_file()
 
 
