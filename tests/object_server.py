@@ -76,7 +76,7 @@ class FaultProxy:
         self.authorizations.append(request.headers.get("authorization", ""))
         body = request.rfile.read(int(request.headers.get("content-length") or 0))
         fault = self.fault_of(request.command, request.path)
-        if fault in ("500", "503"):
+        if fault.isdigit():
             request.send_response(int(fault))
             request.send_header("content-length", "0")
             request.end_headers()

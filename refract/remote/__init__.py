@@ -1,1 +1,1 @@
-"""Files at URLs: s3://, https:// and hf://. Independent of what the files contain. Nothing is imported before a URL is used."""
+"""Files at URLs: s3://, gs://, az://, https:// and hf://. Their libraries are imported when a URL is used."""

@@ -9,12 +9,17 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 from refract.errors import InputError
 from refract.models.credentials import masked
 
-SCHEMES: Mapping[str, str] = MappingProxyType({"s3": "s3", "hf": "hf", "https": "", "http": ""})
+SCHEMES: Mapping[str, str] = MappingProxyType(
+    {"s3": "s3", "gs": "gcs", "az": "azure", "hf": "hf", "https": "", "http": ""}
+)
 """Scheme → extra of Refract that it needs, or ""."""
 
 _URL = re.compile(rf"({'|'.join(SCHEMES)})://")
 _CREDENTIALS: Mapping[str, str] = MappingProxyType({
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE", "hf": "HF_TOKEN", "https": "~/.netrc", "http": "~/.netrc",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the login of gcloud",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+    "hf": "HF_TOKEN", "https": "~/.netrc", "http": "~/.netrc",
 })  # fmt: skip
 
 

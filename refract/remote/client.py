@@ -30,7 +30,7 @@ UNMEASURED = 1 << 30
 _T = TypeVar("_T")
 
 STORES: Mapping[str, Callable[[str], Store]] = MappingProxyType(
-    {"s3": ObjectStore, "hf": HubFiles, "https": WebFiles, "http": WebFiles}
+    {"s3": ObjectStore, "gs": ObjectStore, "az": ObjectStore, "hf": HubFiles, "https": WebFiles, "http": WebFiles}
 )
 """Scheme → class."""
 

@@ -73,7 +73,7 @@ class HubFiles:
         return self._web.content(address, start, {name: token[name] for name in ("authorization",) if name in token})
 
     def upload(self, path: Path, url: str) -> None:
-        raise RefusedError(f"{url}: Refract does not write to the Hub; write to s3:// or a file")
+        raise RefusedError(f"{url}: Refract does not write to the Hub; write to s3://, gs://, az:// or a file")
 
 
 def _endpoint() -> str | None:

@@ -1,9 +1,10 @@
-"""Object stores through fsspec."""
+"""Object stores through fsspec: S3, Google Cloud Storage and Azure Blob Storage."""
 
+import base64
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ _OPTIONS: Mapping[str, dict[str, Any]] = {
         "config_kwargs": {"connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"max_attempts": 0}},
         "max_concurrency": 1,  # else each read of a file looks up its size
     },
+    "gs": {"requests_timeout": _READ_S},
+    "az": {"connection_timeout": _CONNECT_S, "read_timeout": _READ_S},
 }
 _ANONYMOUS = (
+    "DefaultCredentialsError",
+    "RefreshError",
+    "ClientAuthenticationError",
     "NoCredentialsError",
     "PartialCredentialsError",
     "CredentialRetrievalError",
@@ -70,7 +76,7 @@ class ObjectStore:
 
     def upload(self, path: Path, url: str) -> None:
         with _errors_of(url):
-            self._files().put_file(str(path), url)
+            self._files().put_file(str(path), url, **({"overwrite": True} if self.scheme == "az" else {}))
 
     def _files(self) -> Any:
         if self._pid != os.getpid():  # connections do not survive a fork
@@ -78,25 +84,59 @@ class ObjectStore:
         return self._filesystem
 
     def _object(self, url: str, entry: Mapping[str, Any]) -> RemoteObject:
-        tag = str(entry.get("ETag") or entry.get("LastModified") or "").strip('"')
-        return RemoteObject(url, int(entry["size"]), tag, f"md5:{tag}" if re.fullmatch(r"[0-9a-f]{32}", tag) else "")
+        version, md5 = _version(entry)
+        return RemoteObject(url, int(entry["size"]), version, f"md5:{md5}" if md5 else "")
+
+
+def _version(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (a text that changes with the content, the MD5 of the content in hexadecimal or "")."""
+    tags = (entry.get(name) for name in ("generation", "ETag", "etag", "LastModified", "last_modified"))
+    tag = str(next((value for value in tags if value), "")).strip('"')
+    if entry.get("md5Hash"):  # of Google, absent for composed objects
+        return tag, base64.b64decode(entry["md5Hash"]).hex()
+    if stored := (entry.get("content_settings") or {}).get("content_md5"):  # of Azure
+        return tag, bytes(stored).hex()
+    return tag, tag if re.fullmatch(r"[0-9a-f]{32}", tag) else ""  # of S3, for objects in one part
 
 
 def _filesystem(scheme: str) -> Any:
+    """Return fsspec's file system of a scheme, which tries each request once: `refract.remote.client` repeats it."""
     extra = SCHEMES[scheme]
     try:
-        import fsspec
-
-        kind = fsspec.get_filesystem_class(scheme)
+        kind = _google() if scheme == "gs" else _registered(scheme)
     except ImportError as error:
         raise RefusedError(
             f"{scheme}:// needs the extra {extra!r}; install it with: pip install 'refract[{extra}]'"
         ) from error
     options = {"use_listings_cache": False, "skip_instance_cache": True, **_OPTIONS.get(scheme, {})}
-    filesystem = kind(**options)
-    if hasattr(filesystem, "retries"):
+    try:
+        filesystem = kind(**options)
+    except ValueError as error:  # adlfs, without an account
+        raise RefusedError(f"{scheme}://: no credentials ({error}); set {credentials_of(f'{scheme}://')}") from error
+    if scheme == "s3":
         filesystem.retries = 1
+    if scheme == "az":
+        with suppress(AttributeError):  # of a version with other names, which repeats requests itself, too
+            filesystem.service_client._config.retry_policy.total_retries = 0
     return filesystem
+
+
+def _registered(scheme: str) -> Any:
+    import fsspec
+
+    return fsspec.get_filesystem_class(scheme)
+
+
+def _google() -> Any:
+    """Return the class for gs:// that fsspec's extends: fsspec's asks for the kind of the bucket before each request."""
+    from gcsfs.core import GCSFileSystem
+
+    class Once(GCSFileSystem):
+        _request = getattr(
+            GCSFileSystem._request, "__wrapped__", GCSFileSystem._request
+        )  # the method without its decorator
+
+    return Once
 
 
 @contextmanager
@@ -113,6 +153,8 @@ def _errors_of(url: str) -> Iterator[None]:
     except PermissionError as error:
         raise RefusedError(f"{url}: access denied ({error}); check the name, and {credentials_of(url)}") from error
     except Exception as error:  # of the library, whose classes are imported with it
+        if getattr(error, "code", None) in (401, 403):  # of gcsfs
+            raise RefusedError(f"{url}: access denied; check the name, and {credentials_of(url)}") from error
         if type(error).__name__ in _ANONYMOUS:
             raise RefusedError(f"{url}: no credentials; set {credentials_of(url)}") from error
         raise

@@ -68,7 +68,7 @@ class WebFiles:
                 skipped = max(0, skipped - len(block))
 
     def upload(self, path: Path, url: str) -> None:
-        raise RefusedError(f"{url}: a web server cannot be written to; use s3:// or a file")
+        raise RefusedError(f"{url}: a web server cannot be written to; use s3://, gs://, az:// or a file")
 
     def _open(self, method: str, url: str, headers: dict[str, str] | None = None) -> Any:
         return _Response(self._http(), method, url, {"accept-encoding": "identity", **(headers or {})})
