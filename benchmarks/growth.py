@@ -1,10 +1,13 @@
 """Measure how the start of a training and an evaluation grow: processor time and memory against the numbers of samples and classes.
 
 `samples`: `refract train` on a CSV of N images of 32×32 pixels, up to its first optimizer step, first without and then with the cache of
-image checks. Memory is the peak of the proportional set size (PSS) of the process and its children. `classes`: the evaluation of 2·C
-predictions for C classes, its report and its files. Exponents are slopes of the logarithms over the two largest sizes: 1 is linear.
+image checks. `commands`: whole commands on the same images: one epoch with tracking, evaluation of all images, their scores, and a
+retraining run with its snapshot, holdout and gate. Memory is the peak of the proportional set size (PSS) of the process and its children.
+`classes`: the evaluation of 2·C predictions for C classes, its report and its files. Exponents are slopes of the logarithms over the two
+largest sizes: 1 is linear. With --json, sizes that are not measured keep their rows.
 
     OMP_NUM_THREADS=1 python -m benchmarks.growth --samples 1000 10000 100000 --classes 100 1000 --json benchmarks/results/growth.json
+    OMP_NUM_THREADS=1 python -m benchmarks.growth --samples --classes --commands 1000 10000 100000 --json benchmarks/results/growth.json
 """
 
 import argparse
@@ -39,6 +42,22 @@ sys.exit(main(sys.argv[1:]))
 """Stops at the first step until its standard input has a line, so that the memory of all processes can be read."""
 
 OPTIONS = ["--model.name", "lenet5", "--data.image_size", "32", "--data.memory", "never", "--tracking.enabled", "false"]
+
+COMMANDS: dict[str, list[str]] = {
+    "train": ["train", "config.yaml", "--trainer.run_name", "run"],
+    "evaluate": ["evaluate", "runs/run/bundle", "images.csv", "--report", "report"],
+    "score": ["score", "runs/run/bundle", "images.csv", "-o", "scores.parquet"],
+    "retrain": ["retrain", "config.yaml", "--tracking.model_name", "growth"],
+}
+"""Name → arguments of `refract`, in the order in which they run."""
+CONFIG = """
+data: {source: images.csv, image_size: 32, memory: never}
+model: {name: lenet5}
+trainer: {max_epochs: 1, device: cpu}
+evaluation: {robustness: none}
+gate: {robustness_loss: null}
+tracking: {uri: "sqlite:///mlflow.db"}
+"""
 
 
 def write_images(count: int, folder: Path) -> Path:
@@ -84,6 +103,29 @@ def first_step(manifest: Path, home: Path) -> dict[str, float]:
         "processor_seconds": round(_children_seconds() - before, 2),
         "peak_mb": round(peak),
     }
+
+
+def commands(manifest: Path, home: Path) -> dict[str, dict[str, float]]:
+    """Run COMMANDS. Returns seconds, processor seconds and the peak memory in MB of each."""
+    (home / "config.yaml").write_text(CONFIG)
+    (home / "images.csv").write_bytes(manifest.read_bytes())
+    found = {}
+    for name, arguments in COMMANDS.items():
+        before, started = _children_seconds(), time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "refract", *arguments],
+            env={**os.environ, "REFRACT_CACHE_DIR": str(home / "cache")}, cwd=home,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        watch = _Peak(process.pid)
+        _, errors = process.communicate()
+        seconds, peak = time.perf_counter() - started, watch.stop()
+        if process.returncode:
+            raise RuntimeError(f"refract {name} ended with exit code {process.returncode}:\n{errors[-2000:]}")
+        found[name] = {
+            "seconds": round(seconds, 2), "processor_seconds": round(_children_seconds() - before, 2), "peak_mb": round(peak),
+        }  # fmt: skip
+    return found
 
 
 class _Peak:
@@ -190,13 +232,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--classes", type=int, nargs="*", default=[100, 1_000])
+    parser.add_argument("--commands", type=int, nargs="*", default=[])
     parser.add_argument("--evaluate", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.evaluate is not None:
         print(json.dumps(_evaluate(args.evaluate)))
         return
-    found: dict[str, Any] = {"samples": [], "classes": []}
+    found: dict[str, Any] = {"samples": [], "classes": [], "commands": []}
+    if args.json is not None and args.json.exists():
+        stored = json.loads(args.json.read_text())
+        found |= {kind: stored[kind] for kind in found if kind in stored and not getattr(args, kind)}
     for count in args.samples:
         with tempfile.TemporaryDirectory() as folder:
             manifest = write_images(count, Path(folder) / "images")
@@ -209,6 +255,13 @@ def main() -> None:
     for count in args.classes:
         found["classes"].append({"classes": count, **evaluation(count)})
         print(found["classes"][-1], flush=True)
+    for count in args.commands:
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = write_images(count, Path(folder) / "images")
+            home = Path(folder) / "home"
+            home.mkdir()
+            found["commands"].append({"samples": count, **commands(manifest, home)})
+        print(found["commands"][-1], flush=True)
     found["exponents"] = {
         f"{kind}, {value}": exponent(found[kind], kind, value)
         for kind, values in (
@@ -217,6 +270,9 @@ def main() -> None:
         )
         for value in values
     }
+    for name in COMMANDS:
+        rows = [{"samples": row["samples"], **row[name]} for row in found["commands"]]
+        found["exponents"][f"{name}, processor_seconds"] = exponent(rows, "samples", "processor_seconds")
     print(found["exponents"])
     if args.json is not None:
         write(args.json, {**found, "environment": environment("refract", "torch", "lightning", "pandas")})
