@@ -44,6 +44,14 @@ class ServeConfig:
     )
     host: str = field(default="127.0.0.1", metadata=_option("address to listen on"))
     port: int = field(default=8000, metadata=_option("port to listen on; 0 selects a free one", integer(0, 65535)))
+    grpc_port: int | None = field(
+        default=None,
+        metadata=_option(
+            "also serve the Open Inference Protocol over gRPC on this port; 0 selects a free one",
+            integer(0, 65535),
+            "PORT",
+        ),
+    )
     device: str = field(
         default="auto",
         metadata=_option("where the network runs: auto, cpu, cuda, a list such as cuda:0,cuda:1, or all for every GPU"),

@@ -1,8 +1,8 @@
 """The ASGI application: routes, middleware and lifespan around the prediction service."""
 
 import asyncio
-import copy
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -33,6 +33,7 @@ from refract.serve.http.routes.feedback import FEEDBACK, add_feedback
 from refract.serve.http.routes.predict import PREDICT, DirectRoute, add_predict
 from refract.serve.http.routes.v2 import add_v2
 from refract.serve.http.tracing import Tracing, shut_down
+from refract.serve.http.transport.server import GRACE_S
 from refract.serve.http.ui import add_page
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import Limits
@@ -75,6 +76,7 @@ def create_app(
     sampling: DataCapture | None = None,
     cors_origins: Sequence[str] = (),
     root_path: str = "",
+    grpc_socket: socket.socket | None = None,
 ) -> FastAPI:
     """Return the application that serves the model `served`. A bundle is served on the CPU.
 
@@ -84,6 +86,7 @@ def create_app(
     engine, which is hot-swapped. challenge: a second model, for canary or shadow requests. sampling: captures a sample of the requests.
     feedback_log: stores the feedback of clients; it is closed with the application.
     cors_origins: origins whose pages may read responses, `*` for all. root_path: the path of a reverse proxy below which the server runs.
+    grpc_socket: a bound socket whose address also serves gRPC, see `GrpcServer`; it needs the extra `grpc`.
     The other parameters are those of `Limits` and of `ServiceSettings`.
 
     The lifespan runs the self-test. If it fails, the server does not start and `app.state.failure` holds the exception. Routes may be added
@@ -122,6 +125,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await service.start()
+            if calls:
+                await calls.start()
         except Exception as err:
             app.state.failure = err
             raise
@@ -131,6 +136,8 @@ def create_app(
         yield
         for task in tasks:
             task.cancel()
+        if calls:
+            await calls.stop(GRACE_S)
         await service.stop()
         if feedback_log:
             await asyncio.to_thread(feedback_log.close)
@@ -148,8 +155,14 @@ def create_app(
     app.state.failure, app.state.service = None, service
     respond = errors.install(app, partial(_count_rejected, metrics))
     rated = _dependencies(keys) if keys else []
-    allowed = _dependencies(_unrated(keys)) if keys else []
+    allowed = _dependencies(keys.unrated()) if keys else []
     bodies = Bodies(service.limits)
+    calls = None
+    if grpc_socket:
+        from refract.serve.grpc.server import GrpcServer  # imports gRPC, which most servers do not need
+
+        calls = GrpcServer(grpc_socket, service, bodies, keys=keys, access_log=access_log, traces=traces)
+    app.state.calls = calls
     predict = add_predict(app, service, bodies, keys, rated)
     add_embed(app, service, bodies, rated)
     _add_health(app, service, allowed)
@@ -190,14 +203,6 @@ async def _start_challenge(service: Service, challenge: Challenge) -> None:
         assert challenge.engine is not None
         service.models.rejected.add(challenge.engine.bundle.path)
         logger.warning("the challenger is not started: %s", err)
-
-
-def _unrated(keys: ApiKeys) -> ApiKeys:
-    """Return the same keys without their rate limit, for routes other than predictions: the web page polls the status every few seconds,
-    which must not use up the rate of its key."""
-    unrated = copy.copy(keys)
-    unrated._rate = None
-    return unrated
 
 
 def _dependencies(keys: ApiKeys) -> list[Any]:
@@ -250,7 +255,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
 
 def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
-    allowed = _dependencies(_unrated(guards)) if guards else [Depends(_reject_without_keys)]
+    allowed = _dependencies(guards.unrated()) if guards else [Depends(_reject_without_keys)]
 
     @app.post(
         "/admin/rollback",

@@ -26,8 +26,13 @@ OPTIONAL_OUTPUTS = ("embedding",)
 
 
 def read_infer(body: bytes, json_length: str | None, limits: Limits) -> ParsedRequest:
-    """Parse a request. json_length: the value of HEADER, None without one. RequestError 4xx."""
-    document, binary = _parts(body, json_length, limits)
+    """Parse the body of an HTTP request. json_length: the value of HEADER, None without one. RequestError 4xx."""
+    return read_document(*_parts(body, json_length, limits), limits)
+
+
+def read_document(document: dict[str, Any], binary: bytes, limits: Limits) -> ParsedRequest:
+    """Parse a request in the form of its JSON document; over gRPC the elements of `encoded` are bytes. binary: the binary tensor after it.
+    RequestError 4xx."""
     outputs, number = _outputs(document.get("outputs")), document.get("id")
     images = _images(document.get("inputs"), binary, limits)
     return ParsedRequest(images, outputs, number if isinstance(number, str) else None)
@@ -107,11 +112,11 @@ def _files(tensor: dict[str, Any], binary: bytes, limits: Limits) -> list[bytes]
     size = _binary_size(tensor, binary)
     if size is None:
         texts = tensor.get("data")
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise _invalid("`data` of `encoded` must be a list of at least one base64 string")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str | bytes) for text in texts):
+            raise _invalid("`data` of `encoded` must be a list of at least one base64 string, over gRPC at least one file")
         _check_count(len(texts), limits)
         try:
-            return [from_base64(text) for text in texts]
+            return [text if isinstance(text, bytes) else from_base64(text) for text in texts]
         except ValueError as err:
             raise RequestError(400, "invalid_base64", "an element of `encoded` is not valid base64") from err
     files, offset, end = [], 0, min(size, len(binary))

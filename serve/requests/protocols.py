@@ -1,4 +1,4 @@
-"""The bodies of the two protocols, `/v1/predict` and the Open Inference Protocol, and how each is parsed."""
+"""The bodies of `/v1/predict` and of the Open Inference Protocol over HTTP and gRPC, and how each is parsed."""
 
 from typing import NamedTuple
 
@@ -22,8 +22,21 @@ class InferBody(NamedTuple):
     json_length: str | None
 
 
-def parse(body: PredictBody | InferBody, limits: Limits) -> ParsedRequest:
+class InferMessage(NamedTuple):
+    """A ModelInferRequest of the Open Inference Protocol over gRPC, as received."""
+
+    content: bytes
+
+
+Body = PredictBody | InferBody | InferMessage
+
+
+def parse(body: Body, limits: Limits) -> ParsedRequest:
     """Parse a body. RequestError 4xx."""
+    if isinstance(body, InferMessage):
+        from refract.serve.grpc.parsing import read_message  # needs the extra `grpc`
+
+        return read_message(body.content, limits)
     if isinstance(body, InferBody):
         return read_infer(body.content, body.json_length, limits)
     return ParsedRequest(read(body.content_type, body.content, limits))

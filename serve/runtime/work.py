@@ -11,7 +11,7 @@ from refract.models.multimodal.tokens import trimmed
 from refract.models.prediction import Explanation
 from refract.serve.http.errors import RequestError
 from refract.serve.requests.decoding import ParsedRequest, RequestImages
-from refract.serve.requests.protocols import InferBody, PredictBody
+from refract.serve.requests.protocols import Body
 from refract.serve.runtime.engine import Engine
 
 
@@ -20,7 +20,7 @@ class Work(NamedTuple):
     explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop, which is faster than on a thread; version:
     the only model version that may answer, None for any; request_id: the request's X-Request-Id."""
 
-    body: PredictBody | InferBody
+    body: Body
     flipped: bool = False
     explained: bool = False
     quick: bool = False
