@@ -88,10 +88,11 @@ def _grpc_socket(config: ServeConfig) -> AbstractContextManager[socket.socket | 
     origin = config.origin("grpc_port")
     try:
         import google.protobuf
-        import grpc  # noqa: F401
+        import grpc
     except ImportError as err:
         message = f"{origin} needs gRPC, which is not installed; run pip install 'refract[grpc]'"
         raise InvalidOptionError(message) from err
+    logger.debug("gRPC %s, protobuf %s", grpc.__version__, google.protobuf.__version__)
     return _listen(config.host, config.grpc_port, origin)
 
 

@@ -1,4 +1,4 @@
-"""The calls of the Open Inference Protocol over gRPC: what each one checks, reads and returns. Their transport: `refract.serve.grpc.server`."""
+"""The calls of the Open Inference Protocol over gRPC: what each checks, reads and returns. `refract.serve.grpc.server` transports them."""
 
 import asyncio
 import struct
@@ -104,7 +104,7 @@ class OpenInference:
         return response
 
     async def _receive(self, call: Call) -> bytes:
-        """Return the first message. RequestError 408 if it does not arrive in time, 400 without one."""
+        """Return the first message. RequestError 408 if it does not arrive in time, 400 if the client ends the call without one."""
         seconds = self._service.limits.body_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -112,7 +112,7 @@ class OpenInference:
         except TimeoutError as err:
             raise RequestError(408, "body_too_slow", f"the whole message did not arrive within {seconds:g} s") from err
         except StopAsyncIteration as err:
-            raise RequestError(400, "empty_body", "the call has no message") from err
+            raise RequestError(400, "client_disconnected", "the client ended the call before its message") from err
 
     def _check_model(self, content: bytes) -> str | None:
         """Check the model that a request names, and return its version, None without one. The first two fields of a ModelInferRequest are

@@ -65,7 +65,7 @@ FIELDS: Mapping[str, Sequence[str]] = MappingProxyType(
 
 
 def _message_classes() -> Iterator[tuple[str, type[Any]]]:
-    """Yield (name, class) of each message. The pool is separate: the client of Triton declares the same names in protobuf's default pool."""
+    """Yield (name, class) of each message. The pool is separate: Triton's client declares the same names in protobuf's default pool."""
     file = FileDescriptorProto(name="open_inference.proto", package=PACKAGE, syntax="proto3")
     declared: dict[str, DescriptorProto] = {}
     for name, fields in FIELDS.items():

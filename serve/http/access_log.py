@@ -116,7 +116,15 @@ def request_id_of(client_id: bytes) -> bytes:
 
 
 def log_request(
-    *, id: str, method: str, path: str, status: int, code: str | None, seconds: float, key: str | None, model: str | None
+    *,
+    id: str,
+    method: str,
+    path: str,
+    status: int,
+    code: str | None,
+    seconds: float,
+    key: str | None,
+    model: str | None,
 ) -> None:
     """Log the line of one request. Values that are None are omitted. code: that of its problem; key: the name of its API key; model: the
     beginning of the digest of the model that answered."""

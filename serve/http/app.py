@@ -48,6 +48,8 @@ from refract.serve.runtime.settings import ServiceSettings
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+    from refract.serve.grpc.server import GrpcServer
+
 logger = logging.getLogger(__name__)
 
 
@@ -157,12 +159,9 @@ def create_app(
     rated = _dependencies(keys) if keys else []
     allowed = _dependencies(keys.unrated()) if keys else []
     bodies = Bodies(service.limits)
-    calls = None
-    if grpc_socket:
-        from refract.serve.grpc.server import GrpcServer  # imports gRPC, which most servers do not need
-
-        calls = GrpcServer(grpc_socket, service, bodies, keys=keys, access_log=access_log, traces=traces)
-    app.state.calls = calls
+    calls = app.state.calls = _grpc_server(
+        grpc_socket, service, bodies, keys=keys, access_log=access_log, traces=traces
+    )
     predict = add_predict(app, service, bodies, keys, rated)
     add_embed(app, service, bodies, rated)
     _add_health(app, service, allowed)
@@ -181,6 +180,15 @@ def create_app(
         Tracing(with_access_log, provider=traces, named_paths=named_paths) if traces else with_access_log
     )
     return app
+
+
+def _grpc_server(bound: socket.socket | None, *args: Any, **options: Any) -> "GrpcServer | None":
+    """Return the server of the calls over gRPC, see `GrpcServer`; None without a socket."""
+    if bound is None:
+        return None
+    from refract.serve.grpc.server import GrpcServer  # imports gRPC, which most servers do not need
+
+    return GrpcServer(bound, *args, **options)
 
 
 def _count_rejected(metrics: Metrics, path: str, code: str) -> None:

@@ -113,7 +113,9 @@ def _files(tensor: dict[str, Any], binary: bytes, limits: Limits) -> list[bytes]
     if size is None:
         texts = tensor.get("data")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str | bytes) for text in texts):
-            raise _invalid("`data` of `encoded` must be a list of at least one base64 string, over gRPC at least one file")
+            raise _invalid(
+                "`data` of `encoded` must be a list of at least one base64 string, over gRPC at least one file"
+            )
         _check_count(len(texts), limits)
         try:
             return [text if isinstance(text, bytes) else from_base64(text) for text in texts]

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +32,12 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 @contextlib.contextmanager
 def serving_grpc(serving, served, **options) -> Iterator[SimpleNamespace]:
-    """A server with both protocols. http: its HTTP client; calls: the published stub; triton: Triton's client; app: the application."""
+    """A server with both protocols. port: its address; calls: the published stub; triton: the client of Triton."""
     bound = listen("127.0.0.1", 0)
     port = address(bound)
     app = create_app(served, grpc_socket=bound, **options)
     with serving(app) as http, grpc.insecure_channel(port) as channel, triton.InferenceServerClient(port) as client:
-        yield SimpleNamespace(http=http, calls=GRPCInferenceServiceStub(channel), triton=client, app=app)
+        yield SimpleNamespace(port=port, http=http, calls=GRPCInferenceServiceStub(channel), triton=client, app=app)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,12 @@ def refused(call, message, **options) -> tuple[grpc.StatusCode, str, dict[str, s
 def of_http(http: httpx.Client, images: list[bytes], names: list[str]) -> dict[str, list]:
     """The outputs of HTTP by name."""
     lengths = b"".join(len(image).to_bytes(4, "little") + image for image in images)
-    tensor = {"name": "encoded", "datatype": "BYTES", "shape": [len(images)], "parameters": {"binary_data_size": len(lengths)}}
+    tensor = {
+        "name": "encoded",
+        "datatype": "BYTES",
+        "shape": [len(images)],
+        "parameters": {"binary_data_size": len(lengths)},
+    }
     body = json.dumps({"inputs": [tensor], "outputs": [{"name": name} for name in names]}).encode()
     headers = {"Inference-Header-Content-Length": str(len(body))}
     answer = http.post("/v2/models/shapes/infer", content=body + lengths, headers=headers)
@@ -102,11 +109,14 @@ def test_metadata_and_health_are_those_of_http(both, bundle) -> None:
     assert both.triton.is_model_ready("shapes", version)
     for name, other in (("other", ""), ("shapes", "1")):
         status, details, _ = refused(both.calls.ModelReady, published.ModelReadyRequest(name=name, version=other))
-        assert status == grpc.StatusCode.NOT_FOUND and "is not served" in details or "served version" in details
+        assert status == grpc.StatusCode.NOT_FOUND and "is not served" in details
 
 
 def test_tritons_client_receives_the_predictions_of_http(both, make_image) -> None:
-    images, names = [make_image(i, size=(50 + i, 40), form="PNG") for i in range(3)], ["probabilities", "label", "embedding"]
+    images, names = (
+        [make_image(i, size=(50 + i, 40), form="PNG") for i in range(3)],
+        ["probabilities", "label", "embedding"],
+    )
     wanted = of_http(both.http, images, names)
     pixels = triton.InferInput("images", [1, 40, 50, 3], "UINT8").set_data_from_numpy(decode(images[0])[None])
     outputs = list(map(triton.InferRequestedOutput, names))
@@ -180,8 +190,142 @@ def test_a_message_over_the_limit_and_a_compressed_one_are_rejected(both, make_i
 
 
 def test_bytes_that_are_no_message_are_rejected(both) -> None:
-    with grpc.insecure_channel(both.triton._channel._channel.target().decode()) as channel:
+    with grpc.insecure_channel(both.port) as channel:
         call = channel.unary_unary(INFER)
         assert refused(call, b"\xff\xff")[:2] == (BAD, "the request is not a message of the protocol")
         unknown = channel.unary_unary("/inference.GRPCInferenceService/ModelStreamInfer")
         assert refused(unknown, b"")[0] == grpc.StatusCode.UNIMPLEMENTED
+
+
+@contextlib.contextmanager
+def unsent(both) -> Iterator[tuple]:
+    """Start a ModelInfer call whose message is not sent until the queue gets it. Yields (call, queue)."""
+    waiting: queue.Queue = queue.Queue()
+    with grpc.insecure_channel(both.port) as channel:
+        call = channel.stream_unary(INFER).future(iter(waiting.get, None))
+        wait_for_requests(both, 1)
+        yield call, waiting
+        waiting.put(None)
+
+
+def test_admission_and_the_time_of_a_body_hold_before_the_message_arrives(bundle, serving, make_image) -> None:
+    app = {"limits": Limits(body_seconds=1), "max_requests": 1}
+    with serving_grpc(serving, bundle, **app) as both:
+        with unsent(both) as (slow, messages):
+            status, _, trailing = refused(both.calls.ModelInfer, files(make_image(1)))
+            assert status == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert (trailing["retry-after"], trailing["refract-code"]) == ("1", "overloaded")
+            assert both.http.post("/v1/predict", content=make_image(1)).status_code == 429
+            messages.put(files(make_image(1)).SerializeToString())
+            assert slow.result(20)
+        with unsent(both) as (slow, _):
+            with pytest.raises(grpc.RpcError, match="the whole message did not arrive within 1 s"):
+                slow.result(20)
+            assert slow.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        with unsent(both) as (slow, _):
+            slow.cancel()
+            wait_for_requests(both, 0)
+        assert both.calls.ModelInfer(files(make_image(1))).outputs
+        counts = {code: outcomes(both, code) for code in ("ok", "overloaded", "body_too_slow", "client_disconnected")}
+        assert counts == {"ok": 2, "overloaded": 2, "body_too_slow": 1, "client_disconnected": 1}
+
+
+def wait_for_requests(both, count: int) -> None:
+    """Return when the server has this number of requests in flight."""
+    deadline = time.monotonic() + 20
+    while both.http.get("/v1/status").json()["requests"] != count:
+        assert time.monotonic() < deadline
+
+
+def outcomes(both, code: str) -> float:
+    return both.app.state.service.metrics.registry.get_sample_value("refract_requests_total", {"end": code})
+
+
+class Held(Engine):
+    """Computes when its gate is open."""
+
+    def __init__(self, bundle) -> None:
+        super().__init__(bundle)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def compute(self, batch):
+        assert self.gate.wait(30)
+        return super().compute(batch)
+
+
+def test_the_deadlines_of_server_and_client(bundle, serving, make_image) -> None:
+    engine = Held(bundle)
+    with serving_grpc(serving, engine, deadline_s=1) as both:
+        engine.gate.clear()
+        status, details, trailing = refused(both.calls.ModelInfer, files(make_image(1)))
+        early = both.calls.ModelInfer.future(files(make_image(1)), timeout=0.2)
+        assert early.exception().code() == grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline of the client"
+        wait_for_requests(both, 0)
+        assert outcomes(both, "client_disconnected") == 1
+        engine.gate.set()
+        assert (status, trailing["refract-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded")
+        assert "within 1 s" in details
+        assert both.calls.ModelInfer(files(make_image(1))).outputs
+
+
+def test_keys_and_their_rate(bundle, serving, make_image, tmp_path: Path, caplog) -> None:
+    (tmp_path / "keys").write_text("open-sesame # ann\n")
+    caplog.set_level("INFO", "refract.serve.http.access_log")
+    options = {"keys": ApiKeys(tmp_path / "keys", rate=1), "access_log": True}
+    with serving_grpc(serving, bundle, **options) as both:
+        assert both.triton.is_server_live() and both.triton.is_server_ready() and both.triton.get_server_metadata()
+        model = published.ModelMetadataRequest(name="shapes")
+        for metadata in ((), (("authorization", "Bearer wrong-key"),)):
+            for call, message in ((both.calls.ModelMetadata, model), (both.calls.ModelInfer, files(b"x"))):
+                status, details, _ = refused(call, message, metadata=metadata)
+                assert status == grpc.StatusCode.UNAUTHENTICATED and "API key" in details
+        own = (("authorization", "Bearer open-sesame"),)
+        for _ in range(3):
+            assert both.calls.ModelMetadata(model, metadata=own).name == "shapes"
+        caplog.clear()
+        both.calls.ModelInfer(files(make_image(1)), metadata=(("x-api-key", "open-sesame"), ("x-request-id", "mine")))
+        status, _, trailing = refused(both.calls.ModelInfer, files(make_image(1)), metadata=own)
+        assert (status, trailing["refract-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limited")
+        assert int(trailing["retry-after"]) >= 1
+    first, second = (json.loads(line) for line in caplog.messages)
+    wanted = {"id": "mine", "method": "gRPC", "path": INFER, "status": 200, "key": "ann", "model": bundle.digest[:16]}
+    assert {name: first.get(name) for name in wanted} == wanted
+    assert (second["status"], second["code"], second["key"]) == (429, "rate_limited", "ann")
+
+
+def test_feedback_finds_the_prediction_of_a_call(bundle, serving, make_image) -> None:
+    with serving_grpc(serving, bundle) as both:
+        _, call = both.calls.ModelInfer.with_call(files(make_image(1)), metadata=(("x-request-id", "mine"),))
+        trailing = dict(call.trailing_metadata())
+        assert (trailing["x-request-id"], trailing["x-model-digest"]) == ("mine", bundle.digest[:16])
+        assert trailing["server-timing"].startswith("prepare;dur=")
+        feedback = {"id": "mine", "labels": ["class 1"]}
+        assert both.http.post("/v1/feedback", json=feedback).status_code == 200
+        assert outcomes(both, "ok") == 1
+
+
+def test_swaps_under_load_lose_no_call_and_mix_no_models(bundle, other, serving, make_image, reference) -> None:
+    image, stop = make_image(5), threading.Event()
+    wanted = {b.digest[:16]: reference(b.classifier("cpu"), image, "multiclass") for b in (bundle, other)}
+    with serving_grpc(serving, bundle) as both, ThreadPoolExecutor(4) as pool:
+
+        def ask(_: int) -> set[str]:
+            versions = set()
+            while not stop.is_set():
+                result = both.triton.infer("shapes", [encoded(image)])
+                versions.add(version := result.get_response().model_version)
+                np.testing.assert_allclose(result.as_numpy("probabilities")[0], wanted[version], atol=1e-5)
+            return versions
+
+        asking = [pool.submit(ask, i) for i in range(4)]
+        try:
+            engines, models = [Engine(other), Engine(bundle)], both.app.state.service.models
+            for turn in range(20):
+                swap = models.swap(engines[turn % 2])
+                asyncio.run_coroutine_threadsafe(swap, models.champion._loop).result(30)
+        finally:
+            stop.set()
+        assert set.union(*(future.result() for future in asking)) == set(wanted)
+        status, details, _ = refused(both.calls.ModelInfer, files(image, model_version=other.digest[:16]))
+        assert status == grpc.StatusCode.NOT_FOUND and bundle.digest[:16] in details

@@ -32,7 +32,7 @@ EXTENSIONS = ["binary_tensor_data", "statistics"]
 Handler = Callable[..., Awaitable[JSONResponse]]
 
 
-def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:  # noqa: C901 — one function for each route
+def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:
     """Add the routes below `/v2`. allowed: dependencies of the metadata routes; rated: those of inference. The health routes have none."""
 
     def check_name(request: Request, name: str) -> None:
@@ -93,7 +93,10 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         check_name(request, name)
         bundle = service.models.engine.bundle
         model: dict[str, Any] = {"name": name, "versions": [bundle.digest[:16]], "platform": PLATFORM}
-        tensors = {"inputs": [row._asdict() for row in INPUTS], "outputs": [row._asdict() for row in outputs_of(bundle)]}
+        tensors = {
+            "inputs": [row._asdict() for row in INPUTS],
+            "outputs": [row._asdict() for row in outputs_of(bundle)],
+        }
         return JSONResponse({**model, **tensors, "labels": list(bundle.info.labels)})
 
     @app.post("/v2/models/{name}/versions/{model_version}/infer", include_in_schema=False, dependencies=rated)

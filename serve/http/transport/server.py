@@ -57,7 +57,8 @@ class Server(uvicorn.Server):
 
     A signal before that exits the process with code 0. At the first signal after it, the server calls `on_leave` and still serves for
     `drain_s` seconds, so that load balancers notice. Then it accepts no more connections, finishes the in-flight requests and stops,
-    after drain_s + GRACE_S + STUCK_S seconds at the latest. Meanwhile it runs `on_stop`, which receives GRACE_S. It closes an idle connection after `keep_alive_s` seconds.
+    after drain_s + GRACE_S + STUCK_S seconds at the latest. Meanwhile it runs `on_stop`, which receives GRACE_S. It closes an idle
+    connection after `keep_alive_s` seconds.
     `run(sockets=[…])` raises SystemExit if the start-up of the application failed.
     """
 
