@@ -214,6 +214,7 @@ def _app(bundle: "Bundle", config: ServeConfig, grpc_socket: socket.socket | Non
         feedback_keep=config.feedback_keep,
         feedback_hours=config.feedback_hours,
         feedback_log=_feedback_log(config),
+        cache_mb=config.cache_mb,
         keys=_keys(config),
         admin=_admin_keys(config),
         access_log=config.access_log,

@@ -232,6 +232,10 @@ class ServeConfig:
         default=None,
         metadata=_option("append the feedback of clients to JSON lines in this folder, for relabelling", Path, "DIR"),
     )
+    cache_mb: float = field(
+        default=ServiceSettings.cache_mb,
+        metadata=_option("memory for the predictions of repeated requests, in MiB; 0 keeps none", number(0, 1e6), "MB"),
+    )
     access_log: bool = field(
         default=False, metadata=_option("write one JSON line per request to the standard output", switch)
     )

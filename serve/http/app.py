@@ -67,6 +67,7 @@ def create_app(
     feedback_keep: int = ServiceSettings.feedback_keep,
     feedback_hours: float = ServiceSettings.feedback_hours,
     feedback_log: FeedbackLog | None = None,
+    cache_mb: float = ServiceSettings.cache_mb,
     keys: ApiKeys | None = None,
     admin: ApiKeys | None = None,
     access_log: bool = False,
@@ -106,19 +107,14 @@ def create_app(
         similar=similar,
         feedback_keep=feedback_keep,
         feedback_hours=feedback_hours,
+        cache_mb=cache_mb,
     )
     metrics = Metrics()
     if sampling:
         sampling.count = metrics.sampled
         sampling.on_image = feedback_log.captured if feedback_log else None
     service = Service(engine, limits=limits or Limits(), metrics=metrics, settings=settings, sampling=sampling)
-    metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
-    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
-    metrics.watch("ready", "1 if /readyz returns 200, else 0", lambda: float(service.accepting))
-    if service.recent:
-        metrics.registry.register(LiveMetrics(service.recent))
-    for gpu in describe(engine.devices):
-        metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
+    _add_gauges(metrics, service)
 
     watchers = registry_watchers(service, follow, challenge, build=build, every_s=poll_s)
     first_challenges = [challenge] if challenge and challenge.engine else []
@@ -189,6 +185,19 @@ def _grpc_server(bound: socket.socket | None, *args: Any, **options: Any) -> "Gr
     from refract.serve.grpc.server import GrpcServer  # imports gRPC, which most servers do not need
 
     return GrpcServer(bound, *args, **options)
+
+
+def _add_gauges(metrics: Metrics, service: Service) -> None:
+    """Add the gauges whose values are read at each scrape."""
+    metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
+    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
+    metrics.watch("ready", "1 if /readyz returns 200, else 0", lambda: float(service.accepting))
+    if cache := service.cache:
+        metrics.watch("cache_bytes", "Memory of the response cache in use", lambda: cache.used_bytes)
+    if service.recent:
+        metrics.registry.register(LiveMetrics(service.recent))
+    for gpu in describe(service.models.engine.devices):
+        metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
 
 def _count_rejected(metrics: Metrics, path: str, code: str) -> None:

@@ -30,12 +30,13 @@ class Work(NamedTuple):
 
 class ParsedWork(NamedTuple):
     """A parsed request, whose images are not decoded yet. seconds: duration of the parsing; due: the event loop's time by which its heat
-    maps must be complete."""
+    maps must be complete; content: the hash of its images and texts, None without a response cache."""
 
     work: Work
     request: ParsedRequest
     seconds: float
     due: float
+    content: bytes | None = None
 
 
 class Predictions(NamedTuple):
@@ -44,7 +45,8 @@ class Predictions(NamedTuple):
     - request: what was parsed
     - bundle: the model that answered
     - outputs: a record for each sample, see `refract.serve.runtime.outputs.unpacked`
-    - seconds: durations of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`
+    - seconds: durations of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; `cache` in
+      place of `queue` and `compute` if the outputs come from the response cache
     - familiarity: compares embeddings with the training images of the bundle, None without training features
     - explanations: one for each image, empty if not requested
     - cut: whether each text was truncated, empty if the model reads no texts
