@@ -192,8 +192,8 @@ def _add_gauges(metrics: Metrics, service: Service) -> None:
     metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
     metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
     metrics.watch("ready", "1 if /readyz returns 200, else 0", lambda: float(service.accepting))
-    if cache := service.cache:
-        metrics.watch("cache_bytes", "Memory of the response cache in use", lambda: cache.used_bytes)
+    cache = service.cache
+    metrics.watch("cache_bytes", "Memory of the response cache in use", lambda: cache.used_bytes if cache else 0)
     if service.recent:
         metrics.registry.register(LiveMetrics(service.recent))
     for gpu in describe(service.models.engine.devices):

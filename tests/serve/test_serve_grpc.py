@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -130,6 +131,17 @@ def test_tritons_client_receives_the_predictions_of_http(both, make_image) -> No
         assert [label.decode() for label in result.as_numpy("label")] == wanted["label"][:count]
     usual = both.triton.infer("shapes", [pixels])
     assert [output.name for output in usual.get_response().outputs] == ["probabilities", "label"]
+
+
+def test_the_documented_client_prints_the_label(both, make_image, tmp_path, monkeypatch, capsys) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "tritonclient.grpc" in block)
+    (tmp_path / "a.jpg").write_bytes(make_image(2))
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("localhost:8001", both.port).replace('"NAME"', '"shapes"'), {})
+    (row,) = both.http.post("/v1/predict", content=make_image(2)).json()["predictions"]
+    label, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert label == row["label"] and float(probability) == pytest.approx(row["confidence"], abs=1e-6)
 
 
 def test_typed_contents_are_read_like_raw_ones(both, make_image) -> None:
