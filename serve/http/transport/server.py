@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping = asyncio.ensure_future(self._on_stop(GRACE_S)) if self._on_stop else None
         await super().shutdown(sockets)
-        if stopping:
+        if stopping and not self.force_exit:
             await stopping
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
