@@ -18,11 +18,11 @@ from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.protocols import InferMessage
 from refract.serve.runtime.open_inference import (
-    INPUTS,
     PLATFORM,
     Tensor,
     TensorMetadata,
     check_model,
+    inputs_of,
     outputs_of,
     record,
     tensors_of,
@@ -75,9 +75,12 @@ class OpenInference:
         """Inputs and outputs of the named model. RequestError 401, or 404 for another model."""
         _check_key(self._unrated, call)
         self._check_model(await self._receive(call))
-        bundle = self._service.models.engine.bundle
+        engine = self._service.models.engine
+        bundle = engine.bundle
         tensor, response = MESSAGES["ModelMetadataResponse.TensorMetadata"], MESSAGES["ModelMetadataResponse"]
-        inputs, outputs = ([tensor(**row._asdict()) for row in rows] for rows in (INPUTS, outputs_of(bundle)))
+        inputs, outputs = (
+            [tensor(**row._asdict()) for row in rows] for rows in (inputs_of(engine), outputs_of(engine))
+        )
         names = {"name": bundle.info.name, "versions": [bundle.digest[:16]], "platform": PLATFORM}
         return response(**names, inputs=inputs, outputs=outputs)
 

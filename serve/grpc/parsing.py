@@ -32,7 +32,7 @@ def read_message(content: bytes, limits: Limits) -> ParsedRequest:
     inputs = [_input(tensor, len(raw[row]) if raw else None) for row, tensor in enumerate(message.inputs)]
     outputs = [output.name for output in message.outputs]
     document = {"inputs": inputs, "outputs": outputs, "id": message.id or None}
-    return read_document(document, raw[0] if raw else b"", limits)
+    return read_document(document, b"".join(raw), limits)
 
 
 def _input(tensor: Any, size: int | None) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.infer_parsing import HEADER
 from refract.serve.requests.protocols import InferBody
 from refract.serve.runtime.open_inference import (
-    INPUTS,
     PLATFORM,
     Tensor,
     check_model,
+    inputs_of,
     outputs_of,
     record,
     tensors_of,
@@ -91,13 +91,11 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
     @get_model("", "Model metadata: inputs, outputs, labels and version", 401, 404)
     async def metadata(request: Request, name: str) -> JSONResponse:
         check_name(request, name)
-        bundle = service.models.engine.bundle
+        engine = service.models.engine
+        bundle = engine.bundle
         model: dict[str, Any] = {"name": name, "versions": [bundle.digest[:16]], "platform": PLATFORM}
-        tensors = {
-            "inputs": [row._asdict() for row in INPUTS],
-            "outputs": [row._asdict() for row in outputs_of(bundle)],
-        }
-        return JSONResponse({**model, **tensors, "labels": list(bundle.info.labels)})
+        inputs, outputs = ([row._asdict() for row in rows] for rows in (inputs_of(engine), outputs_of(engine)))
+        return JSONResponse({**model, "inputs": inputs, "outputs": outputs, "labels": list(bundle.info.labels)})
 
     @app.post("/v2/models/{name}/versions/{model_version}/infer", include_in_schema=False, dependencies=rated)
     @app.post(
