@@ -21,14 +21,16 @@ from refract.serve.runtime.open_inference import (
     PLATFORM,
     Tensor,
     TensorMetadata,
-    check_model,
     inputs_of,
     outputs_of,
     record,
     tensors_of,
 )
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Work
+from refract.serve.runtime.work import Work, check_model
+
+MOST_BYTES = 64 * 1024
+"""Longest message that is parsed on the event loop, in bytes: one with the name of a model."""
 
 
 @dataclass
@@ -68,13 +70,13 @@ class OpenInference:
     async def model_ready(self, call: Call) -> Any:
         """Whether the named model is ready. RequestError 401, or 404 for another model."""
         _check_key(self._unrated, call)
-        self._check_model(await self._receive(call))
+        self._check_model("ModelReadyRequest", await self._receive(call))
         return MESSAGES["ModelReadyResponse"](ready=self._service.accepting)
 
     async def model_metadata(self, call: Call) -> Any:
         """Inputs and outputs of the named model. RequestError 401, or 404 for another model."""
         _check_key(self._unrated, call)
-        self._check_model(await self._receive(call))
+        self._check_model("ModelMetadataRequest", await self._receive(call))
         engine = self._service.models.engine
         bundle = engine.bundle
         tensor, response = MESSAGES["ModelMetadataResponse.TensorMetadata"], MESSAGES["ModelMetadataResponse"]
@@ -91,8 +93,9 @@ class OpenInference:
         with self._service.admitted():
             content = await self._receive(call)
             with self._bodies.holding(content):
-                work = Work(InferMessage(content), version=self._check_model(content), request_id=call.request_id)
-                results = await self._service.predict(work)
+                # The body names the model, so the parser checks it.
+                message = InferMessage(content, self._service.models.engine.bundle)
+                results = await self._service.predict(Work(message, request_id=call.request_id))
         tensors, info = tensors_of(results), results.bundle.info
         call.digest, call.timing = results.bundle.digest[:16], results.timing
         tensor = MESSAGES["ModelInferResponse.InferOutputTensor"]
@@ -117,12 +120,12 @@ class OpenInference:
         except StopAsyncIteration as err:
             raise RequestError(400, "client_disconnected", "the client ended the call before its message") from err
 
-    def _check_model(self, content: bytes) -> str | None:
-        """Check the model that a request names, and return its version, None without one. The first two fields of a ModelInferRequest are
-        those of a ModelReadyRequest, which skips the others. RequestError 404 for another model."""
-        model = parsed("ModelReadyRequest", content)
+    def _check_model(self, name: str, content: bytes) -> None:
+        """Check the model that the message `name` names. RequestError 404 for another model, 413 for a message that is no such one."""
+        if len(content) > MOST_BYTES:
+            raise RequestError(413, "body_too_large", f"the message is larger than {MOST_BYTES} bytes")
+        model = parsed(name, content)
         check_model(self._service.models.engine.bundle, model.name, model.version or None)
-        return model.version or None
 
 
 RPCS: Mapping[str, Callable[[OpenInference, Call], Awaitable[Any]]] = MappingProxyType(

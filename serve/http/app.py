@@ -155,9 +155,7 @@ def create_app(
     rated = _dependencies(keys) if keys else []
     allowed = _dependencies(keys.unrated()) if keys else []
     bodies = Bodies(service.limits)
-    calls = app.state.calls = _grpc_server(
-        grpc_socket, service, bodies, keys=keys, access_log=access_log, traces=traces
-    )
+    calls = app.state.calls = _grpc_server(grpc_socket, service, bodies, keys, access_log, traces)
     predict = add_predict(app, service, bodies, keys, rated)
     add_embed(app, service, bodies, rated)
     _add_health(app, service, allowed)
@@ -178,13 +176,20 @@ def create_app(
     return app
 
 
-def _grpc_server(bound: socket.socket | None, *args: Any, **options: Any) -> "GrpcServer | None":
+def _grpc_server(
+    bound: socket.socket | None,
+    service: Service,
+    bodies: Bodies,
+    keys: ApiKeys | None,
+    access_log: bool,
+    traces: "TracerProvider | None",
+) -> "GrpcServer | None":
     """Return the server of the calls over gRPC, see `GrpcServer`; None without a socket."""
     if bound is None:
         return None
     from refract.serve.grpc.server import GrpcServer  # imports gRPC, which most servers do not need
 
-    return GrpcServer(bound, *args, **options)
+    return GrpcServer(bound, service, bodies, keys=keys, access_log=access_log, traces=traces)
 
 
 def _add_gauges(metrics: Metrics, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from refract.models.bundle.bundle import Bundle
 from refract.serve.requests.decoding import ParsedRequest, read
 from refract.serve.requests.infer_parsing import read_infer
 from refract.serve.requests.limits import Limits
@@ -23,9 +24,10 @@ class InferBody(NamedTuple):
 
 
 class InferMessage(NamedTuple):
-    """A ModelInferRequest of the Open Inference Protocol over gRPC, as received."""
+    """A ModelInferRequest of the Open Inference Protocol over gRPC, as received. served: the bundle whose name and version it must have."""
 
     content: bytes
+    served: Bundle
 
 
 Body = PredictBody | InferBody | InferMessage
@@ -36,7 +38,7 @@ def parse(body: Body, limits: Limits) -> ParsedRequest:
     if isinstance(body, InferMessage):
         from refract.serve.grpc.parsing import read_message  # needs the extra `grpc`
 
-        return read_message(body.content, limits)
+        return read_message(body.content, body.served, limits)
     if isinstance(body, InferBody):
         return read_infer(body.content, body.json_length, limits)
     return ParsedRequest(read(body.content_type, body.content, limits))

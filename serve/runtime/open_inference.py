@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refract.models.bundle.bundle import Bundle
 from refract.serve.http.errors import RequestError
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Predictions, check_version
+from refract.serve.runtime.work import Predictions
 
 PLATFORM = "refract"
 
@@ -54,14 +53,6 @@ def outputs_of(engine: Engine) -> tuple[TensorMetadata, ...]:
         TensorMetadata("embedding", "FP32", [-1, -1]),
     )
     return always + (FAMILIARITY if engine.familiarity else ())
-
-
-def check_model(served: Bundle, name: str, version: str | None) -> None:
-    """Raise RequestError 404 unless `served` has this name, and this version, or `version` is None."""
-    if name != served.info.name:
-        message = f"model {name[:40]!r} is not served; this server serves {served.info.name!r}"
-        raise RequestError(404, "unknown_model", message)
-    check_version(served, version)
 
 
 def tensors_of(results: Predictions) -> list[Tensor]:

@@ -142,7 +142,7 @@ class Service:
         challenger = self.models.challenger
         if challenger and not challenger.chosen():
             challenger = None
-        version = parsed.work.version
+        version = parsed.work.version or parsed.request.version
         if version is None and challenger and challenger.challenge.answers:
             predictions = await self._canary_predictions(challenger, parsed)
             if predictions:

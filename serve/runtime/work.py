@@ -18,7 +18,7 @@ from refract.serve.runtime.engine import Engine
 class Work(NamedTuple):
     """A request whose body was received and is not parsed yet. flipped: average the logits of each image and of its horizontal flip;
     explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop, which is faster than on a thread; version:
-    the only model version that may answer, None for any; request_id: the request's X-Request-Id."""
+    the only model version that may answer, None for any or if the body names it; request_id: the request's X-Request-Id."""
 
     body: Body
     flipped: bool = False
@@ -111,6 +111,14 @@ def check_read(engine: Engine, images: RequestImages) -> None:
     texts = images.texts or [""] * len(missing)
     if any(no_image and not trimmed(text) for text, no_image in zip(texts, missing, strict=False)):
         raise RequestError(422, "invalid_request", "a sample has an empty text and no image; send one of them")
+
+
+def check_model(served: Bundle, name: str, version: str | None) -> None:
+    """Raise RequestError 404 unless `served` has this name, and this version, or `version` is None."""
+    if name != served.info.name:
+        message = f"model {name[:40]!r} is not served; this server serves {served.info.name!r}"
+        raise RequestError(404, "unknown_model", message)
+    check_version(served, version)
 
 
 def check_version(bundle: Bundle, version: str | None) -> None:

@@ -17,6 +17,8 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as published
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -201,10 +203,43 @@ def test_a_message_over_the_limit_and_a_compressed_one_are_rejected(both, make_i
     assert both.triton.infer("shapes", [encoded(make_image(1))]).as_numpy("label").shape == (1,)
 
 
+shapes = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 3), max_size=5)
+inputs = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["images", "encoded", "texts", "\U0001f600"]),
+        "datatype": st.sampled_from(["UINT8", "BYTES", ""]),
+        "shape": shapes,
+    },
+    optional={
+        "contents": st.fixed_dictionaries(
+            {"uint_contents": st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 255), max_size=13)},
+            optional={"bytes_contents": st.lists(st.binary(max_size=9), max_size=6)},
+        )
+    },
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    tensors=st.lists(inputs, max_size=3), raw=st.lists(st.binary(max_size=13), max_size=3), rest=st.binary(max_size=9)
+)
+def test_no_message_causes_a_server_error(both, tensors, raw, rest: bytes) -> None:
+    message = request(*tensors, raw_input_contents=raw).SerializeToString()
+    with grpc.insecure_channel(both.port) as channel:
+        call = channel.unary_unary(INFER)
+        for content in (message, message + rest, rest):
+            try:
+                assert published.ModelInferResponse.FromString(call(content)).outputs
+            except grpc.RpcError as error:
+                assert error.code() in (BAD, grpc.StatusCode.NOT_FOUND), error.details()
+
+
 def test_bytes_that_are_no_message_are_rejected(both) -> None:
     with grpc.insecure_channel(both.port) as channel:
         call = channel.unary_unary(INFER)
         assert refused(call, b"\xff\xff")[:2] == (BAD, "the request is not a message of the protocol")
+        ready = channel.unary_unary("/inference.GRPCInferenceService/ModelReady")
+        assert refused(ready, b"x" * 70_000)[:2] == (BAD, "the message is larger than 65536 bytes")
         unknown = channel.unary_unary("/inference.GRPCInferenceService/ModelStreamInfer")
         assert refused(unknown, b"")[0] == grpc.StatusCode.UNIMPLEMENTED
 

@@ -18,14 +18,13 @@ from refract.serve.requests.protocols import InferBody
 from refract.serve.runtime.open_inference import (
     PLATFORM,
     Tensor,
-    check_model,
     inputs_of,
     outputs_of,
     record,
     tensors_of,
 )
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Work
+from refract.serve.runtime.work import Work, check_model
 
 EXTENSIONS = ["binary_tensor_data", "statistics"]
 
