@@ -223,9 +223,12 @@ def test_a_signal_stops_the_server_after_the_calls_in_flight(bundle, make_image)
                 assert not call.done()
         process.terminate()
         wait_until_refused(url)
+        deadline = time.monotonic() + 20
         with pytest.raises(grpc.RpcError) as refused:
-            late.unary_unary(f"/{SERVICE}/ServerLive")(b"")
-        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            while time.monotonic() < deadline:  # the two ports do not close at the same moment
+                late.unary_unary(f"/{SERVICE}/ServerLive")(b"")
+        # gRPC itself cancels a call that arrives while the port closes.
+        assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         messages.put(message)
         response = MESSAGES["ModelInferResponse"].FromString(call.result(20))
         messages.put(None)
