@@ -52,6 +52,10 @@ STATUS: Mapping[int, grpc.StatusCode] = MappingProxyType(
 CALLS_PER_SLOT = 2
 """Most calls at a time, as a multiple of the admission slots: also those that are about to be rejected, and those of the metadata."""
 
+LOST_S = 1.0
+"""Seconds of a shutdown after which gRPC may end it once no call is in flight. It sometimes loses a call that arrives as the shutdown
+begins: neither client nor server would end it before the grace period does. The responses in transmission need less time."""
+
 IDENTITY_ONLY = 1
 """Accept uncompressed messages only: gRPC would decompress a small message to any size before its limit is checked."""
 
@@ -76,6 +80,7 @@ class GrpcServer:
         self._protocol = OpenInference(service, bodies, keys)
         self._tracer = traces.get_tracer("refract.serve") if traces else None
         self._server: grpc.aio.Server | None = None
+        self._in_flight = 0
 
     async def start(self) -> None:
         """Accept calls. RuntimeError if another process took the port."""
@@ -97,10 +102,23 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Accept no more calls, and cancel those that do not finish within `grace_s` seconds. It may be called again."""
-        if self._server:
-            await self._server.stop(grace_s)
+        if not self._server:
+            return
+        stopping = asyncio.ensure_future(self._server.stop(grace_s))
+        while not stopping.done():
+            await asyncio.wait({stopping}, timeout=LOST_S)
+            if not self._in_flight and not stopping.done():
+                await self._server.stop(None)
+        await stopping
 
     async def _answer(self, name: str, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        self._in_flight += 1
+        try:
+            return await self._answered(name, messages, context)
+        finally:
+            self._in_flight -= 1
+
+    async def _answered(self, name: str, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         headers = {key: value for key, value in reversed(context.invocation_metadata()) if isinstance(value, str)}
         call = Call(headers, request_id_of(headers.get("x-request-id", "").encode()).decode(), messages)
         start, response, problem = time.monotonic(), b"", None

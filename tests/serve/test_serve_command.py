@@ -223,12 +223,12 @@ def test_a_signal_stops_the_server_after_the_calls_in_flight(bundle, make_image)
                 assert not call.done()
         process.terminate()
         wait_until_refused(url)
-        deadline = time.monotonic() + 20
-        with pytest.raises(grpc.RpcError) as refused:
-            while time.monotonic() < deadline:  # the two ports do not close at the same moment
-                late.unary_unary(f"/{SERVICE}/ServerLive")(b"")
-        # gRPC itself cancels a call that arrives while the port closes.
-        assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        deadline, status = time.monotonic() + 15, grpc.StatusCode.OK
+        while (
+            status != grpc.StatusCode.UNAVAILABLE
+        ):  # calls that arrive while the port closes are answered, cancelled or lost
+            assert time.monotonic() < deadline
+            status = late.unary_unary(f"/{SERVICE}/ServerLive").future(b"", timeout=1).code()
         messages.put(message)
         response = MESSAGES["ModelInferResponse"].FromString(call.result(20))
         messages.put(None)
