@@ -16,6 +16,7 @@ from refract.serve.grpc.parsing import parsed
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.requests.body import Bodies
+from refract.serve.requests.model_name import check_model
 from refract.serve.requests.protocols import InferMessage
 from refract.serve.runtime.open_inference import (
     PLATFORM,
@@ -27,7 +28,7 @@ from refract.serve.runtime.open_inference import (
     tensors_of,
 )
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Work, check_model
+from refract.serve.runtime.work import Work
 
 MOST_BYTES = 64 * 1024
 """Longest message that is parsed on the event loop, in bytes: one with the name of a model."""

@@ -10,7 +10,7 @@ from refract.serve.http.errors import RequestError
 from refract.serve.requests.decoding import ParsedRequest
 from refract.serve.requests.infer_parsing import read_document
 from refract.serve.requests.limits import Limits
-from refract.serve.runtime.work import check_model
+from refract.serve.requests.model_name import check_model
 
 
 def parsed(name: str, content: bytes) -> Any:

@@ -8,6 +8,7 @@ from refract.serve.feedback.recent_predictions import RecentPredictions
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.http.metrics import Metrics
 from refract.serve.requests.limits import MIB, Limits
+from refract.serve.requests.model_name import check_version
 from refract.serve.rollout.canary import Challenger
 from refract.serve.rollout.data_capture import DataCapture
 from refract.serve.runtime.admission import Admission
@@ -18,7 +19,7 @@ from refract.serve.runtime.response_cache import ResponseCache
 from refract.serve.runtime.served_models import ServedModels
 from refract.serve.runtime.settings import ServiceSettings
 from refract.serve.runtime.shadows import Shadows, count_failure
-from refract.serve.runtime.work import ParsedWork, Predictions, Work, check_version
+from refract.serve.runtime.work import ParsedWork, Predictions, Work
 
 CANARY = 0.3
 """The fraction of the deadline that a canary may use. The rest lets the champion answer in its place."""

@@ -111,18 +111,3 @@ def check_read(engine: Engine, images: RequestImages) -> None:
     texts = images.texts or [""] * len(missing)
     if any(no_image and not trimmed(text) for text, no_image in zip(texts, missing, strict=False)):
         raise RequestError(422, "invalid_request", "a sample has an empty text and no image; send one of them")
-
-
-def check_model(served: Bundle, name: str, version: str | None) -> None:
-    """Raise RequestError 404 unless `served` has this name, and this version, or `version` is None."""
-    if name != served.info.name:
-        message = f"model {name[:40]!r} is not served; this server serves {served.info.name!r}"
-        raise RequestError(404, "unknown_model", message)
-    check_version(served, version)
-
-
-def check_version(bundle: Bundle, version: str | None) -> None:
-    """Raise RequestError 404 if `version` is not the bundle's; None accepts any."""
-    if version is not None and version != bundle.digest[:16]:
-        message = f"model version {version[:40]!r} is not served; the served version is {bundle.digest[:16]!r}"
-        raise RequestError(404, "unknown_model", message)

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from refract.serve.http.openapi import INFER_BODY, problems
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.infer_parsing import HEADER
+from refract.serve.requests.model_name import check_model
 from refract.serve.requests.protocols import InferBody
 from refract.serve.runtime.open_inference import (
     PLATFORM,
@@ -24,7 +25,7 @@ from refract.serve.runtime.open_inference import (
     tensors_of,
 )
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Work, check_model
+from refract.serve.runtime.work import Work
 
 EXTENSIONS = ["binary_tensor_data", "statistics"]
 
