@@ -93,7 +93,7 @@ lock:
 	test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv)
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --all-extras \
 		pyproject.toml --output-file requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino --extra tracing --extra encoders \
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino --extra tracing --extra encoders --extra grpc \
 		--constraint requirements.lock pyproject.toml --output-file requirements-serve.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra train --extra retrain --extra lora \
 		--extra text --extra external --constraint requirements.lock pyproject.toml --output-file requirements-train.lock

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     progress.stage("loading libraries")
     try:
-        with _listen(config.host, config.port) as bound:
-            _serve(config, bound)
+        with _listen(config.host, config.port) as bound, _grpc_socket(config) as grpc_socket:
+            _serve(config, bound, grpc_socket)
     except InvalidOptionError as err:
         return _failed(str(err), EXIT_INVALID)
     except Exception as err:
@@ -81,7 +81,22 @@ def _exit(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _grpc_socket(config: ServeConfig) -> AbstractContextManager[socket.socket | None]:
+    """Bind the socket of --grpc-port; None without the option."""
+    if config.grpc_port is None:
+        return nullcontext()
+    origin = config.origin("grpc_port")
+    try:
+        import google.protobuf
+        import grpc
+    except ImportError as err:
+        message = f"{origin} needs gRPC, which is not installed; run pip install 'refract[grpc]'"
+        raise InvalidOptionError(message) from err
+    logger.debug("gRPC %s, protobuf %s", grpc.__version__, google.protobuf.__version__)
+    return _listen(config.host, config.grpc_port, origin)
+
+
+def _listen(host: str, port: int, origin: str = "--port") -> socket.socket:
     """Bind the socket. This precedes loading the model, which takes seconds, so that a taken port is reported at once."""
     from refract.serve.http.transport.server import listen
 
@@ -89,22 +104,24 @@ def _listen(host: str, port: int) -> socket.socket:
         return listen(host, port)
     except OSError as err:
         raise InvalidOptionError(
-            f"cannot listen on {host}:{port}: {err.strerror}; choose another --host or --port"
+            f"cannot listen on {host}:{port}: {err.strerror}; choose another --host or {origin}"
         ) from err
 
 
-def _serve(config: ServeConfig, bound: socket.socket) -> None:
-    from refract.serve.http.transport.server import Server, url
+def _serve(config: ServeConfig, bound: socket.socket, grpc_socket: socket.socket | None) -> None:
+    from refract.serve.http.transport.server import Server, address, url
 
     _load_plugins(config)
     bundle = _bundle(config.source)
-    app = _app(bundle, config)
+    app = _app(bundle, config, grpc_socket)
+    calls, grpc_address = app.state.calls, address(grpc_socket) if grpc_socket else None
     server = Server(
         app,
         drain_s=config.drain_s,
         keep_alive_s=config.keep_alive_s,
-        on_ready=lambda: _announce(bundle, url(bound)),
+        on_ready=lambda: _announce(bundle, url(bound), grpc_address),
         on_leave=app.state.service.start_draining,
+        on_stop=calls.stop if calls else None,
     )
     try:
         with spared():
@@ -116,10 +133,13 @@ def _serve(config: ServeConfig, bound: socket.socket) -> None:
         raise failure or RuntimeError("the server did not start") from err
 
 
-def _announce(bundle: "Bundle", address: str) -> None:
+def _announce(bundle: "Bundle", url: str, grpc_address: str | None) -> None:
     progress.finish()
-    print(f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {address}", flush=True)
-    output.result({"name": bundle.info.name, "digest": bundle.digest, "url": address})
+    print(f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url}", flush=True)
+    if grpc_address:
+        print(f"gRPC on {grpc_address}", flush=True)
+    calls = {"grpc": grpc_address} if grpc_address else {}
+    output.result({"name": bundle.info.name, "digest": bundle.digest, "url": url} | calls)
 
 
 def _load_plugins(config: ServeConfig) -> None:
@@ -157,7 +177,7 @@ def _bundle(source: str) -> "Bundle":
             raise InvalidOptionError(str(second_error)) from second_error
 
 
-def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
+def _app(bundle: "Bundle", config: ServeConfig, grpc_socket: socket.socket | None) -> "FastAPI":
     from refract.serve.http.access_log import write_lines
     from refract.serve.http.app import create_app
     from refract.serve.requests.limits import MIB, Limits
@@ -194,6 +214,7 @@ def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
         feedback_keep=config.feedback_keep,
         feedback_hours=config.feedback_hours,
         feedback_log=_feedback_log(config),
+        cache_mb=config.cache_mb,
         keys=_keys(config),
         admin=_admin_keys(config),
         access_log=config.access_log,
@@ -205,6 +226,7 @@ def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
         sampling=_sampling(config),
         cors_origins=config.cors_origin,
         root_path=config.root_path,
+        grpc_socket=grpc_socket,
     )
     if config.metrics_port is not None:
         _serve_metrics(app, config.host, config.metrics_port, config.origin("metrics_port"))

@@ -44,6 +44,14 @@ class ServeConfig:
     )
     host: str = field(default="127.0.0.1", metadata=_option("address to listen on"))
     port: int = field(default=8000, metadata=_option("port to listen on; 0 selects a free one", integer(0, 65535)))
+    grpc_port: int | None = field(
+        default=None,
+        metadata=_option(
+            "also serve the Open Inference Protocol over gRPC on this port; 0 selects a free one",
+            integer(0, 65535),
+            "PORT",
+        ),
+    )
     device: str = field(
         default="auto",
         metadata=_option("where the network runs: auto, cpu, cuda, a list such as cuda:0,cuda:1, or all for every GPU"),
@@ -223,6 +231,10 @@ class ServeConfig:
     feedback_dir: Path | None = field(
         default=None,
         metadata=_option("append the feedback of clients to JSON lines in this folder, for relabelling", Path, "DIR"),
+    )
+    cache_mb: float = field(
+        default=ServiceSettings.cache_mb,
+        metadata=_option("memory for the predictions of repeated requests, in MiB; 0 keeps none", number(0, 1e6), "MB"),
     )
     access_log: bool = field(
         default=False, metadata=_option("write one JSON line per request to the standard output", switch)

@@ -110,6 +110,38 @@ def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for field, value in headers if field == name), b"")
 
 
+def request_id_of(client_id: bytes) -> bytes:
+    """Return the id of a request: the client's if it is valid, else a new one."""
+    return client_id if _ID.fullmatch(client_id) else os.urandom(16).hex().encode()
+
+
+def log_request(
+    *,
+    id: str,
+    method: str,
+    path: str,
+    status: int,
+    code: str | None,
+    seconds: float,
+    key: str | None,
+    model: str | None,
+) -> None:
+    """Log the line of one request. Values that are None are omitted. code: that of its problem; key: the name of its API key; model: the
+    beginning of the digest of the model that answered."""
+    line = {
+        "time": _now(),
+        "id": id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "code": code,
+        "seconds": round(seconds, 6),
+        "key": key,
+        "model": model,
+    }
+    logger.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+
+
 class AccessLog:
     """ASGI middleware that adds `X-Request-Id`. log: whether it also logs a JSON line to the logger `refract.serve.http.access_log`."""
 
@@ -120,8 +152,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        client_id = _value(scope["headers"], b"x-request-id")
-        request_id = client_id if _ID.fullmatch(client_id) else os.urandom(16).hex().encode()
+        request_id = request_id_of(_value(scope["headers"], b"x-request-id"))
         start, status, digest = time.monotonic(), 0, b""
         state = scope.setdefault("state", {})
         state["request_id"] = request_id.decode()
@@ -138,15 +169,13 @@ class AccessLog:
             await self._app(scope, receive, send_identified)
         finally:
             if self._log:
-                line = {
-                    "time": _now(),
-                    "id": state["request_id"],
-                    "method": scope["method"],
-                    "path": scope["path"][:MAX_PATH_CHARS],
-                    "status": status,
-                    "code": state.get("code"),
-                    "seconds": round(time.monotonic() - start, 6),
-                    "key": state.get("key"),
-                    "model": digest.decode() or None,
-                }
-                logger.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+                log_request(
+                    id=state["request_id"],
+                    method=scope["method"],
+                    path=scope["path"][:MAX_PATH_CHARS],
+                    status=status,
+                    code=state.get("code"),
+                    seconds=time.monotonic() - start,
+                    key=state.get("key"),
+                    model=digest.decode() or None,
+                )

@@ -1,8 +1,8 @@
 """The ASGI application: routes, middleware and lifespan around the prediction service."""
 
 import asyncio
-import copy
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -33,6 +33,7 @@ from refract.serve.http.routes.feedback import FEEDBACK, add_feedback
 from refract.serve.http.routes.predict import PREDICT, DirectRoute, add_predict
 from refract.serve.http.routes.v2 import add_v2
 from refract.serve.http.tracing import Tracing, shut_down
+from refract.serve.http.transport.server import GRACE_S
 from refract.serve.http.ui import add_page
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import Limits
@@ -46,6 +47,8 @@ from refract.serve.runtime.settings import ServiceSettings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+
+    from refract.serve.grpc.server import GrpcServer
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ def create_app(
     feedback_keep: int = ServiceSettings.feedback_keep,
     feedback_hours: float = ServiceSettings.feedback_hours,
     feedback_log: FeedbackLog | None = None,
+    cache_mb: float = ServiceSettings.cache_mb,
     keys: ApiKeys | None = None,
     admin: ApiKeys | None = None,
     access_log: bool = False,
@@ -75,6 +79,7 @@ def create_app(
     sampling: DataCapture | None = None,
     cors_origins: Sequence[str] = (),
     root_path: str = "",
+    grpc_socket: socket.socket | None = None,
 ) -> FastAPI:
     """Return the application that serves the model `served`. A bundle is served on the CPU.
 
@@ -84,6 +89,7 @@ def create_app(
     engine, which is hot-swapped. challenge: a second model, for canary or shadow requests. sampling: captures a sample of the requests.
     feedback_log: stores the feedback of clients; it is closed with the application.
     cors_origins: origins whose pages may read responses, `*` for all. root_path: the path of a reverse proxy below which the server runs.
+    grpc_socket: a bound socket whose address also serves gRPC, see `GrpcServer`; it needs the extra `grpc`.
     The other parameters are those of `Limits` and of `ServiceSettings`.
 
     The lifespan runs the self-test. If it fails, the server does not start and `app.state.failure` holds the exception. Routes may be added
@@ -101,19 +107,14 @@ def create_app(
         similar=similar,
         feedback_keep=feedback_keep,
         feedback_hours=feedback_hours,
+        cache_mb=cache_mb,
     )
     metrics = Metrics()
     if sampling:
         sampling.count = metrics.sampled
         sampling.on_image = feedback_log.captured if feedback_log else None
     service = Service(engine, limits=limits or Limits(), metrics=metrics, settings=settings, sampling=sampling)
-    metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
-    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
-    metrics.watch("ready", "1 if /readyz returns 200, else 0", lambda: float(service.accepting))
-    if service.recent:
-        metrics.registry.register(LiveMetrics(service.recent))
-    for gpu in describe(engine.devices):
-        metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
+    _add_gauges(metrics, service)
 
     watchers = registry_watchers(service, follow, challenge, build=build, every_s=poll_s)
     first_challenges = [challenge] if challenge and challenge.engine else []
@@ -122,6 +123,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await service.start()
+            if calls:
+                await calls.start()
         except Exception as err:
             app.state.failure = err
             raise
@@ -131,6 +134,8 @@ def create_app(
         yield
         for task in tasks:
             task.cancel()
+        if calls:
+            await calls.stop(GRACE_S)
         await service.stop()
         if feedback_log:
             await asyncio.to_thread(feedback_log.close)
@@ -148,8 +153,9 @@ def create_app(
     app.state.failure, app.state.service = None, service
     respond = errors.install(app, partial(_count_rejected, metrics))
     rated = _dependencies(keys) if keys else []
-    allowed = _dependencies(_unrated(keys)) if keys else []
+    allowed = _dependencies(keys.unrated()) if keys else []
     bodies = Bodies(service.limits)
+    calls = app.state.calls = _grpc_server(grpc_socket, service, bodies, keys, access_log, traces)
     predict = add_predict(app, service, bodies, keys, rated)
     add_embed(app, service, bodies, rated)
     _add_health(app, service, allowed)
@@ -168,6 +174,35 @@ def create_app(
         Tracing(with_access_log, provider=traces, named_paths=named_paths) if traces else with_access_log
     )
     return app
+
+
+def _grpc_server(
+    bound: socket.socket | None,
+    service: Service,
+    bodies: Bodies,
+    keys: ApiKeys | None,
+    access_log: bool,
+    traces: "TracerProvider | None",
+) -> "GrpcServer | None":
+    """Return the server of the calls over gRPC, see `GrpcServer`; None without a socket."""
+    if bound is None:
+        return None
+    from refract.serve.grpc.server import GrpcServer  # imports gRPC, which most servers do not need
+
+    return GrpcServer(bound, service, bodies, keys=keys, access_log=access_log, traces=traces)
+
+
+def _add_gauges(metrics: Metrics, service: Service) -> None:
+    """Add the gauges whose values are read at each scrape."""
+    metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
+    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
+    metrics.watch("ready", "1 if /readyz returns 200, else 0", lambda: float(service.accepting))
+    cache = service.cache
+    metrics.watch("cache_bytes", "Memory of the response cache in use", lambda: cache.used_bytes if cache else 0)
+    if service.recent:
+        metrics.registry.register(LiveMetrics(service.recent))
+    for gpu in describe(service.models.engine.devices):
+        metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
 
 def _count_rejected(metrics: Metrics, path: str, code: str) -> None:
@@ -190,14 +225,6 @@ async def _start_challenge(service: Service, challenge: Challenge) -> None:
         assert challenge.engine is not None
         service.models.rejected.add(challenge.engine.bundle.path)
         logger.warning("the challenger is not started: %s", err)
-
-
-def _unrated(keys: ApiKeys) -> ApiKeys:
-    """Return the same keys without their rate limit, for routes other than predictions: the web page polls the status every few seconds,
-    which must not use up the rate of its key."""
-    unrated = copy.copy(keys)
-    unrated._rate = None
-    return unrated
 
 
 def _dependencies(keys: ApiKeys) -> list[Any]:
@@ -250,7 +277,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
 
 def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
-    allowed = _dependencies(_unrated(guards)) if guards else [Depends(_reject_without_keys)]
+    allowed = _dependencies(guards.unrated()) if guards else [Depends(_reject_without_keys)]
 
     @app.post(
         "/admin/rollback",

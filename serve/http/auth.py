@@ -1,5 +1,6 @@
 """API keys of requests and their rate limit."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -35,16 +36,28 @@ class ApiKeys:
         OverloadedError above the rate.
 
         It never waits. It is a coroutine because FastAPI would run a plain function on a thread."""
-        sent = sent_key(request.headers.get("authorization", ""), request.headers.get("x-api-key", ""))
+        key = self.find(request.headers.get("authorization", ""), request.headers.get("x-api-key", ""))
+        request.state.key = key.name
+        self.take_token(key)
+
+    def find(self, authorization: str, x_api_key: str) -> Key:
+        """Return the key that a request sent in these two header fields, empty texts without one. RequestError 401 as in `check`."""
+        sent = sent_key(authorization, x_api_key)
         key = self._file.find(sent)
         if key is None:
             reason = f"the API key is not one of {self._description}" if sent else "this server requires an API key"
             raise RequestError(401, "unauthorized", f"{reason}; send the header Authorization: Bearer KEY")
-        request.state.key = key.name
-        self._take_token(key)
+        return key
 
-    def _take_token(self, key: Key) -> None:
-        """Take a token from the bucket of `key`, which holds one second's requests and refills at the rate."""
+    def unrated(self) -> "ApiKeys":
+        """Return the same keys without their rate limit, for requests other than predictions: the web page polls the status every few
+        seconds, which must not use up the rate of its key."""
+        keys = copy.copy(self)
+        keys._rate = None
+        return keys
+
+    def take_token(self, key: Key) -> None:
+        """Take a token from the bucket of `key`, which holds one second's requests and refills at the rate. OverloadedError without one."""
         if self._rate is None:
             return
         now, capacity = self._clock(), max(1.0, self._rate)

@@ -51,7 +51,7 @@ class Problem:
         return JSONResponse(self.content | extra, self.status, self.headers, media_type=MEDIA_TYPE)
 
 
-def _rejected(_: Request, error: RequestError) -> Problem:
+def _rejected(_: Request | None, error: RequestError) -> Problem:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else error.headers
     return Problem(error.status, error.code, error.message, headers)
 
@@ -73,20 +73,20 @@ def _invalid(_: Request, error: RequestValidationError) -> Problem:
     return Problem(422, "invalid_parameter", f"{location}: {first['msg']}")
 
 
-def _overloaded(_: Request, error: OverloadedError) -> Problem:
+def _overloaded(_: Request | None, error: OverloadedError) -> Problem:
     return Problem(429, error.code, str(error), {"Retry-After": str(error.after_s)})
 
 
-def _not_ready(_: Request, error: NotReadyError | ClosedError) -> Problem:
+def _not_ready(_: Request | None, error: NotReadyError | ClosedError) -> Problem:
     return Problem(503, "not_ready", str(error), {"Retry-After": "5"})
 
 
-def _failed(_: Request, error: Exception) -> Problem:
+def _failed(_: Request | None, error: Exception) -> Problem:
     """Report an internal error. The traceback goes to the log, not to the client."""
     return Problem(500, "internal_error", "an internal error occurred; the server's log has the details")
 
 
-_HANDLERS: Mapping[type[Exception], Callable[[Request, Any], Problem]] = MappingProxyType(
+_HANDLERS: Mapping[type[Exception], Callable[[Any, Any], Problem]] = MappingProxyType(
     {
         RequestError: _rejected,
         HTTPException: _routing,
@@ -100,6 +100,12 @@ _HANDLERS: Mapping[type[Exception], Callable[[Request, Any], Problem]] = Mapping
 )
 
 
+def problem_of(error: Exception, request: Request | None = None) -> Problem:
+    """Return what a client learns of `error`. request: the HTTP request, None for another protocol, which raises no errors of routing."""
+    handler = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
+    return handler(request, error)
+
+
 ProblemResponder = Callable[[Request, Exception], JSONResponse]
 """Builds the error response to a request that failed with an exception."""
 
@@ -109,8 +115,7 @@ def install(app: FastAPI, count: Callable[[str, str], None]) -> ProblemResponder
     function that builds the responses, for exceptions raised outside `app`."""
 
     def respond(request: Request, error: Exception) -> JSONResponse:
-        to_problem = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
-        problem = to_problem(request, error)
+        problem = problem_of(error, request)
         request.state.code = problem.code  # for the access log
         path = route_path(request.scope)
         count(path, problem.code)

@@ -23,8 +23,8 @@ class Metrics:
     """The metrics of one server, in a separate registry.
 
     Requests by outcome (`ok` or the problem's code), durations of requests and of their stages, batch sizes, confidences, predictions by
-    label, abstentions, unfamiliar images, hot swaps, feedback, captured samples; the served model, its age and its accuracy on its test
-    set; outcomes, agreement and durations of the challenger. `watch` adds gauges.
+    label, abstentions, unfamiliar images, hot swaps, feedback, captured samples, cached responses; the served
+    model, its age and its accuracy on its test set; outcomes, agreement and durations of the challenger. `watch` adds gauges.
     """
 
     def __init__(self) -> None:
@@ -74,6 +74,9 @@ class Metrics:
         self._sampled = Counter(
             "refract_sampled", "Sampled images by outcome: `kept`, `dropped` or `failed`", ["end"], **options
         )
+        self._cached = Counter(
+            "refract_cache_requests", "Requests looked up in the response cache: `hit` or `miss`", ["end"], **options
+        )
         self._challenged = Counter(
             "refract_challenger_images", "Images of the challenger by outcome", ["end"], **options
         )
@@ -100,6 +103,10 @@ class Metrics:
         )
         for end in ("done", "refused"):  # Prometheus sees no increase if a series starts with 1
             self._swaps.labels(end)
+
+    def looked_up(self, end: str) -> None:
+        """Count a request that may be in the response cache. end: `hit` or `miss`."""
+        self._cached.labels(end).inc()
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
         """Count an answered request. seconds: its duration; stages: the duration of each stage in seconds."""

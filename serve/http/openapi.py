@@ -4,7 +4,7 @@ from typing import Any
 
 from refract.models.prediction import LOW_CONFIDENCE, UNFAMILIAR
 from refract.serve.http.errors import MEDIA_TYPE, Problem
-from refract.serve.requests.infer_parsing import OPTIONAL_OUTPUTS, OUTPUTS
+from refract.serve.requests.infer_parsing import DATATYPES, OPTIONAL_OUTPUTS, OUTPUTS
 
 _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
 """A red image of 8 × 8 pixels, a PNG in base64."""
@@ -92,8 +92,8 @@ _TENSOR = {
     "type": "object",
     "required": ["name", "datatype", "shape"],
     "properties": {
-        "name": {"enum": ["images", "encoded"]},
-        "datatype": {"enum": ["UINT8", "BYTES"]},
+        "name": {"enum": list(DATATYPES)},
+        "datatype": {"enum": sorted(set(DATATYPES.values()))},
         "shape": {"type": "array", "items": {"type": "integer"}},
         "data": {"type": "array"},
         "parameters": {"type": "object"},

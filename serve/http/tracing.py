@@ -5,7 +5,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span, Tracer
 
 _STAGE = re.compile(r"(\w+);dur=([\d.]+)")
 
@@ -45,34 +47,46 @@ class Tracing:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        from opentelemetry.trace import SpanKind, StatusCode
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        parent = TraceContextTextMapPropagator().extract(Headers(scope=scope))
         attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
         # Clients choose the path freely, so a name for each would be unbounded.
         name = f"{scope['method']} {scope['path']}" if scope["path"] in self._named_paths else scope["method"]
-        with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, attributes) as span:
+        with server_span(self._tracer, name, Headers(scope=scope), attributes) as span:
 
             async def send_recorded(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     headers = Headers(raw=message["headers"])
                     span.set_attribute("http.response.status_code", message["status"])
-                    span.set_attribute("refract.request_id", headers.get("x-request-id", ""))
-                    if message["status"] >= 500:
-                        span.set_status(StatusCode.ERROR)
-                    self._record_stages(headers.get("server-timing", ""))
+                    request_id, timing = headers.get("x-request-id", ""), headers.get("server-timing", "")
+                    record_response(self._tracer, span, message["status"], request_id, timing)
                 await send(message)
 
             await self._app(scope, receive, send_recorded)
 
-    def _record_stages(self, timing: str) -> None:
-        """Record a span for each stage of a `Server-Timing` header; their durations there are in milliseconds."""
-        stages = [(name, int(float(milliseconds) * 1e6)) for name, milliseconds in _STAGE.findall(timing)]
-        start = time.time_ns() - sum(nanoseconds for _, nanoseconds in stages)
-        for name, nanoseconds in stages:
-            self._tracer.start_span(name, start_time=start).end(start + nanoseconds)
-            start += nanoseconds
+
+def server_span(
+    tracer: "Tracer", name: str, headers: Mapping[str, str], attributes: Mapping[str, str]
+) -> AbstractContextManager["Span"]:
+    """Record a span of the server until the block ends. headers: those of the request, of which `traceparent` names the client's span."""
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    parent = TraceContextTextMapPropagator().extract(headers)
+    return tracer.start_as_current_span(name, parent, SpanKind.SERVER, attributes)
+
+
+def record_response(tracer: "Tracer", span: "Span", status: int, request_id: str, timing: str) -> None:
+    """Record the response in the current `span`: an error from the HTTP status 500 on, and a span for each stage of a `Server-Timing`
+    header; their durations there are in milliseconds."""
+    from opentelemetry.trace import StatusCode
+
+    span.set_attribute("refract.request_id", request_id)
+    if status >= 500:
+        span.set_status(StatusCode.ERROR)
+    stages = [(name, int(float(milliseconds) * 1e6)) for name, milliseconds in _STAGE.findall(timing)]
+    start = time.time_ns() - sum(nanoseconds for _, nanoseconds in stages)
+    for name, nanoseconds in stages:
+        tracer.start_span(name, start_time=start).end(start + nanoseconds)
+        start += nanoseconds
 
 
 async def shut_down(traces: "TracerProvider") -> None:

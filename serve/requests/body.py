@@ -1,7 +1,8 @@
 """Read request bodies within the memory limits of one request and of all requests together."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -58,6 +59,20 @@ class Bodies:
         """Stop counting `body` as held."""
         self._held -= len(body)
 
+    @contextmanager
+    def holding(self, body: bytes) -> Iterator[None]:
+        """Count `body`, which another protocol received, as held until the block ends. OverloadedError as in `read`."""
+        self._held += len(body)
+        try:
+            self._check_held()
+            yield
+        finally:
+            self.release(body)
+
+    def _check_held(self) -> None:
+        if self._held > self._limits.max_held_bytes:
+            raise OverloadedError("the request bodies in memory exceed the limit; try again later")
+
     async def _gather(self, request: Request, decoding: Decoding, chunks: list[bytes]) -> None:
         """Append the decoded pieces to `chunks`. If an error is raised, `chunks` holds the pieces so far."""
         sent = size = 0
@@ -70,8 +85,7 @@ class Bodies:
                     chunks.append(piece)
                     size += len(piece)
                     self._held += len(piece)
-                if self._held > self._limits.max_held_bytes:
-                    raise OverloadedError("the request bodies in memory exceed the limit; try again later")
+                self._check_held()
                 if len(piece) == STEP:
                     await asyncio.sleep(0)
         if sent:

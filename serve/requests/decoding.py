@@ -44,12 +44,13 @@ class RequestImages(NamedTuple):
 
 
 class ParsedRequest(NamedTuple):
-    """A parsed request. outputs: names of the outputs that the response has, and id: the client's name of the request, None without one;
-    both are of the Open Inference Protocol only."""
+    """A parsed request. The others are of the Open Inference Protocol only. outputs: names of the outputs that the response has; id: the
+    client's name of the request; version: the only model version that may answer, if the body names one; each None without one."""
 
     images: RequestImages
     outputs: tuple[str, ...] = ()
     id: str | None = None
+    version: str | None = None
 
 
 def is_quick(content_type: str, body: bytes) -> bool:

@@ -2,8 +2,8 @@
 
 import math
 import struct
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,16 +21,29 @@ HEADER = "inference-header-content-length"
 OUTPUTS = ("probabilities", "label")
 """The outputs of a request that names none."""
 
-OPTIONAL_OUTPUTS = ("embedding",)
+OPTIONAL_OUTPUTS = ("embedding", "familiarity")
 """The outputs that a request must name."""
+
+DATATYPES = {"images": "UINT8", "encoded": "BYTES", "texts": "BYTES"}
+"""The inputs and their types."""
+
+EXPECTED = (
+    "`inputs` must be one tensor of images, `images`, UINT8 [N, height, width, 3], or `encoded`, BYTES [N], "
+    "and for a model that reads texts `texts`, BYTES [N]"
+)
 
 
 def read_infer(body: bytes, json_length: str | None, limits: Limits) -> ParsedRequest:
-    """Parse a request. json_length: the value of HEADER, None without one. RequestError 4xx."""
-    document, binary = _parts(body, json_length, limits)
+    """Parse the body of an HTTP request. json_length: the value of HEADER, None without one. RequestError 4xx."""
+    return read_document(*_parts(body, json_length, limits), limits)
+
+
+def read_document(document: dict[str, Any], binary: bytes, limits: Limits) -> ParsedRequest:
+    """Parse a request in the form of its JSON document; over gRPC elements of type BYTES are bytes. binary: the binary tensors after it.
+    RequestError 4xx."""
     outputs, number = _outputs(document.get("outputs")), document.get("id")
-    images = _images(document.get("inputs"), binary, limits)
-    return ParsedRequest(images, outputs, number if isinstance(number, str) else None)
+    samples = _samples(_inputs(document.get("inputs"), binary), limits)
+    return ParsedRequest(samples, outputs, number if isinstance(number, str) else None)
 
 
 def _outputs(requested: Any) -> tuple[str, ...]:
@@ -60,22 +73,60 @@ def _within(text: str, maximum: int) -> bool:
     return text.isdecimal() and len(text) < 20 and int(text) <= maximum
 
 
-def _images(inputs: Any, binary: bytes, limits: Limits) -> RequestImages:
-    """Read the one input of a request. RequestError unless it is one of INPUTS."""
-    match inputs:
-        case [{"name": "images", "datatype": "UINT8", "shape": [*shape]} as tensor]:
-            images = _tensor(tensor, shape, binary, limits)
-            cost = RESIZE_COST * math.prod(shape[:3]) / 1e6 + EACH * len(images)
-            return RequestImages(len(images), cost, [(shape[1], shape[2])] * len(images), pixels=images)
-        case [{"name": "encoded", "datatype": "BYTES", "shape": [*shape]} as tensor]:
-            files = _files(tensor, binary, limits)
-            if shape != [len(files)]:
-                raise _invalid(f"`encoded` has shape {str(shape)[:40]} but {len(files)} elements")
-            return encoded_images(files, numbered(len(files)), limits)
-    raise _invalid("`inputs` must be one tensor: `images`, UINT8 [N, height, width, 3], or `encoded`, BYTES [N]")
+class _Input(NamedTuple):
+    """An input tensor. data: its values in the JSON document; raw: its binary values, None without."""
+
+    shape: list[Any]
+    data: Any
+    raw: bytes | None
 
 
-def _tensor(tensor: dict[str, Any], shape: list[Any], binary: bytes, limits: Limits) -> np.ndarray:
+def _inputs(inputs: Any, binary: bytes) -> dict[str, _Input]:
+    """Return the input tensors by name. RequestError unless they have the names and types of DATATYPES, and the sizes of `binary`."""
+    tensors = [_named(tensor) for tensor in inputs] if isinstance(inputs, list) else []
+    names = [name for name, _ in tensors]
+    if not names or len(names) > len(set(names)) or {"images", "encoded"} <= set(names):
+        raise _invalid(EXPECTED)
+    sizes = [_binary_size(tensor) for _, tensor in tensors]
+    total = sum(size or 0 for size in sizes)
+    if len(binary) != total:
+        message = f"{len(binary)} bytes follow the JSON document, but `binary_data_size` is {total}"
+        raise RequestError(400 if len(binary) > total else 422, "invalid_request", message)
+    ends = accumulate(size or 0 for size in sizes)
+    return {
+        name: _Input(tensor["shape"], tensor.get("data"), None if size is None else binary[end - size : end])
+        for (name, tensor), size, end in zip(tensors, sizes, ends, strict=True)
+    }
+
+
+def _named(tensor: Any) -> tuple[str, dict[str, Any]]:
+    match tensor:
+        case {"name": str(name), "datatype": datatype, "shape": [*_]} if DATATYPES.get(name) == datatype:
+            return name, tensor
+    raise _invalid(EXPECTED)
+
+
+def _samples(inputs: dict[str, _Input], limits: Limits) -> RequestImages:
+    """Read the inputs of a request. RequestError for an invalid one."""
+    texts = _texts(inputs["texts"], limits) if "texts" in inputs else []
+    if "images" in inputs:
+        pixels = _pixels(inputs["images"], limits)
+        shape = pixels.shape
+        cost = RESIZE_COST * math.prod(shape[:3]) / 1e6 + EACH * len(pixels)
+        images = RequestImages(len(pixels), cost, [(shape[1], shape[2])] * len(pixels), pixels=pixels)
+    elif "encoded" in inputs:
+        files = _elements("encoded", inputs["encoded"], limits)
+        images = encoded_images(files, numbered(len(files)), limits)
+    else:
+        images = encoded_images([None] * len(texts), numbered(len(texts)), limits)
+        images = images._replace(has_image=[False] * len(texts))
+    if texts and len(texts) != images.number:
+        raise _invalid(f"`texts` has {len(texts)} elements for {images.number} images; send one text for each image")
+    return images._replace(texts=texts)
+
+
+def _pixels(tensor: _Input, limits: Limits) -> np.ndarray:
+    shape = tensor.shape
     if len(shape) != 4 or any(type(side) is not int or side < 1 for side in shape) or shape[3] != 3:
         raise _invalid(f"`images` has shape {str(shape)[:40]}; expected [N, height, width, 3]")
     if shape[0] > limits.max_images:
@@ -84,15 +135,14 @@ def _tensor(tensor: dict[str, Any], shape: list[Any], binary: bytes, limits: Lim
         limit = f"at most {limits.max_pixels:,} pixels in one and {limits.max_total_pixels:,} in all"
         detail = f"{shape[0]} images of {shape[1]} × {shape[2]} pixels are too large; {limit}"
         raise RequestError(413, "images_too_large", detail)
-    size = _binary_size(tensor, binary)
-    if size is not None:
-        values = np.frombuffer(binary[:size], np.uint8)
+    if tensor.raw is not None:
+        values = np.frombuffer(tensor.raw, np.uint8)
     else:
         try:
-            numbers = np.array(tensor.get("data"))
+            numbers = np.array(tensor.data)
         except ValueError as err:  # rows of different lengths
             raise _invalid("the nested lists in `data` of `images` have different lengths") from err
-        if _has_booleans(tensor.get("data"), numbers):
+        if _has_booleans(tensor.data, numbers):
             message = "`data` of `images` contains booleans; expected whole numbers in 0 … 255"
             raise RequestError(400, "invalid_request", message)
         if numbers.dtype.kind not in "iu" or (numbers.size and (numbers.min() < 0 or numbers.max() > 255)):
@@ -103,26 +153,46 @@ def _tensor(tensor: dict[str, Any], shape: list[Any], binary: bytes, limits: Lim
     return values.reshape(shape)
 
 
-def _files(tensor: dict[str, Any], binary: bytes, limits: Limits) -> list[bytes]:
-    size = _binary_size(tensor, binary)
-    if size is None:
-        texts = tensor.get("data")
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise _invalid("`data` of `encoded` must be a list of at least one base64 string")
-        _check_count(len(texts), limits)
-        try:
-            return [from_base64(text) for text in texts]
-        except ValueError as err:
-            raise RequestError(400, "invalid_base64", "an element of `encoded` is not valid base64") from err
-    files, offset, end = [], 0, min(size, len(binary))
-    while offset + 4 <= end:  # each element follows its length
-        (length,) = struct.unpack_from("<I", binary, offset)
-        files.append(binary[offset + 4 : offset + 4 + length])
+def _texts(tensor: _Input, limits: Limits) -> list[str]:
+    elements = _elements("texts", tensor, limits)
+    try:
+        return [element if isinstance(element, str) else element.decode("utf-8") for element in elements]
+    except UnicodeDecodeError as err:
+        raise RequestError(400, "invalid_text", "an element of `texts` is not valid UTF-8") from err
+
+
+def _elements(name: str, tensor: _Input, limits: Limits) -> list[Any]:
+    """Return the elements of a BYTES tensor: bytes, and for texts of a JSON document str. RequestError unless their number is its shape."""
+    elements = _listed(name, tensor.data, limits) if tensor.raw is None else _unpacked(name, tensor.raw, limits)
+    if tensor.shape != [len(elements)]:
+        raise _invalid(f"`{name}` has shape {str(tensor.shape)[:40]} but {len(elements)} elements")
+    return elements
+
+
+def _listed(name: str, data: Any, limits: Limits) -> list[Any]:
+    if not isinstance(data, list) or not data or not all(isinstance(element, str | bytes) for element in data):
+        kind = "base64 string, over gRPC at least one file" if name == "encoded" else "text"
+        raise _invalid(f"`data` of `{name}` must be a list of at least one {kind}")
+    _check_count(len(data), limits)
+    if name == "texts":
+        return data
+    try:
+        return [element if isinstance(element, bytes) else from_base64(element) for element in data]
+    except ValueError as err:
+        raise RequestError(400, "invalid_base64", "an element of `encoded` is not valid base64") from err
+
+
+def _unpacked(name: str, raw: bytes, limits: Limits) -> list[bytes]:
+    """Return the elements of raw contents, each of which follows its length."""
+    elements, offset = [], 0
+    while offset + 4 <= len(raw):
+        (length,) = struct.unpack_from("<I", raw, offset)
+        elements.append(raw[offset + 4 : offset + 4 + length])
         offset += 4 + length
-        _check_count(len(files), limits)
-    if offset != end or end != size or not files:
-        raise _invalid("the binary data of `encoded` must be elements, each after its length as 4 bytes, little-endian")
-    return files
+        _check_count(len(elements), limits)
+    if offset != len(raw) or not elements:
+        raise _invalid(f"the binary data of `{name}` must be elements, each after its length as 4 bytes, little-endian")
+    return elements
 
 
 def _check_count(count: int, limits: Limits) -> None:
@@ -139,15 +209,12 @@ def _has_booleans(data: Any, numbers: np.ndarray) -> bool:
     return numbers.ndim > 0 and bool in set(map(type, data))
 
 
-def _binary_size(tensor: dict[str, Any], binary: bytes) -> int | None:
-    """Return the size of the input in `binary`, which must hold nothing else, in bytes; None if its data are in the JSON document."""
+def _binary_size(tensor: dict[str, Any]) -> int | None:
+    """Return the bytes of an input after the JSON document; None if its values are in the document."""
     parameters = tensor.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (type(size) is not int or size < 0):
         raise RequestError(400, "invalid_request", "`binary_data_size` must be a whole number of bytes, at least 0")
-    if len(binary) > (size or 0):
-        message = f"{len(binary)} bytes follow the JSON document, but `binary_data_size` is {size or 0}"
-        raise RequestError(400, "invalid_request", message)
     return size
 
 

@@ -13,7 +13,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -93,14 +93,22 @@ class DataCapture:
                 return
             self._thread.join(seconds)
 
+    def choose(self, count: int) -> list[int]:
+        """Draw which of the `count` images of a request are sampled."""
+        return [i for i in range(count) if random.random() < self._fraction]
+
     def offer(
-        self, bundle: Bundle, images: RequestImages, batch: np.ndarray, probabilities: np.ndarray, request_id: str = ""
+        self,
+        bundle: Bundle,
+        images: RequestImages,
+        batch: np.ndarray,
+        probabilities: np.ndarray,
+        request_id: str = "",
+        chosen: Sequence[int] | None = None,
     ) -> None:
-        """Sample from an answered request. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`. Call it on the
-        event loop. It raises no errors: they are logged and counted."""
-        chosen = [i for i in range(len(probabilities)) if random.random() < self._fraction]
-        if not chosen:
-            return
+        """Sample from an answered request. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`; chosen: the
+        sampled images, None draws them. Call it on the event loop. It raises no errors: they are logged and counted."""
+        chosen = self.choose(len(probabilities)) if chosen is None else chosen
         try:
             for i in chosen:
                 self._put(self._sample(bundle, images, batch[i], probabilities[i : i + 1], i, request_id))

@@ -14,7 +14,7 @@ class Admission:
     only. in_flight: the number of requests in flight."""
 
     def __init__(self, max_requests: int, deadline_s: float) -> None:
-        self._max_requests, self._longest_wait = max_requests, PATIENCE * deadline_s
+        self.max_requests, self._longest_wait = max_requests, PATIENCE * deadline_s
         self.in_flight = 0
 
     def check_wait(self, expected: float) -> None:
@@ -29,7 +29,7 @@ class Admission:
     def slot(self, expected: float) -> Iterator[None]:
         """Hold an admission slot until the block ends. expected: the seconds that the request is expected to take. OverloadedError if all
         slots are taken, or if the wait is too long."""
-        if self.in_flight >= self._max_requests:
+        if self.in_flight >= self.max_requests:
             raise OverloadedError(f"{self.in_flight} requests are in flight, the most allowed; try again later")
         self.check_wait(expected)
         self.in_flight += 1

@@ -31,13 +31,22 @@ class Statistics:
         self._lock = threading.Lock()
 
     def succeeded(self, images: int, seconds: float, stages: dict[str, float]) -> None:
-        """Count a request for `images` predictions, answered in `seconds`. stages: the seconds of `prepare`, `queue` and `compute`."""
-        self._last, self._inferences = time.time(), self._inferences + images
+        """Count a request for `images` predictions, answered in `seconds`. stages: the seconds of `prepare`, `queue` and `compute`; or
+        those of `prepare` and `cache`, which are no inferences."""
+        self._last = time.time()
         self._totals["success"].add(seconds)
+        if "cache" in stages:
+            self._totals["cache_hit"].add(stages["cache"])
+            return
+        self._inferences += images
         durations = {"compute_input": stages["prepare"], "queue": stages["queue"], "compute_infer": stages["compute"]}
         for name, duration in durations.items():
             self._totals[name].add(duration)
         self._totals["compute_output"].add(max(0.0, seconds - sum(durations.values())))
+
+    def missed(self, seconds: float) -> None:
+        """Count a request that is not in the response cache, looked up in `seconds`."""
+        self._totals["cache_miss"].add(seconds)
 
     def failed(self, seconds: float) -> None:
         """Count a parsed request that failed after `seconds`."""

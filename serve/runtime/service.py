@@ -7,17 +7,19 @@ from refract.cores import cores
 from refract.serve.feedback.recent_predictions import RecentPredictions
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.http.metrics import Metrics
-from refract.serve.requests.limits import Limits
+from refract.serve.requests.limits import MIB, Limits
+from refract.serve.requests.model_name import check_version
 from refract.serve.rollout.canary import Challenger
 from refract.serve.rollout.data_capture import DataCapture
 from refract.serve.runtime.admission import Admission
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.pools import DECODING, DecoderPools, PricedPool
 from refract.serve.runtime.predictor import Predictor
+from refract.serve.runtime.response_cache import ResponseCache
 from refract.serve.runtime.served_models import ServedModels
 from refract.serve.runtime.settings import ServiceSettings
 from refract.serve.runtime.shadows import Shadows, count_failure
-from refract.serve.runtime.work import ParsedWork, Predictions, Work, check_version
+from refract.serve.runtime.work import ParsedWork, Predictions, Work
 
 CANARY = 0.3
 """The fraction of the deadline that a canary may use. The rest lets the champion answer in its place."""
@@ -30,8 +32,8 @@ class Service:
     """Answers requests between `start` and `stop`. A hot swap of `models` loses no request. Use it on one event loop only.
 
     models: the champion and the challenger; admission: the requests in flight; recent: the predictions that feedback can judge, None if
-    `settings.feedback_keep` is 0. ValueError if `settings.max_queue` is less than twice
-    `limits.max_images`.
+    `settings.feedback_keep` is 0; cache: the outputs of repeated requests, None if `settings.cache_mb` is 0. ValueError if
+    `settings.max_queue` is less than twice `limits.max_images`.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class Service:
             shadow_decoders=self._shadow_decoders,
         )
         self.admission = Admission(settings.max_requests, settings.deadline_s)
-        self._predictor = Predictor(limits, self.admission, sampling)
+        self.cache = ResponseCache(int(settings.cache_mb * MIB)) if settings.cache_mb else None
+        self._predictor = Predictor(limits, self.admission, sampling, self.cache, metrics)
         self._shadows = Shadows(self._predictor, metrics, settings.deadline_s)
 
     async def start(self) -> None:
@@ -140,7 +143,7 @@ class Service:
         challenger = self.models.challenger
         if challenger and not challenger.chosen():
             challenger = None
-        version = parsed.work.version
+        version = parsed.work.version or parsed.request.version
         if version is None and challenger and challenger.challenge.answers:
             predictions = await self._canary_predictions(challenger, parsed)
             if predictions:

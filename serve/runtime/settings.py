@@ -11,6 +11,7 @@ class ServiceSettings:
     for the engine. max_requests: most requests in flight. deadline_s: seconds from a request's last byte to its response.
     min_familiarity: predictions abstain below this familiarity; None for no limit. similar: whether clients may see the training images
     that are most similar to theirs. feedback_keep: most predictions that feedback can judge, 0 for none; feedback_hours: for how long.
+    cache_mb: memory for the outputs of repeated requests, in MiB; 0 for none.
     ValueError if a setting is out of range.
     """
 
@@ -23,6 +24,7 @@ class ServiceSettings:
     similar: bool = False
     feedback_keep: int = 100_000
     feedback_hours: float = 168.0
+    cache_mb: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_requests < 1 or not self.deadline_s > 0:

@@ -11,16 +11,16 @@ from refract.models.multimodal.tokens import trimmed
 from refract.models.prediction import Explanation
 from refract.serve.http.errors import RequestError
 from refract.serve.requests.decoding import ParsedRequest, RequestImages
-from refract.serve.requests.protocols import InferBody, PredictBody
+from refract.serve.requests.protocols import Body
 from refract.serve.runtime.engine import Engine
 
 
 class Work(NamedTuple):
     """A request whose body was received and is not parsed yet. flipped: average the logits of each image and of its horizontal flip;
     explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop, which is faster than on a thread; version:
-    the only model version that may answer, None for any; request_id: the request's X-Request-Id."""
+    the only model version that may answer, None for any or if the body names it; request_id: the request's X-Request-Id."""
 
-    body: PredictBody | InferBody
+    body: Body
     flipped: bool = False
     explained: bool = False
     quick: bool = False
@@ -30,12 +30,13 @@ class Work(NamedTuple):
 
 class ParsedWork(NamedTuple):
     """A parsed request, whose images are not decoded yet. seconds: duration of the parsing; due: the event loop's time by which its heat
-    maps must be complete."""
+    maps must be complete; content: the hash of its images and texts, None without a response cache."""
 
     work: Work
     request: ParsedRequest
     seconds: float
     due: float
+    content: bytes | None = None
 
 
 class Predictions(NamedTuple):
@@ -44,7 +45,8 @@ class Predictions(NamedTuple):
     - request: what was parsed
     - bundle: the model that answered
     - outputs: a record for each sample, see `refract.serve.runtime.outputs.unpacked`
-    - seconds: durations of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`
+    - seconds: durations of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; `cache` in
+      place of `queue` and `compute` if the outputs come from the response cache
     - familiarity: compares embeddings with the training images of the bundle, None without training features
     - explanations: one for each image, empty if not requested
     - cut: whether each text was truncated, empty if the model reads no texts
@@ -109,10 +111,3 @@ def check_read(engine: Engine, images: RequestImages) -> None:
     texts = images.texts or [""] * len(missing)
     if any(no_image and not trimmed(text) for text, no_image in zip(texts, missing, strict=False)):
         raise RequestError(422, "invalid_request", "a sample has an empty text and no image; send one of them")
-
-
-def check_version(bundle: Bundle, version: str | None) -> None:
-    """Raise RequestError 404 if `version` is not the bundle's; None accepts any."""
-    if version is not None and version != bundle.digest[:16]:
-        message = f"model version {version[:40]!r} is not served; the served version is {bundle.digest[:16]!r}"
-        raise RequestError(404, "unknown_model", message)

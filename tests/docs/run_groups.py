@@ -103,6 +103,8 @@ TEXTS = (
 OPTIONS_OF_SERVE = (
     "refract serve runs/NAME/bundle --keys keys",
     "refract serve runs/NAME/bundle --metrics-port 9000",
+    "refract serve runs/NAME/bundle --grpc-port 8001",
+    "refract serve runs/NAME/bundle --cache-mb 64",
     "refract serve runs/NAME/bundle --min-familiarity 0.01",
     "refract serve runs/NAME/bundle --root-path /models",
 )

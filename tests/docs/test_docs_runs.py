@@ -101,7 +101,11 @@ class Shell:
     @contextlib.contextmanager
     def start(self, line: str) -> Iterator[str]:
         """Start a server on a free port, wait until it is ready, and yield its address without a final slash."""
-        line = re.sub(r" --port \d+", "", line).replace("--metrics-port 9000", "--metrics-port 0")
+        line = (
+            re.sub(r" --port \d+", "", line)
+            .replace("--metrics-port 9000", "--metrics-port 0")
+            .replace("--grpc-port 8001", "--grpc-port 0")
+        )
         program, *arguments = shlex.split(line)
         assert program == "refract"
         port = ["--port", "0"] if arguments[0] != "schedule" else []

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -14,9 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from warm_process import Started, shared
+
+from refract.serve.grpc.messages import MESSAGES, SERVICE
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -57,7 +61,7 @@ def test_help_needs_no_heavy_imports():
     code = (
         "import sys, refract.serve.cli.command\n"
         "try: refract.serve.cli.command.main(['--help'])\n"
-        "except SystemExit as end: print(end.code, [m for m in ('torch', 'fastapi', 'numpy') if m in sys.modules])"
+        "except SystemExit as end: print(end.code, [m for m in ('torch', 'fastapi', 'numpy', 'grpc') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--max-wait-ms" in done.stdout
@@ -205,6 +209,33 @@ def test_a_stuck_request_does_not_prevent_the_exit(bundle, make_image):
         assert pending.exception() is not None or pending.result().status_code >= 500
 
 
+def test_a_signal_stops_the_server_after_the_calls_in_flight(bundle, make_image):
+    process = start(str(bundle.path), "--port", "0", "--grpc-port", "0")
+    url = httpx.URL(process.stdout.readline().rpartition(" on ")[2].strip())
+    port = process.stdout.readline().removeprefix("gRPC on ").strip()
+    image, messages = make_image(3), queue.Queue()
+    tensor = {"name": "encoded", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [image]}}
+    message = MESSAGES["ModelInferRequest"](model_name="shapes", inputs=[tensor]).SerializeToString()
+    with grpc.insecure_channel(port) as channel, grpc.insecure_channel(port) as late:
+        call = channel.stream_unary(f"/{SERVICE}/ModelInfer").future(iter(messages.get, None))
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            while not client.get("/v1/status").json()["requests"]:
+                assert not call.done()
+        process.terminate()
+        wait_until_refused(url)
+        deadline, status = time.monotonic() + 15, grpc.StatusCode.OK
+        while (
+            status != grpc.StatusCode.UNAVAILABLE
+        ):  # calls that arrive while the port closes are answered, cancelled or lost
+            assert time.monotonic() < deadline
+            status = late.unary_unary(f"/{SERVICE}/ServerLive").future(b"", timeout=1).code()
+        messages.put(message)
+        response = MESSAGES["ModelInferResponse"].FromString(call.result(20))
+        messages.put(None)
+    assert response.outputs[0].shape == [1, 10]
+    assert finish(process) == (0, "", "")
+
+
 def wait_until_refused(url: httpx.URL) -> None:
     """Return once the port refuses connections."""
     deadline = time.monotonic() + 20
@@ -250,6 +281,17 @@ def test_a_taken_port(bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in refused(str(bundle.path), "--port", str(port))
+        error = refused(str(bundle.path), "--port", "0", "--grpc-port", str(port))
+        assert f"cannot listen on 127.0.0.1:{port}" in error and "choose another --host or --grpc-port" in error
+
+
+def test_grpc_without_its_extra(bundle):
+    code = (
+        "import sys; sys.modules['grpc'] = None; import refract.serve.cli.command as c; sys.exit(c.main(sys.argv[1:]))"
+    )
+    code, out, err = finish(start(str(bundle.path), "--port", "0", "--grpc-port", "0", code=code))
+    message = "--grpc-port needs gRPC, which is not installed; run pip install 'refract[grpc]'"
+    assert (code, out, err) == (2, "", f"refract serve: {message}\n")
 
 
 def test_a_missing_cuda_device_is_named(bundle):

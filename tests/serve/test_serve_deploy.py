@@ -1,5 +1,6 @@
 """`deploy/` and the Dockerfile match the code that they start. `make image-check` builds and runs the image itself."""
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,8 @@ OBJECTS = {
 }
 POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
+KSERVE = list(yaml.safe_load_all((ROOT / "deploy" / "kserve.yaml").read_text("utf-8")))
+PREDICTORS = {service["metadata"]["name"]: service["spec"]["predictor"] for service in KSERVE}
 SERVERS = [COMPOSE["services"][name] for name in ("cpu", "gpu")]
 
 
@@ -27,10 +30,15 @@ def words(instruction: str) -> list[str]:
 
 
 ENTRY = words("ENTRYPOINT")
-COMMANDS = [words("CMD"), CONTAINER["args"], *([*server["command"]] for server in SERVERS)]
+COMMANDS = [
+    words("CMD"),
+    CONTAINER["args"],
+    *([*server["command"]] for server in SERVERS),
+    *(predictor["containers"][0]["args"] for predictor in PREDICTORS.values()),
+]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=["image", "kubernetes", "cpu", "gpu"])
+@pytest.mark.parametrize("command", COMMANDS, ids=["image", "kubernetes", "cpu", "gpu", "kserve", "kserve-grpc"])
 def test_refract_serve_accepts_every_command(command):
     assert ENTRY[:2] == ["refract", "serve"]
     arguments = parse([*ENTRY[2:], *command])
@@ -49,11 +57,55 @@ def test_the_ports_match_those_of_the_server():
         assert server["ports"] == ["127.0.0.1:8000:8000", "127.0.0.1:9000:9000"]
 
 
+@pytest.mark.parametrize("service", KSERVE, ids=PREDICTORS)
+def test_kserve_accepts_each_service_and_stops_it_without_requests(service):
+    """KServe's own fields by a schema of those; the others as a pod, by the schema of Kubernetes."""
+    jsonschema, kubernetes = pytest.importorskip("jsonschema"), pytest.importorskip("kubernetes_validate")
+    schema = json.loads(Path(__file__).with_name("inferenceservice.schema.json").read_text("utf-8"))
+    validator = jsonschema.Draft7Validator(schema)
+    assert [error.message for error in validator.iter_errors(service)] == []
+    predictor = service["spec"]["predictor"]
+    assert list(validator.iter_errors({**service, "spec": {"predictor": {**predictor, "minReplica": 0}}}))
+    pod = {name: predictor[name] for name in ("containers", "volumes")}
+    metadata = {"apiVersion": "v1", "kind": "Pod", "metadata": service["metadata"]}
+    kubernetes.validate({**metadata, "spec": pod}, "1.35", strict=True)
+    with pytest.raises(kubernetes.ValidationError):
+        kubernetes.validate({**metadata, "spec": {**pod, "volume": []}}, "1.35", strict=True)
+    assert predictor["minReplicas"] == 0 < predictor["maxReplicas"]
+
+
+def test_kserve_routes_to_the_port_of_each_protocol():
+    """Knative accepts one port, whose name states the version of HTTP; KServe finds its container and the bundle by their names."""
+    for name, port_name, option in (("refract", "http1", "port"), ("refract-grpc", "h2c", "grpc_port")):
+        (container,) = PREDICTORS[name]["containers"]
+        options = parse([*ENTRY[2:], *container["args"]])
+        (port,) = container["ports"]
+        assert port == {"name": port_name, "containerPort": getattr(options, option), "protocol": "TCP"}
+        assert container["name"] == "kserve-container" and options.source == "/mnt/models"
+        assert [variable["name"] for variable in container["env"]] == ["STORAGE_URI"]
+        (probed,) = {
+            probe["port"]
+            for kind in ("readiness", "liveness")
+            for probe in container.get(f"{kind}Probe", {}).values()
+            if isinstance(probe, dict)
+        }
+        assert probed == port["containerPort"]
+        security = CONTAINER["securityContext"] | {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001}
+        assert container["securityContext"] == security and container["volumeMounts"] == CONTAINER["volumeMounts"]
+
+
+def test_the_image_has_what_kserve_starts():
+    locked = (ROOT / "requirements-serve.lock").read_text("utf-8")
+    assert "\ngrpcio==" in locked and "\nopenvino==" in locked
+
+
 def test_the_probes_use_existing_paths(bundle, serving):
     from refract.serve.http.app import create_app
     from refract.serve.runtime.engine import Engine
 
     paths = {CONTAINER[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+    http = PREDICTORS["refract"]["containers"][0]
+    paths |= {http[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")}
     asked = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", DOCKERFILE + str(SERVERS))
     with serving(create_app(Engine(bundle, "cpu", "eager"))) as client:
         assert {path: client.get(path).status_code for path in {*paths, *asked}} == {"/livez": 200, "/readyz": 200}

@@ -62,6 +62,23 @@ def test_familiarity_is_the_rank_among_the_validation_images(http, familiar: Bun
     assert flipped["familiarity"] == pytest.approx(expected, abs=1 / 20 + 1e-6)
 
 
+def test_the_open_inference_protocol_returns_the_familiarity_if_the_request_names_it(
+    http, bundle, serving, make_image
+) -> None:
+    files = [base64.b64encode(make_image(seed)).decode() for seed in (3, 60)]
+    tensor = {"name": "encoded", "datatype": "BYTES", "shape": [2], "data": files}
+    body = {"inputs": [tensor], "outputs": [{"name": "familiarity"}]}
+    (output,) = http.post("/v2/models/shapes/infer", json=body).json()["outputs"]
+    form = [("f", ("x.jpg", make_image(seed))) for seed in (3, 60)]
+    wanted = [row["familiarity"] for row in http.post("/v1/predict", files=form).json()["predictions"]]
+    assert (output["datatype"], output["shape"], output["data"]) == ("FP32", [2], pytest.approx(wanted, abs=1e-6))
+    assert http.get("/v2/models/shapes").json()["outputs"][-1]["name"] == "familiarity"
+    with serving(create_app(bundle)) as without:
+        answer = without.post("/v2/models/shapes/infer", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "no_training_features")
+        assert "familiarity" not in [row["name"] for row in without.get("/v2/models/shapes").json()["outputs"]]
+
+
 def test_similar_images_are_training_images_with_thumbnails(http, familiar: Bundle, make_image) -> None:
     assert http.get("/v1/model").json()["training_images"] == 40
     (row,) = http.post("/v1/predict?similar=5", content=make_image(3)).json()["predictions"]

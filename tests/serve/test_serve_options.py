@@ -41,8 +41,8 @@ def test_every_option_can_be_set_in_each_place(write) -> None:
     """Each with its default, or with an example where there is none."""
     examples = {
         "source": "folder", "challenger": "other", "canary": "0.5", "keys": "keys", "admin_keys": "admin", "rate": "3",
-        "cors_origin": "https://a.example", "root_path": "/models", "metrics_port": "9", "traces": "http://a", "sample": "DIR",
-        "plugin": "my_plugin.py", "min_familiarity": "0.1", "feedback_dir": "DIR",
+        "cors_origin": "https://a.example", "root_path": "/models", "metrics_port": "9", "grpc_port": "8", "traces": "http://a",
+        "sample": "DIR", "plugin": "my_plugin.py", "min_familiarity": "0.1", "feedback_dir": "DIR",
     }  # fmt: skip
     texts = {name: examples.get(name, str(DEFAULTS[name])) for name in OPTIONS if name != "shadow"}
     from_environment = parse([], {f"REFRACT_SERVE_{name.upper()}": text for name, text in texts.items()})

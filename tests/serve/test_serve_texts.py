@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tritonclient.http as http_client
+from grpc import RpcError
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc.service_pb2 import ModelInferRequest
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, GoldenSample, load_bundle, save_bundle
@@ -18,6 +23,7 @@ from refract.models.multimodal.tokens import pad_rows
 from refract.models.registry import build
 from refract.serve.client import Client, ServerError
 from refract.serve.http.app import create_app
+from refract.serve.http.transport.server import address, listen
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
 
@@ -113,6 +119,64 @@ def test_every_way_to_send_an_image_with_its_text_gives_the_same_prediction(both
         assert not close(flipped, answer_of(classifier, data, text)) and abs(sum(flipped.values()) - 1) < 1e-5
         explained = client.post("/v1/predict?explain=true", json={"image": coded, "text": text})
         assert explained.status_code == 200 and "explanation" not in explained.json()["predictions"][0]
+
+
+def test_the_open_inference_protocol_reads_texts_over_http_and_grpc(both, alone, serving, make_image) -> None:
+    classifier, image, texts = both.classifier(), make_image(5), ["the blue car", "ein Käfer"]
+    columns = {"encoded": [image, make_image(6)], "texts": [text.encode() for text in texts]}
+
+    def ask(http, grpc, chosen) -> list[np.ndarray]:
+        """The answers to binary HTTP, JSON and gRPC."""
+        inputs = [
+            InferInput(name, [2], "BYTES").set_data_from_numpy(np.array(columns[name], object)) for name in chosen
+        ]
+        by_http = [
+            http_client.InferInput(name, [2], "BYTES").set_data_from_numpy(np.array(columns[name], object))
+            for name in chosen
+        ]
+        data = {"encoded": [base64.b64encode(one).decode() for one in columns["encoded"]], "texts": texts}
+        tensors = [{"name": name, "datatype": "BYTES", "shape": [2], "data": data[name]} for name in chosen]
+        in_json = http.post("/v2/models/both/infer", json={"inputs": tensors}).json()["outputs"][0]
+        with http_client.InferenceServerClient(f"{http.base_url.host}:{http.base_url.port}") as binary:
+            first = binary.infer("both", by_http).as_numpy("probabilities")
+        return [
+            first,
+            np.reshape(in_json["data"], in_json["shape"]),
+            grpc.infer("both", inputs).as_numpy("probabilities"),
+        ]
+
+    bound = listen("127.0.0.1", 0)
+    port = address(bound)
+    with serving(create_app(both, grpc_socket=bound)) as http, InferenceServerClient(port) as grpc:
+        for chosen in (("encoded", "texts"), ("texts", "encoded"), ("texts",), ("encoded",)):
+            files = columns["encoded"] if "encoded" in chosen else [None, None]
+            written = texts if "texts" in chosen else ["", ""]
+            wanted = [answer_of(classifier, *pair) for pair in zip(files, written, strict=True)]
+            for rows in ask(http, grpc, chosen):
+                np.testing.assert_allclose(rows, wanted, atol=1e-5)
+        inputs = [row.name for row in grpc.get_model_metadata("both").inputs]
+        assert inputs == ["images", "encoded", "texts"]
+
+        def problem(*tensors: tuple[str, list]) -> tuple[int, str]:
+            rows = [{"name": name, "datatype": "BYTES", "shape": [len(data)], "data": data} for name, data in tensors]
+            answer = http.post("/v2/models/both/infer", json={"inputs": rows})
+            return answer.status_code, answer.json()["detail"]
+
+        coded = base64.b64encode(image).decode()
+        assert problem(("encoded", [coded]), ("texts", texts)) == (
+            422,
+            "`texts` has 2 elements for 1 images; send one text for each image",
+        )
+        assert problem(("texts", [" "])) == (422, "a sample has an empty text and no image; send one of them")
+        assert problem(("texts", texts), ("texts", texts))[0] == problem(("texts", [3]))[0] == 422
+        bad = {"name": "texts", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [b"\xff"]}}
+        with pytest.raises(RpcError, match="not valid UTF-8"):
+            GRPCInferenceServiceStub(grpc._channel).ModelInfer(ModelInferRequest(model_name="both", inputs=[bad]))
+    with serving(create_app(alone)) as http:
+        assert [row["name"] for row in http.get("/v2/models/both").json()["inputs"]] == ["texts"]
+        image_alone = {"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [coded]}
+        answer = http.post("/v2/models/both/infer", json={"inputs": [image_alone]})
+        assert (answer.status_code, answer.json()["detail"]) == (422, "this model reads no images, only texts")
 
 
 def test_long_texts_are_truncated_as_in_training_and_the_response_says_so(both, serving, make_image) -> None:

@@ -3,11 +3,14 @@
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tritonclient.grpc import InferenceServerClient, InferenceServerException, InferInput
 
 from refract.serve.http.app import create_app
 from refract.serve.http.tracing import provider
+from refract.serve.http.transport.server import address, listen
 
 PARENT = "0af7651916cd43dd8448eb211c80319c"
 
@@ -51,6 +54,28 @@ def test_a_request_is_a_child_span_of_its_client_with_its_stages(bundle, serving
         ends.append(span.end_time_unix_nano)
     assert first.end_time_unix_nano >= ends[-1] - 10**6
     assert second.trace_id != first.trace_id and not [s for s in spans if s.parent_span_id == second.span_id]
+
+
+def test_a_call_over_grpc_is_a_span_with_its_stages(bundle, serving, make_image, collector) -> None:
+    endpoint, spans = collector
+    bound = listen("127.0.0.1", 0)
+    port, image = address(bound), np.array([make_image(1)], dtype=object)
+    with (
+        serving(create_app(bundle, traces=provider(endpoint), grpc_socket=bound)),
+        InferenceServerClient(port) as client,
+    ):
+        inputs = [InferInput("encoded", [1], "BYTES").set_data_from_numpy(image)]
+        headers = {"traceparent": f"00-{PARENT}-b7ad6b7169203331-01", "x-request-id": "mine"}
+        client.infer("shapes", inputs, headers=headers)
+        with pytest.raises(InferenceServerException):
+            client.infer("other", inputs)
+    first, second = (span for span in spans if span.name == "inference.GRPCInferenceService/ModelInfer")
+    assert first.trace_id.hex() == PARENT and first.parent_span_id.hex() == "b7ad6b7169203331"
+    facts = {item.key: item.value.string_value or item.value.int_value for item in first.attributes}
+    assert (facts["rpc.system"], facts["rpc.grpc.status_code"], facts["refract.request_id"]) == ("grpc", 0, "mine")
+    stages = [span for span in spans if span.parent_span_id == first.span_id]
+    assert [span.name for span in stages] == ["prepare", "queue", "compute"]
+    assert {item.key: item.value.int_value for item in second.attributes}["rpc.grpc.status_code"] == 5  # NOT_FOUND
 
 
 def test_an_unreachable_collector_does_no_harm(bundle, serving, make_image, monkeypatch) -> None:

@@ -1,8 +1,6 @@
-"""The Open Inference Protocol, version 2, which the clients of KServe and Triton use: https://github.com/kserve/open-inference-protocol.
+"""The routes of the Open Inference Protocol, version 2, over HTTP. Its inputs and outputs: `refract.serve.runtime.open_inference`.
 
-A request has one of two inputs. `images`: RGB pixels of any size, UINT8 [N, height, width, 3]. `encoded`: the bytes of image files,
-BYTES [N], in JSON as base64. The outputs are `probabilities`, FP32 [N, labels], `label`, BYTES [N], and, only if the request names it,
-`embedding`, FP32 [N, features]. A request may use the extension for binary tensors; a response is always JSON.
+A request may use the extension for binary tensors; a response is always JSON.
 """
 
 import time
@@ -13,33 +11,32 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
-from refract.serve.http.errors import RequestError
 from refract.serve.http.openapi import INFER_BODY, problems
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.infer_parsing import HEADER
+from refract.serve.requests.model_name import check_model
 from refract.serve.requests.protocols import InferBody
+from refract.serve.runtime.open_inference import (
+    PLATFORM,
+    Tensor,
+    inputs_of,
+    outputs_of,
+    record,
+    tensors_of,
+)
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Predictions, Work, check_version
+from refract.serve.runtime.work import Work
 
 EXTENSIONS = ["binary_tensor_data", "statistics"]
-INPUTS = (
-    {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
-    {"name": "encoded", "datatype": "BYTES", "shape": [-1]},
-)
-
 
 Handler = Callable[..., Awaitable[JSONResponse]]
 
 
-def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:  # noqa: C901 — one function for each route
+def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:
     """Add the routes below `/v2`. allowed: dependencies of the metadata routes; rated: those of inference. The health routes have none."""
 
     def check_name(request: Request, name: str) -> None:
-        served = service.models.engine.bundle
-        if name != served.info.name:
-            message = f"model {name[:40]!r} is not served; this server serves {served.info.name!r}"
-            raise RequestError(404, "unknown_model", message)
-        check_version(served, request.path_params.get("model_version"))
+        check_model(service.models.engine.bundle, name, request.path_params.get("model_version"))
 
     @app.get("/v2", summary="Server metadata: name, version and protocol extensions", tags=["v2"])
     async def server() -> JSONResponse:
@@ -94,14 +91,11 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
     @get_model("", "Model metadata: inputs, outputs, labels and version", 401, 404)
     async def metadata(request: Request, name: str) -> JSONResponse:
         check_name(request, name)
-        info, digest = service.models.engine.bundle.info, service.models.engine.bundle.digest
-        outputs = [
-            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(info.labels)]},
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
-            {"name": "embedding", "datatype": "FP32", "shape": [-1, -1]},
-        ]
-        model: dict[str, Any] = {"name": name, "versions": [digest[:16]], "platform": "refract"}
-        return JSONResponse({**model, "inputs": list(INPUTS), "outputs": outputs, "labels": list(info.labels)})
+        engine = service.models.engine
+        bundle = engine.bundle
+        model: dict[str, Any] = {"name": name, "versions": [bundle.digest[:16]], "platform": PLATFORM}
+        inputs, outputs = ([row._asdict() for row in rows] for rows in (inputs_of(engine), outputs_of(engine)))
+        return JSONResponse({**model, "inputs": inputs, "outputs": outputs, "labels": list(bundle.info.labels)})
 
     @app.post("/v2/models/{name}/versions/{model_version}/infer", include_in_schema=False, dependencies=rated)
     @app.post(
@@ -124,23 +118,16 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
                 results = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
-        rows, labels = results.probabilities, results.bundle.info.labels
         response: dict[str, Any] = {"model_name": name, "model_version": results.bundle.digest[:16]}
-        response |= {"outputs": [_tensor(name, results) for name in results.request.outputs]}
+        response |= {"outputs": list(map(_json, tensors_of(results)))}
         if results.request.id is not None:
             response["id"] = results.request.id
-        if service.recent:
-            service.recent.record(request_id, results.bundle, rows)
-        service.metrics.predicted(rows, labels, 0)
-        service.metrics.answered(time.monotonic() - start, results.seconds)
+        record(service, request_id, results, time.monotonic() - start)
         headers = {"Server-Timing": results.timing, "X-Model-Digest": results.bundle.digest[:16]}
         return JSONResponse(response, headers=headers)
 
 
-def _tensor(name: str, results: Predictions) -> dict[str, Any]:
-    """Return the output `name` of a response. RequestError 422 if the backend does not compute it."""
-    if name == "label":
-        labels = [results.bundle.info.labels[i] for i in results.probabilities.argmax(axis=1)]
-        return {"name": name, "datatype": "BYTES", "shape": [len(labels)], "data": labels}
-    rows = results.embeddings if name == "embedding" else results.probabilities
-    return {"name": name, "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()}
+def _json(tensor: Tensor) -> dict[str, Any]:
+    values = tensor.values
+    data = values if isinstance(values, list) else values.ravel().tolist()
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": data}

@@ -1,11 +1,12 @@
 """Run one ASGI application on one port: bind, report readiness, drain and shut down gracefully."""
 
+import asyncio
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
@@ -40,10 +41,15 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def address(bound: socket.socket) -> str:
+    """Return host and port of a bound socket, as a client writes them."""
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def url(bound: socket.socket) -> str:
     """Return the URL of a bound socket, as a client writes it."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{address(bound)}"
 
 
 class Server(uvicorn.Server):
@@ -51,7 +57,8 @@ class Server(uvicorn.Server):
 
     A signal before that exits the process with code 0. At the first signal after it, the server calls `on_leave` and still serves for
     `drain_s` seconds, so that load balancers notice. Then it accepts no more connections, finishes the in-flight requests and stops,
-    after drain_s + GRACE_S + STUCK_S seconds at the latest. It closes an idle connection after `keep_alive_s` seconds.
+    after drain_s + GRACE_S + STUCK_S seconds at the latest. Meanwhile it runs `on_stop`, which receives GRACE_S. It closes an idle
+    connection after `keep_alive_s` seconds.
     `run(sockets=[…])` raises SystemExit if the start-up of the application failed.
     """
 
@@ -61,6 +68,7 @@ class Server(uvicorn.Server):
         *,
         on_ready: Callable[[], None],
         on_leave: Callable[[], None] = lambda: None,
+        on_stop: Callable[[float], Awaitable[None]] | None = None,
         drain_s: float = 0,
         keep_alive_s: int = 75,
     ) -> None:
@@ -79,7 +87,7 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=keep_alive_s,
             )
         )
-        self._on_ready, self._on_leave, self._drain_s = on_ready, on_leave, drain_s
+        self._on_ready, self._on_leave, self._on_stop, self._drain_s = on_ready, on_leave, on_stop, drain_s
         self._leaving = False
         self._draining: threading.Timer | None = None
 
@@ -93,6 +101,12 @@ class Server(uvicorn.Server):
             log.disabled = False
         if not self.should_exit:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.ensure_future(self._on_stop(GRACE_S)) if self._on_stop else None
+        await super().shutdown(sockets)
+        if stopping and not self.force_exit:
+            await stopping
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.started:  # no request is in flight
