@@ -140,7 +140,7 @@ def test_an_ambiguous_column_stays_metadata(write: Write) -> None:
         ("path,label\na,x\npath,label\nb,y\n", "line 3: repeats the header"),
         ("path,label\nimg/0.png,a\nC:\\data\\1.png,b\n", "line 3, column 'path': .* is a path on a Windows machine"),
         ("path,label\n\\\\server\\x\\1.png,b\n", "line 2, column 'path': .* is a path on a Windows machine"),
-        ("path,label\nftp://host/1.png,b\n", "line 2, column 'path': .* is a URL that Refract does not read; accepted: s3://, gs://, az://, hf://, https://"),
+        ("path,label\nftp://host/1.png,b\n", "line 2, column 'path': .* is a URL that Refract does not read; accepted: s3://, gs://, az://"),
         ("path,label\nimg/0.png,café\n".encode("cp1252"), "line 2, column 'label': .*byte 0xE9 is not UTF-8.*iconv"),
         ("path;note;label\nx;é;a\n".encode("cp1252"), "line 2, column 'note': .*byte 0xE9 is not UTF-8"),
         (b"PK\x03\x04rest", "it is a ZIP archive, as .xlsx files are"),
