@@ -25,11 +25,11 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    run: Run, images: np.ndarray, expected: np.ndarray, info: BundleInfo, name: str, bound: float
+    run: Run, images: np.ndarray, expected: np.ndarray, info: BundleInfo, name: str, *, bound: float, remedy: str
 ) -> Comparison:
     """Run the export on the golden images, as one batch and one by one, and compare it with the bundle.
 
-    images: uint8 N×H×W×3; expected: (N, C) the bundle's probabilities; name: the target, for errors. ExportError if a probability differs
+    images: uint8 N×H×W×3; expected: (N, C) the bundle's probabilities; name: the target, and remedy: what to do, for errors. ExportError if a probability differs
     by more than `bound`, or if another label is predicted whose probability is not within `bound` of the deciding one.
     """
     whole = _probabilities(run, images, name)
@@ -40,13 +40,13 @@ def compare(
     if not largest <= bound:  # also for NaN
         raise ExportError(
             f"--to {name}: the export changes a probability of the golden samples by {largest:.2g}; at most {bound:g} is allowed. "
-            "Nothing was written; use another target"
+            f"Nothing was written; {remedy}"
         )
     differing = _differing(whole, expected, info, bound) | _differing(single, expected, info, bound)
     if differing.any():
         raise ExportError(
             f"--to {name}: the export predicts another label for {int(differing.sum())} of {len(images)} golden samples. "
-            "Nothing was written; use another target"
+            f"Nothing was written; {remedy}"
         )
     return Comparison(len(images), bound, largest)
 
