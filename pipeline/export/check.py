@@ -29,8 +29,9 @@ def compare(
 ) -> Comparison:
     """Run the export on the golden images, as one batch and one by one, and compare it with the bundle.
 
-    images: uint8 N×H×W×3; expected: (N, C) the bundle's probabilities; name: the target, and remedy: what to do, for errors. ExportError if a probability differs
-    by more than `bound`, or if another label is predicted whose probability is not within `bound` of the deciding one.
+    images: uint8 N×H×W×3; expected: (N, C) the bundle's probabilities; name: the target, and remedy: what to do, for errors.
+    ExportError if a probability differs by more than `bound`, or if another label is predicted whose probability is not within `bound` of
+    the deciding one.
     """
     whole = _probabilities(run, images, name)
     single = np.concatenate([_probabilities(run, images[i : i + 1], name) for i in range(len(images))])
