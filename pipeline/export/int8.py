@@ -1,16 +1,18 @@
 """Calibrate an export in 8-bit integers, and measure what it costs in accuracy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from refract.augment import ImageError, Preprocess
-from refract.models.bundle.bundle import Bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo
 from refract.models.conversion.int8 import MOST_THUMBNAILS, calibration_images
 from refract.models.prediction import predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.data.prepare import split_as_trained
+from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.evaluation.evaluate import truth_of
 from refract.pipeline.evaluation.test_data import labelled_data, samples_of
 from refract.pipeline.export.target import ExportError, Run
@@ -54,7 +56,7 @@ def calibration(
 ) -> tuple[np.ndarray, str]:
     """Return the images for the ranges of activations, uint8 N×H×W×3, and what they are.
 
-    source: labelled or unlabelled data, of which training images are used if they have a split train; None takes the bundle's thumbnails of
+    source: labelled or unlabelled data, of which the split train is used if there is one; None takes the bundle's thumbnails of
     training images, and the golden images with their variants. DataError for a source that cannot be read.
     """
     if source is None:
@@ -63,11 +65,22 @@ def calibration(
         thumbnails = 0 if training is None else sum(map(bool, training.thumbnails))
         of = "golden samples" + (f" and {min(thumbnails, MOST_THUMBNAILS)} training thumbnails" if thumbnails else "")
         return images, of
-    manifest = load_manifest(source, to_train=False)
-    samples = [sample for sample in manifest.of("train") or manifest.samples if sample.has_image]
+    samples = [sample for sample in _training_samples(source, bundle.info) if sample.has_image]
     chosen = samples[:: max(1, -(-len(samples) // MOST_CALIBRATION))]
     images = np.stack([_prepared(preprocess, sample) for sample in chosen])
     return images, f"{len(images)} images of {source}"
+
+
+def _training_samples(source: str, info: BundleInfo) -> Sequence[Sample]:
+    try:
+        manifest = load_manifest(source, to_train=False)
+    except DataError:
+        if source != "digits" and not Path(source).exists():
+            raise
+        return read_data(source, (), multilabel=False, unlabelled=True).samples
+    if not manifest.splits():
+        manifest = split_as_trained(info, manifest, "calibrating on its training split")
+    return manifest.of("train") or manifest.samples
 
 
 def accuracy(
@@ -110,7 +123,7 @@ def check_loss(measured: Accuracy, options: Int8, name: str) -> None:
     )
 
 
-def _labels(probabilities: np.ndarray, info: Any) -> np.ndarray:
+def _labels(probabilities: np.ndarray, info: BundleInfo) -> np.ndarray:
     """Return the predicted labels in the form of `truth_of`."""
     if info.task == "multilabel":
         return predicted_labels(probabilities, "multilabel", info.thresholds)

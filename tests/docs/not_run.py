@@ -18,6 +18,7 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
     {
         "MLFLOW_TRACKING_URI=http://mlflow:5000 refract retrain photos.yaml": "needs a team's MLflow server; runs without the variable",
         "refract embed photos/ --model timm/tf_efficientnet_lite0 --weights default -o features/": "the tutorial few-images.md runs it",
+        "refract export runs/NAME/bundle --to hf -o exported/hf": "needs a network of timm; test_pipeline_export.py loads one by timm",
         "refract feedback labels.csv --url http://a:8000 --url http://b:8000": "needs two servers; runs with one",
         "refract lab": "23 seconds of a core; test_pipeline_lab.py runs each experiment",
         "refract labels log postgresql://ann@db.example.com/labels": "needs that database; test_pipeline_postgres.py has one",
