@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,7 @@ def open_session(model: bytes | str) -> "onnxruntime.InferenceSession":
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def runtime():  # type: ignore[no-untyped-def]
+def runtime() -> ModuleType:
     """Import ONNX Runtime without its telemetry."""
     # From version 1.29 on, it stores a machine id in the home directory and sends telemetry to Microsoft by default.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

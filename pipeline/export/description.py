@@ -1,4 +1,4 @@
-"""The content of `preprocess.json`: everything beside the network that a client needs."""
+"""The content of `preprocess.json`: everything that a client needs in addition to the network."""
 
 from importlib.metadata import version
 from typing import Any

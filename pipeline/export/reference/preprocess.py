@@ -58,7 +58,8 @@ def decode(file, color_profile):
     """Decode an image to RGB: EXIF orientation, transparency over white, 8 bits; with `convert` its colour profile to sRGB."""
     from PIL import Image, ImageCms, ImageOps
 
-    image = ImageOps.exif_transpose(Image.open(file))
+    opened = Image.open(file)
+    image: Image.Image = ImageOps.exif_transpose(opened) or opened
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     profile = image.info.get("icc_profile") if color_profile == "convert" else None
@@ -68,5 +69,5 @@ def decode(file, color_profile):
     image = image if profile and image.mode in ("L", "CMYK") else image.convert("RGB")
     if profile:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        image = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        image = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
     return np.asarray(image)

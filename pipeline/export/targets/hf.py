@@ -76,7 +76,8 @@ def run(folder: Path, description: Mapping[str, Any]) -> Run:
     import timm
 
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    mean, std = (torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    given: Any = network.pretrained_cfg
+    mean, std = (torch.tensor(given[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     options = {"task": description["task"], "temperature": description["temperature"]}
 
     def compute(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
