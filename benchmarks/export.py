@@ -6,8 +6,8 @@
 A bundle with random weights of `--network` is exported to each target, and to 8-bit integers where a target has them: speed and size do not
 depend on the weights. Each export and each of `--backends` of `refract serve` computes the same preprocessed images: one image a call
 (`latency_ms`, median and 95th percentile) and batches of 16 (`images_a_second`, from the median), with PyTorch's number of threads, which
-OMP_NUM_THREADS OMP_NUM_THREADS sets. `export_s` is a whole export with its check, without imports and without loading the bundle. `peer` is the same network
-in plain PyTorch in this process. A target or a backend that is not installed is reported with its reason.
+OMP_NUM_THREADS sets. `export_s` is a whole export with its check, without imports and without loading the bundle. `peer` is the same
+network in plain PyTorch in this process. A target or a backend that is not installed is reported with its reason.
 """
 
 import argparse
