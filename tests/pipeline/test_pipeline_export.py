@@ -1,77 +1,42 @@
 """`refract export`: each target's own runtime opens the export and returns the bundle's predictions."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_data import COLORS, Run, make_image, write_image
+from small_data import Run
+from small_export import (
+    CLIENTS,
+    INSTALLED,
+    LABELS,
+    PIXEL_TARGETS,
+    TEMPERATURE,
+    batch_of,
+    client_torch,
+    make_bundle,
+    names_in,
+    stored,
+)
 from torch import nn
 
-from refract.augment.preprocess import Preprocess
-from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
-from refract.models.classifier import Classifier, probabilities
+from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle, save_bundle
+from refract.models.classifier import Classifier
+from refract.models.factory import text_record
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import make_text_encoder
 from refract.models.registry import build
-from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.export.check import Comparison, compare
 from refract.pipeline.export.export import export
-from refract.pipeline.export.int8 import Accuracy, Int8, check_loss
 from refract.pipeline.export.target import ExportError
-from refract.pipeline.export.targets import TARGETS
-from refract.pipeline.training.training_features import training_features_of
 
 pytestmark = pytest.mark.slow  # each conversion takes a second or more
-
-EXTRAS = {"onnx": "onnxruntime", "openvino": "openvino"}
-INSTALLED = [name for name in TARGETS if importlib.util.find_spec(EXTRAS.get(name, "torch"))]
-needs_onnx = pytest.mark.skipif("onnx" not in INSTALLED, reason="ONNX Runtime, the extra onnx, quantises")
-TEMPERATURE = 0.3
-LABELS = tuple(COLORS)
-
-
-def encoded(label: str, number: int) -> bytes:
-    import cv2
-
-    return cv2.imencode(".png", make_image(label, number, 40)[:, :, ::-1])[1].tobytes()
-
-
-def make_bundle(path: Path, network: str, *, size=(32, 40), task="multiclass", normalize="channel", **more) -> Bundle:
-    """Save a bundle whose logits differ between the images, as those of a trained network: a head of larger weights."""
-    torch.manual_seed(0)
-    labels = LABELS[:2] if task == "binary" else LABELS
-    net = build(network, len(labels), image_size=size, **more.get("args", {}))
-    with torch.no_grad():
-        for parameter in list(net.parameters())[-2:]:
-            parameter.mul_(10)
-    preprocess = Preprocess(*size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), normalize=normalize)
-    arrays = {"image_size": size, "mean_image": torch.rand(3, *size)} if normalize == "mean_image" else {}
-    classifier = Classifier(net, mean=preprocess.mean, std=preprocess.std, normalize=normalize, **arrays).eval()
-    goldens = []
-    for number, label in enumerate([*COLORS, *COLORS]):
-        data = encoded(label, number)
-        images = torch.from_numpy(preprocess(data)).permute(2, 0, 1)[None]
-        with torch.inference_mode():
-            row = probabilities(classifier(images), task=task, temperature=TEMPERATURE)[0]
-        goldens.append(GoldenSample(f"{number:02}.png", data, tuple(map(float, row))))
-    info = BundleInfo(
-        name="colours",
-        task=task,
-        labels=labels,
-        network={"name": network, "image_size": list(size), "args": more.get("args", {})},
-        preprocess=preprocess.to_dict(),
-        temperature=TEMPERATURE,
-        thresholds=(0.4, 0.5, 0.6) if task == "multilabel" else (),
-        metrics={"accuracy": 0.9},
-        created="2026-01-01T00:00:00+00:00",
-    )
-    return load_bundle(save_bundle(path, info, classifier, goldens[: more.get("goldens", 6)]))
 
 
 @pytest.fixture(scope="module")
@@ -82,48 +47,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def timm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundles") / "timm", "timm/test_resnet.r160_in1k", size=(64, 48))
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
-
-
-def batch_of(bundle: Bundle) -> np.ndarray:
-    preprocess = Preprocess.from_dict(bundle.info.preprocess)
-    return np.stack([preprocess(golden.data) for golden in bundle.golden_samples])
-
-
-def stored(bundle: Bundle) -> np.ndarray:
-    return np.array([golden.probabilities for golden in bundle.golden_samples], np.float32)
-
-
-def client_onnx(folder: Path, images: np.ndarray) -> tuple[np.ndarray, Mapping[str, str]]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [(item.name, item.type, item.shape[1:]) for item in session.get_inputs()] == [
-        ("images", "tensor(uint8)", [*images.shape[1:]])
-    ]
-    return session.run(["probabilities"], {"images": images})[0], session.get_modelmeta().custom_metadata_map
-
-
-def client_openvino(folder: Path, images: np.ndarray) -> tuple[np.ndarray, Mapping[str, str]]:
-    import openvino
-
-    model = openvino.Core().read_model(folder / "model.xml")
-    assert model.input("images").element_type == openvino.Type.u8 and model.input("images").partial_shape[0].is_dynamic
-    given = {name: model.get_rt_info(["refract", name]).astype(str) for name in ("labels", "temperature", "task")}
-    return openvino.compile_model(model, "CPU")({"images": images})["probabilities"], given
-
-
-def client_torch(folder: Path, images: np.ndarray) -> tuple[np.ndarray, Mapping[str, str]]:
-    extra = {"metadata.json": ""}
-    program = torch.export.load(folder / "model.pt2", extra_files=extra)
-    return program.module()(torch.from_numpy(images))[0].detach().numpy(), json.loads(extra["metadata.json"])
-
-
-CLIENTS: Mapping[str, Callable] = {"onnx": client_onnx, "openvino": client_openvino, "torch-export": client_torch}
-PIXEL_TARGETS = [name for name in CLIENTS if name in INSTALLED]
 
 
 @pytest.mark.parametrize("target", PIXEL_TARGETS)
@@ -314,100 +237,31 @@ def test_a_killed_export_leaves_no_folder_that_looks_complete(bundle: Bundle, tm
     assert names_in(tmp_path) == [new.name, "out"]  # another process may still write to the new one
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A network that tells the colours apart, with training features."""
-    path = tmp_path_factory.mktemp("trained")
-    untrained = make_bundle(path / "untrained", "lenet5", size=(32, 32))
-    classifier, preprocess = untrained.classifier(), Preprocess.from_dict(untrained.info.preprocess)
-    images = torch.stack([torch.from_numpy(preprocess(make_image(c, n, 40))) for n in range(20) for c in LABELS])
-    images, labels = images.permute(0, 3, 1, 2), torch.arange(3).repeat(20)
-    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
-    for _ in range(12):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(classifier(images), labels).backward()
-        optimizer.step()
-    assert (classifier(images).argmax(1) == labels).all()
-    return saved(path / "bundle", untrained, classifier)
-
-
-def saved(path: Path, like: Bundle, classifier: Classifier) -> Bundle:
-    preprocess = Preprocess.from_dict(like.info.preprocess)
-    with torch.inference_mode():
-        logits = classifier(torch.from_numpy(batch_of(like)).permute(0, 3, 1, 2))
-        rows = probabilities(logits, task="multiclass", temperature=TEMPERATURE)
-    goldens = [
-        replace(g, probabilities=tuple(map(float, row))) for g, row in zip(like.golden_samples, rows, strict=True)
-    ]
-    samples = [
-        Sample(f"{c}/{n}.png", (i,), "train", data=encoded(c, n)) for n in range(9) for i, c in enumerate(LABELS)
-    ]
-    manifest = Manifest("memory", tuple(samples), LABELS, "multiclass")
-    features = training_features_of(classifier, preprocess, manifest, task="multiclass")
-    return load_bundle(save_bundle(path, like.info, classifier, goldens, training=features))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train|test/CLASS/NN.png"""
-    root = tmp_path_factory.mktemp("photos")
-    for number in range(16):
-        for label in LABELS:
-            write_image(
-                root / ("test" if number % 2 else "train") / label / f"{number}.png", make_image(label, 50 + number, 40)
-            )
-    return root
-
-
-@pytest.mark.parametrize("target", [name for name in ("onnx", "openvino") if name in INSTALLED and "onnx" in INSTALLED])
-def test_int8_keeps_the_accuracy_and_reports_it(
-    target: str, refract: Run, trained: Bundle, photos: Path, tmp_path: Path
-) -> None:
-    done = refract(
-        "export", trained.path, "--to", target, "-o", "out", "--int8", "--data", photos, "--calibrate", photos
+def test_a_bundle_that_reads_texts_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    part, tokens, network = make_text_encoder(
+        "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 50}
     )
-    assert (
-        f"calibrated on 24 images of {photos}: accuracy on {photos} (test) 1.0000 before, 1.0000 after (24 samples)"
-        in done.stdout
-    )
-    got, _ = CLIENTS[target](tmp_path / "out", batch_of(trained))
-    np.testing.assert_allclose(got, stored(trained), atol=0.1)
-    assert (got != stored(trained)).any(), "nothing was quantised"
-    recorded = json.loads((tmp_path / "out" / "preprocess.json").read_text())["int8"]
-    assert recorded["after"] == 1.0 and recorded["samples"] == 24
-    if target == "onnx":  # OpenVINO's text describes more nodes than lenet5 has weights
-        export(trained, target, tmp_path / "float32")
-        sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("out", "float32")]
-        assert sizes[0] < 0.5 * sizes[1]
+    joined = {"fusion": "gated", "width": 8}
+    images = build("lenet5", 3, image_size=(32, 40))
+    mean, std = (bundle.info.preprocess[name] for name in ("mean", "std"))
+    classifier = Classifier(Reader(images, network, 3, **joined), mean=mean, std=std, tokens=tokens).eval()
+    info = replace(bundle.info, text=text_record(part, joined))
+    both = load_bundle(save_bundle(tmp_path / "both", info, classifier, bundle.golden_samples))
+    with pytest.raises(ExportError, match="reads texts, which export does not support; use `refract serve`"):
+        export(both, "onnx", tmp_path / "out")
 
 
-@needs_onnx
-def test_int8_without_data_uses_what_the_bundle_has(trained: Bundle, tmp_path: Path) -> None:
-    done = export(trained, "onnx", tmp_path / "out", Int8(None, None, 0.5))
-    assert done.calibrated_on == "golden samples and 27 training thumbnails"
-    assert done.accuracy.of == "agreement on the golden samples" and done.accuracy.after == 1.0
+def test_a_file_in_place_of_the_folder_is_a_users_mistake(refract: Run, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in ("file", "file/out"):
+        done = refract("export", bundle.path, "--to", "torch-export", "-o", output, code=2 if output == "file" else 1)
+        assert done.stderr.count("\n") == 1 and "file" in done.stderr
 
 
-@needs_onnx
-def test_int8_that_loses_accuracy_is_refused_with_remedies(trained: Bundle, photos: Path, tmp_path: Path) -> None:
-    """One huge activation, which no class reads, takes the 8 bits of its layer."""
-    classifier = trained.classifier()
-    with torch.no_grad():
-        classifier.network.neck[3].bias[0] = 1e5
-        classifier.network.head.weight[:, 0] = 0
-    fragile = saved(tmp_path / "fragile", trained, classifier)
-    with pytest.raises(
-        ExportError,
-        match=r"--int8 for onnx loses \S+ points: accuracy on \S+ \(test\) 1\.0000 before.*Nothing was written; calibrate on training",
-    ):
-        export(fragile, "onnx", tmp_path / "out", Int8(None, str(photos), 0.5))
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_loss_is_compared_in_points() -> None:
-    measured = Accuracy(0.93, 0.925, 1000, "accuracy on photos (test)")
-    check_loss(measured, Int8(None, "photos", 0.5), "onnx")
-    with pytest.raises(
-        ExportError, match=r"loses 0\.50 points.*; accept more by --max-loss 0\.5, or export without --int8"
-    ):
-        check_loss(measured, Int8("photos", "photos", 0.4), "onnx")
+def test_the_hierarchy_and_the_limit_of_confidence_reach_the_client(bundle: Bundle, tmp_path: Path) -> None:
+    parents = {"blue": "cold", "green": "cold", "red": None, "cold": None}
+    info = replace(bundle.info, hierarchy={"parents": parents, "threshold": 0.8}, abstain_below=0.6)
+    other = load_bundle(save_bundle(tmp_path / "tree", info, bundle.classifier(), bundle.golden_samples))
+    export(other, "torch-export", tmp_path / "out")
+    description = json.loads((tmp_path / "out" / "preprocess.json").read_text())
+    assert description["hierarchy"] == info.hierarchy and description["abstain_below"] == 0.6
