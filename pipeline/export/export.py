@@ -200,6 +200,8 @@ def _unsupported(err: BaseException | None) -> list[str]:
 
 
 def _check_free(folder: Path) -> None:
+    if folder.resolve() == Path.cwd():
+        raise ExportError(f"-o {folder}: is the current folder, which export would replace; name a new folder in it")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ExportError(f"-o {folder}: is not a folder; name a new or an empty one")
     if folder.is_dir() and any(folder.iterdir()):
@@ -216,7 +218,11 @@ def _temporary(folder: Path) -> Iterator[Path]:
             if time.time() - abandoned.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(abandoned)
     part = folder.parent / f"{prefix}{uuid.uuid4().hex}.partial"
-    part.mkdir()
+    try:
+        part.mkdir()
+    except OSError as err:
+        err.filename = str(folder)  # not the temporary folder, which no user knows
+        raise
     try:
         yield part
     finally:

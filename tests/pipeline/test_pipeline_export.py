@@ -178,6 +178,11 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
 
 
+def test_the_current_folder_is_not_replaced(refract: Run, bundle: Bundle) -> None:
+    done = refract("export", bundle.path, "--to", "torch-export", "-o", ".", code=2)
+    assert "-o .: is the current folder" in done.stderr
+
+
 def test_options_of_int8_without_it_are_refused(refract: Run, bundle: Bundle) -> None:
     done = refract("export", bundle.path, "--to", "onnx", "-o", "out", "--data", "photos", code=2)
     assert "--data belongs to --int8" in done.stderr
