@@ -37,6 +37,12 @@ def main(argv: list[str]) -> int:
         metavar="POINTS",
         help="with --int8: refuse a larger loss of accuracy, in percentage points (default 0.5)",
     )
+    parser.add_argument(
+        "--runtime",
+        type=Path,
+        metavar="PACKAGE",
+        help="with --to web: the npm package onnxruntime-web, unpacked or as .tgz (default: from the cache folder, where npm puts it)",
+    )
     console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     for name in ("calibrate", "data", "max_loss"):
@@ -54,7 +60,7 @@ def _export(args: argparse.Namespace) -> int:
 
     max_loss = 0.5 if args.max_loss is None else args.max_loss
     int8 = Int8(args.calibrate, args.data, max_loss) if args.int8 else None
-    done = export(load_bundle(args.bundle), args.to, args.output, int8)
+    done = export(load_bundle(args.bundle), args.to, args.output, int8, runtime=args.runtime)
     samples, bound, largest = done.comparison
     print(
         f"{samples} golden samples: the same labels, probabilities differ by at most {largest:.2g} (allowed {bound:g})"
@@ -67,7 +73,7 @@ def _export(args: argparse.Namespace) -> int:
         )
     print(f"wrote {args.output}:")
     for name, size in done.sizes.items():
-        print(f"  {name:<18} {size / 1e6:9,.3f} MB")
+        print(f"  {name:<27} {size / 1e6:9,.3f} MB")
     accuracy = done.accuracy and {
         "of": done.accuracy.of, "samples": done.accuracy.samples, "before": done.accuracy.before, "after": done.accuracy.after,
         "loss_points": done.accuracy.loss, "calibrated_on": done.calibrated_on,

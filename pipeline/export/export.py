@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,10 @@ class Exported:
     calibrated_on: str | None = None
 
 
-def export(bundle: Bundle, to: str, folder: Path, int8: Int8 | None = None) -> Exported:
-    """Export the bundle to the target `to` of TARGETS into the new or empty folder.
+def export(
+    bundle: Bundle, to: str, folder: Path, int8: Int8 | None = None, *, runtime: Path | None = None
+) -> Exported:
+    """Export the bundle to the target `to` of TARGETS into the new or empty folder. runtime: the npm package for `web`, see `runtime_files`.
 
     ExportError if the folder has files, a package is missing, the target does not fit the bundle, the network has an unsupported operator,
     or the export does not return the bundle's predictions; the folder is then as before. BundleError and OSError.
@@ -74,12 +76,15 @@ def export(bundle: Bundle, to: str, folder: Path, int8: Int8 | None = None) -> E
         )
     if reason := target.unfit(bundle):
         raise ExportError(f"--to {to}: {reason}")
+    if runtime is not None and target.runtime is None:
+        raise ExportError(f"--runtime: {to} contains no runtime; remove it or use --to web")
+    runtime_files = {} if target.runtime is None else target.runtime(runtime)
     network = Deployable(bundle.classifier(), task=bundle.info.task, temperature=bundle.info.temperature)
     preprocess = Preprocess.from_dict(bundle.info.preprocess)
     images = golden_images(bundle, preprocess)
     expected = _expected(bundle, network, images)
     with _temporary(folder) as part:
-        return _write(bundle, target, network, preprocess, images, expected, int8, part, folder)
+        return _write(bundle, target, network, preprocess, images, expected, int8, runtime_files, part, folder)
 
 
 def _write(
@@ -90,6 +95,7 @@ def _write(
     images: np.ndarray,
     expected: np.ndarray,
     int8: Int8 | None,
+    runtime: Mapping[str, bytes],
     part: Path,
     folder: Path,
 ) -> Exported:
@@ -102,7 +108,7 @@ def _write(
     # Converters see two images; the comparison has at least three, which shows a batch size that became constant.
     rows = np.arange(max(3, len(images))) % len(images)
     with _converting(target.name, bundle):
-        target.write(Job(bundle, network, images[rows], description, examples), part)
+        target.write(Job(bundle, network, images[rows], description, examples, runtime), part)
         run = target.run(part, description)
     seconds = time.perf_counter() - started
     stage("comparing the export with the bundle")

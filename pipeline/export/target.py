@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ class Job:
     """What a target converts.
 
     network: the bundle's, in eval mode; images: golden images, uint8 N×H×W×3 with N ≥ 2; description: the content of `preprocess.json`;
-    calibration: images for the ranges of 8-bit integers, uint8 M×H×W×3, None for float32.
+    calibration: images for the ranges of 8-bit integers, uint8 M×H×W×3, None for float32. runtime: name → content of the files of the
+    runtime that the export contains.
     """
 
     bundle: Bundle
@@ -33,6 +34,7 @@ class Job:
     images: np.ndarray
     description: Mapping[str, Any]
     calibration: np.ndarray | None = None
+    runtime: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Target:
     write: (job, empty folder) → writes the model. run: (folder, its description) → opens the model with its own runtime.
     packages: what both need, with `extra` of Refract that installs them. model: the file that holds the network. input: what the network
     takes, for `preprocess.json`. int8: whether it can be in 8-bit integers. unfit: returns why the target cannot hold this bundle, None if
-    it can.
+    it can. runtime: (`--runtime`, None without) → name → content of the files of a runtime that the export contains.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Target:
     extra: str = ""
     int8: bool = False
     unfit: Callable[[Bundle], str | None] = lambda bundle: None
+    runtime: Callable[[Path | None], Mapping[str, bytes]] | None = None
 
     def check_installed(self) -> None:
         """Raise ExportError if a package is missing."""

@@ -9,6 +9,7 @@ TARGETS: Mapping[str, str] = MappingProxyType(
         "openvino": "refract.pipeline.export.targets.openvino",
         "torch-export": "refract.pipeline.export.targets.torch_export",
         "hf": "refract.pipeline.export.targets.hf",
+        "web": "refract.pipeline.export.targets.web",
     }
 )
 """Value of `--to` → the module whose `TARGET` is a `refract.pipeline.export.target.Target`."""
