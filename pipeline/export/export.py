@@ -56,11 +56,10 @@ class Exported:
     calibrated_on: str | None = None
 
 
-def export(
-    bundle: Bundle, to: str, folder: Path, int8: Int8 | None = None, *, runtime: Path | None = None
-) -> Exported:
-    """Export the bundle to the target `to` of TARGETS into the new or empty folder. runtime: the npm package for `web`, see `runtime_files`.
+def export(bundle: Bundle, to: str, folder: Path, int8: Int8 | None = None, *, runtime: Path | None = None) -> Exported:
+    """Export the bundle to the target `to` of TARGETS into the new or empty folder.
 
+    runtime: `--runtime`, for `web` the npm package, None without.
     ExportError if the folder has files, a package is missing, the target does not fit the bundle, the network has an unsupported operator,
     or the export does not return the bundle's predictions; the folder is then as before. BundleError and OSError.
     """

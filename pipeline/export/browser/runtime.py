@@ -2,17 +2,20 @@
 
 import base64
 import hashlib
+import io
 import json
 import logging
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from refract.cache_folder import cache_folder
+from refract.errors import first_line
 from refract.pipeline.export.target import ExportError
 from refract.pipeline.files import read_file, write_atomically
 from refract.progress import stage
@@ -28,9 +31,14 @@ FILES: Mapping[str, str] = MappingProxyType(
         "dist/ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
     }
 )
-"""File of the package → its name in the export. The CPU build only: WebGPU adds 13 MB, and few browsers have it everywhere. The package has no
-build without threads; with one thread this one needs no cross-origin isolation. The bundle contains the script that starts the WebAssembly,
-and is named .js because some servers do not know .mjs as a script, which browsers then refuse."""
+"""File of the package → its name in the export.
+
+The build for the CPU: WebGPU adds 13 MB, and computes other numbers on each GPU. The package has no build without threads; with one thread,
+this one needs no cross-origin isolation, for which most static servers lack the headers. Its name here ends with .js, as some servers serve
+.mjs with a type that browsers refuse.
+"""
+
+_READ = ("package.json", *FILES)
 
 LICENSE = "LICENSE.onnxruntime-web.txt"
 """The package has no file with its licence, only the name of it: MIT."""
@@ -49,10 +57,12 @@ def runtime_files(source: Path | None) -> dict[str, bytes]:
     source: an unpacked package, or an archive of `npm pack`; None takes the archive from the cache folder, where npm puts it first.
     ExportError if a file is missing or damaged, or if npm is missing or fails.
     """
-    source = _cached() if source is None else source
-    read = _reader(source)
+    source = cached_archive() if source is None else source
+    content = _from_folder(source) if source.is_dir() else _from_archive(source)
+    if missing := [path for path in _READ if not content.get(path)]:
+        raise ExportError(f"--runtime {source}: lacks {missing[0]} of {PACKAGE}; {_manually()}")
     try:
-        package = json.loads(read("package.json"))
+        package = json.loads(content["package.json"])
         name, version = str(package["name"]), str(package["version"])
     except (ValueError, TypeError, KeyError) as err:
         raise ExportError(f"--runtime {source}: its package.json cannot be read; {_manually()}") from err
@@ -60,44 +70,38 @@ def runtime_files(source: Path | None) -> dict[str, bytes]:
         raise ExportError(f"--runtime {source}: is the npm package {name}, not {PACKAGE}; {_manually()}")
     if version != VERSION:
         log.warning("--runtime %s: is version %s; the page was tested with %s", source, version, VERSION)
-    files = {target: read(path) for path, target in FILES.items()}
+    files = {target: content[path] for path, target in FILES.items()}
     return files | {LICENSE: Path(__file__).with_name("license.txt").read_bytes()}
 
 
-def _reader(source: Path) -> Callable[[str], bytes]:
-    """Return the function that reads a file of the package by its path."""
-    if source.is_dir():
-        return lambda path: _from_folder(source, path)
-    archive = read_file(source) if source.is_file() else None
-    if archive is None:
-        raise ExportError(f"--runtime {source}: does not exist; {_manually()}")
-    if source.name == ARCHIVE and not _is_genuine(archive):
-        raise ExportError(f"--runtime {source}: does not have the SHA-512 of the npm registry; {_manually()}")
-    return lambda path: _from_archive(source, path)
-
-
-def _from_folder(folder: Path, path: str) -> bytes:
+def _from_folder(folder: Path) -> dict[str, bytes]:
     try:
-        return read_file(folder / path)
+        return {path: read_file(folder / path) for path in _READ if (folder / path).exists()}
     except OSError as err:
-        raise ExportError(f"--runtime {folder}: cannot read {path}: {err.strerror}; {_manually()}") from err
+        raise ExportError(f"--runtime {err.filename}: cannot be read: {err.strerror}; {_manually()}") from err
 
 
-def _from_archive(archive: Path, path: str) -> bytes:
+def _from_archive(path: Path) -> dict[str, bytes]:
+    """Read the files in one pass, without unpacking others."""
     try:
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile(f"package/{path}")
-            content = b"" if member is None else member.read(MOST_BYTES + 1)
-    except KeyError as err:
-        raise ExportError(f"--runtime {archive}: lacks package/{path}; {_manually()}") from err
-    except (tarfile.TarError, OSError, EOFError) as err:
-        raise ExportError(f"--runtime {archive}: is not an archive of npm: {err}; {_manually()}") from err
-    if not 0 < len(content) <= MOST_BYTES:
-        raise ExportError(f"--runtime {archive}: package/{path} is empty or too large; {_manually()}")
-    return content
+        archive, content = read_file(path), {}
+        if path.name == ARCHIVE and not _is_genuine(archive):
+            raise ExportError(f"--runtime {path}: does not have the SHA-512 of the npm registry; {_manually()}")
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            for member in tar:
+                name = member.name.removeprefix("package/")
+                if name in _READ and member.isfile() and member.size <= MOST_BYTES:
+                    content[name] = tar.extractfile(member).read()  # type: ignore[union-attr]  # a file
+        return content
+    except FileNotFoundError as err:
+        raise ExportError(f"--runtime {path}: does not exist; {_manually()}") from err
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as err:
+        raise ExportError(
+            f"--runtime {path}: cannot be read as an archive of npm: {first_line(err)}; {_manually()}"
+        ) from err
 
 
-def _cached() -> Path:
+def cached_archive() -> Path:
     """Return the archive in the cache folder. ExportError if it is not there and npm cannot load it."""
     path = cache_folder() / PACKAGE / ARCHIVE
     if path.is_file() and _is_genuine(read_file(path)):

@@ -15,7 +15,9 @@ EXPORT = Path(__file__).parents[1]
 def write(job: Job, folder: Path) -> None:
     """Write the model as `--to onnx` does, the page, and the files of the runtime."""
     script = EXPORT / "reference" / "preprocess.js"
-    check_script(script, [each.data for each in job.bundle.golden_samples], Preprocess.from_dict(job.bundle.info.preprocess))
+    check_script(
+        script, [each.data for each in job.bundle.golden_samples], Preprocess.from_dict(job.bundle.info.preprocess)
+    )
     onnx.write(job, folder)
     for name, content in job.runtime.items():
         (folder / name).write_bytes(content)
