@@ -11,16 +11,20 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from chromium import needs_chromium
+from icc_profiles import icc
 from PIL import Image
-from test_pipeline_export import encoded, make_bundle, needs_onnx, stored
+from small_export import encoded, make_bundle, needs_onnx, stored
 
+from refract.augment.decoding.decode import decode
 from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import probabilities
@@ -43,6 +47,10 @@ FILES = {
 }  # fmt: skip
 IN_PAGE = "data => probabilitiesOf(new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))]))"
 
+PIXELS_IN_PAGE = """async data => {
+  const blob = new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))]);
+  return Array.from(refractPreprocess(await decoded(blob), settings));
+}"""
 REQUEST_ELSEWHERE = """new Promise(resolve => {
   document.addEventListener("securitypolicyviolation", event => resolve(event.effectiveDirective));
   fetch("http://127.0.0.1:9/").then(() => resolve("allowed"), () => {});
@@ -281,26 +289,27 @@ def test_the_browser_computes_8_bit_integers(browser, bundle: Bundle, archive: P
 @needs_chromium
 def test_the_browser_decodes_images_as_refract_does(browser, bundle: Bundle, exported: Path, serving) -> None:
     """Equal pixels but for a level; the page decodes a large JPEG as a whole, so it is compared with Refract's whole decoding."""
-    from refract.augment.decoding.decode import decode
-
     page, _, _ = opened(browser, serving(exported))
-    preprocess = Preprocess.from_dict(bundle.info.preprocess)
-    pixels = """async data => {
-      const blob = new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))]);
-      return Array.from(refractPreprocess(await decoded(blob), settings));
-    }"""
-    alpha = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 4), dtype=np.uint8)).save(alpha, "PNG")
+    alpha, profile = np.random.default_rng(0).integers(0, 256, (60, 80, 4), dtype=np.uint8), icc()
     files = {
         "JPEG": photo(400, "JPEG", quality=90),
         "rotated": rotated(90),
         "WebP": photo(90, "WEBP", lossless=True),
-        "alpha": alpha.getvalue(),
+        "transparent": cv2.imencode(".png", alpha)[1].tobytes(),
+        "grey": cv2.imencode(".png", alpha[:, :, 0])[1].tobytes(),
+        "P3": photo(90, "PNG", icc_profile=profile),
+        "P3 in JPEG": photo(90, "JPEG", quality=95, icc_profile=profile),
     }
-    for name, data in files.items():
-        got = np.reshape(page.evaluate(pixels, base64.b64encode(data).decode()), (32, 40, 3))
-        expected = preprocess(decode(data, color_profile=preprocess.color_profile)).astype(int)
-        assert np.abs(got - expected).max() <= 2, name
+    pixels = {}
+    for profiles in ("ignore", "convert"):
+        page.evaluate("profiles => { settings.preprocess.color_profile = profiles; }", profiles)
+        preprocess = replace(Preprocess.from_dict(bundle.info.preprocess), color_profile=profiles)
+        for name, data in files.items():
+            got = np.reshape(page.evaluate(PIXELS_IN_PAGE, base64.b64encode(data).decode()), (32, 40, 3))
+            expected = preprocess(decode(data, color_profile=profiles)).astype(int)
+            assert np.abs(got - expected).max() <= 2, (name, profiles)
+            pixels[name, profiles] = got
+    assert np.abs(pixels["P3", "convert"] - pixels["P3", "ignore"]).max() > 10
     page.close()
 
 
