@@ -10,7 +10,6 @@ PROGRAMS_NOT_RUN = (
     "pip ",  # changes the environment, or downloads
     "python -m benchmarks.",  # hours, or data that are not here, but for `captions`
     "python -m refract.pipeline.retraining.flow ",  # needs Metaflow, Kubernetes and Argo
-    "npm ",  # downloads; test_pipeline_export_web.py loads the package by the command
     "python -m http.server ",  # serves until it is stopped; test_pipeline_export_web.py serves an export
     "mlflow ",  # MLflow's own servers; tests/pipeline/test_pipeline_mlflow_model.py starts `mlflow models serve`
 )
