@@ -35,8 +35,8 @@ def main() -> int:
     args = parser.parse_args()
 
     from refract.models.bundle.bundle import BundleError, load_bundle
-    from refract.pipeline.cli.evaluate import relabelled
     from refract.pipeline.data.manifest import DataError, load_manifest
+    from refract.pipeline.evaluation.test_data import relabelled
     from refract.serve.runtime.backends.registry import BACKENDS
     from refract.serve.runtime.engine import Engine
 

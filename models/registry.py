@@ -23,7 +23,7 @@ from refract.models.pretrained.packages import WeightsPackage, package_of, packa
 from refract.models.pretrained.weights import folder_preprocess, load_tensors, load_weights
 from refract.plugins import PluginError, add_entry
 
-__all__ = ["NETWORKS", "build", "head_of", "weights_preprocess"]
+__all__ = ["NETWORKS", "build", "head_of", "locate", "weights_preprocess"]
 
 
 def build(
@@ -52,7 +52,7 @@ def build(
     weights that do not fit or cannot be loaded; FileNotFoundError if the file of weights is missing.
     """
     args = {**(args or {}), **more}
-    source, plain = _locate(name)
+    source, plain = locate(name)
     _check_args(name, num_classes, args)
     package = _installed_package(source, plain) if weights == "default" else None
     pretrained = weights == "default" and package is None
@@ -85,7 +85,7 @@ def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
     torchvision's or timm's metadata of the network apply, as a file of its weights nearly always comes from there.
     None for weights="none", and if neither source has a record. ValueError for an unknown name.
     """
-    source, plain = _locate(name)
+    source, plain = locate(name)
     if weights == "none":
         return None
     recorded = None if weights == "default" else folder_preprocess(weights)
@@ -98,8 +98,11 @@ def _installed_package(source: str | None, name: str) -> WeightsPackage | None:
     return package if package is not None and package.installed else None
 
 
-def _locate(name: str) -> tuple[str | None, str]:
-    """Find (catalogue, name in it), or (None, name) for one of NETWORKS, which needs no import and therefore comes first."""
+def locate(name: str) -> tuple[str | None, str]:
+    """Find (catalogue, name in it), or (None, name) for one of NETWORKS, which needs no import and therefore comes first.
+
+    ValueError for an unknown name, with the nearest ones.
+    """
     if name in NETWORKS:
         return None, name
     prefix, _, plain = name.partition("/")

@@ -49,6 +49,10 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "predict": ("refract.pipeline.cli.predict", "Classify images with a bundle or by a server"),
             "score": ("refract.pipeline.cli.score", "Classify a folder or manifest of any size into a Parquet file"),
             "serve": ("refract.serve.cli.command", "Serve a bundle's predictions over HTTP"),
+            "export": (
+                "refract.pipeline.cli.export",
+                "Write a bundle's network for ONNX, OpenVINO, torch.export or timm",
+            ),
             "feedback": ("refract.serve.cli.feedback", "Send true labels of earlier predictions to a server"),
         },
         "Features": {

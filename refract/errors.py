@@ -19,3 +19,8 @@ class ServiceError(RefractError, RuntimeError):
     """Work that failed although its input was valid: a tracking server, a worker process, a checkpoint on a full disk."""
 
     exit_code = 1
+
+
+def first_line(err: Exception) -> str:
+    """Return the first line of the error's message, at most 200 characters."""
+    return (str(err).splitlines() or [""])[0][:200] or type(err).__name__

@@ -99,13 +99,19 @@ class Timm:
         """Build the network with `num_classes` outputs. An architecture with a fixed input size is built for `image_size`."""
         import timm
 
-        cfg = _create(f"timm/{name}", args, lambda: timm.get_pretrained_cfg(name))
-        sized = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+        sized = _create(f"timm/{name}", args, lambda: self.sized(name, image_size))
 
         def create(pretrained: bool) -> nn.Module:
             return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **{**sized, **args})
 
         return _create(f"timm/{name}", args, lambda: create(pretrained), pretrained=pretrained)
+
+    def sized(self, name: str, image_size: tuple[int, int]) -> dict[str, Any]:
+        """Return the argument for the image size, {} for an architecture that takes any."""
+        import timm
+
+        cfg = timm.get_pretrained_cfg(name)
+        return {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
 
     def loads_head(self, name: str, num_classes: int) -> bool:
         """Return whether the weights were trained for `num_classes` classes, because timm then loads their head."""

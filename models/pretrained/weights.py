@@ -134,13 +134,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def folder_preprocess(source: str) -> dict[str, Any] | None:
     """Read {"mean", "std"} of the training of weights, from the folder `source` or the folder of the file `source`.
 
-    The record is a bundle's `bundle.json` or Hugging Face's `preprocessor_config.json`. A bundle with another normalisation than `channel`
-    adds {"normalize"}. None if both files are missing, or have no numbers for each channel.
+    The record is a bundle's `bundle.json`, Hugging Face's `preprocessor_config.json` or timm's `config.json`. A bundle with another
+    normalisation than `channel` adds {"normalize"}. None if these files are missing, or have no numbers for each channel.
     """
     folder = Path(source).parent if Path(source).suffix in SUFFIXES else Path(source)
     for name, section, mean, std in (
         ("bundle.json", "preprocess", "mean", "std"),
         ("preprocessor_config.json", None, "image_mean", "image_std"),
+        ("config.json", "pretrained_cfg", "mean", "std"),
     ):
         try:
             record: Any = json.loads((folder / name).read_text("utf-8"))

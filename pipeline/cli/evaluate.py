@@ -12,8 +12,6 @@ from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
-    from refract.models.bundle.bundle import BundleInfo
-    from refract.pipeline.data.manifest import Manifest, Sample
     from refract.pipeline.evaluation.evaluate import Evaluation
     from refract.pipeline.evaluation.slices import Slice
 
@@ -53,19 +51,23 @@ def main(argv: list[str]) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.data.sources.folders import skipped_lines
     from refract.pipeline.evaluation.advice import notes_on
     from refract.pipeline.evaluation.evaluate import evaluate
     from refract.pipeline.evaluation.hierarchy import back_off_lines, back_off_numbers, with_levels
     from refract.pipeline.evaluation.report import make_report
     from refract.pipeline.evaluation.robustness import EFFORTS, measure_robustness
     from refract.pipeline.evaluation.slices import slices
+    from refract.pipeline.evaluation.test_data import labelled_data, samples_of
     from refract.pipeline.files import write_atomically
     from refract.pipeline.inference.scoring import preprocess_of
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
-    manifest, without_test = _manifest(args, info)
-    samples, split = _samples(args, manifest, info)
+    manifest, without_test = labelled_data(args.data, info)
+    for line in [] if without_test else skipped_lines(manifest.skipped):  # else they are logged
+        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
+    samples, split = samples_of(manifest, info.labels, args.split)
     classifier = bundle.classifier()
     if args.robustness != "none" and "images" not in classifier.reads:
         raise DataError(f"--robustness: {args.bundle} reads no images; remove the option")
@@ -136,35 +138,6 @@ def _numbers(
     }
 
 
-def _manifest(args: argparse.Namespace, info: "BundleInfo") -> "tuple[Manifest, bool]":
-    """Return the data, and whether its test set is the bundle's own, as the data has no `test` split."""
-    from refract.pipeline.data.manifest import load_manifest
-    from refract.pipeline.data.prepare import split_as_trained
-    from refract.pipeline.data.sources.folders import skipped_lines
-
-    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
-    if "test" not in manifest.splits():
-        return split_as_trained(info, manifest), True  # logs the skipped entries
-    for line in skipped_lines(manifest.skipped):
-        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
-    return manifest, False
-
-
-def _samples(args: argparse.Namespace, manifest: "Manifest", info: "BundleInfo") -> "tuple[list[Sample], str | None]":
-    """Return the samples of the split that is measured, and its name, None for all. DataError if there are none."""
-    from refract.pipeline.data.manifest import DataError
-
-    samples = relabelled(manifest, info.labels)
-    split = args.split or ("test" if "test" in manifest.splits() else None)
-    if split is not None:
-        samples = [sample for sample in samples if sample.split == split]
-    if not samples:
-        raise DataError(
-            f"{args.data}: no images in the split {split}; splits: {', '.join(manifest.splits()) or 'none'}"
-        )
-    return samples, split
-
-
 def _print_result(result: "Evaluation", notes: Sequence[str], parts: "Sequence[Slice]") -> None:
     """Print the metrics with intervals, the notes, a line for each class, and a line for each part of the data."""
     for name, value in result.metrics.items():
@@ -189,22 +162,3 @@ def _print_result(result: "Evaluation", notes: Sequence[str], parts: "Sequence[S
     for part in parts:
         warning = f", below all samples ({result.right.mean():.4f})" if part.worse else ""
         print(f"  {part.column} = {part.value}  {part.right:.4f} correct of {part.count}{warning}")
-
-
-def relabelled(manifest: "Manifest", labels: Sequence[str]) -> "list[Sample]":
-    """Return the samples with the label indices of the bundle. DataError names labels that the bundle lacks."""
-    from dataclasses import replace
-
-    from refract.pipeline.data.manifest import DataError
-    from refract.pipeline.data.sources.folders import inner_hint, label_of
-
-    index_of = {label_of(label): index for index, label in enumerate(labels)}
-    unknown = [label for label in manifest.labels if label not in index_of]
-    if unknown:
-        hint = inner_hint(manifest.source) if Path(manifest.source).is_dir() else ""
-        raise DataError(
-            f"{manifest.source}: {len(unknown)} labels are not labels of the bundle: {', '.join(unknown[:20])}; its labels: "
-            f"{', '.join(labels[:20])}{' …' if len(labels) > 20 else ''}{hint}"
-        )
-    bundle_index = [index_of[label] for label in manifest.labels]
-    return [replace(sample, labels=tuple(bundle_index[i] for i in sample.labels)) for sample in manifest.samples]

@@ -181,8 +181,8 @@ def _log_skipped(which: str, before: Manifest, after: Manifest) -> None:
         log.warning("data: skipped %d images %s, such as %s", len(skipped), which, skipped[0])
 
 
-def split_as_trained(info: BundleInfo, manifest: Manifest) -> Manifest:
-    """Return the manifest split as in training if it is the bundle's training data, else unchanged.
+def split_as_trained(info: BundleInfo, manifest: Manifest, use: str = "measuring its test split") -> Manifest:
+    """Return the manifest split as in training if it is the bundle's training data, else unchanged. use: of the splits, for the terminal.
 
     The training data is recognised by its content, so that training images are not measured. DataError if the data is at the path of the
     training data but has changed: the training images can then no longer be identified.
@@ -191,7 +191,7 @@ def split_as_trained(info: BundleInfo, manifest: Manifest) -> Manifest:
     config = config_from_dict(info.config).changed({"data.source": manifest.source, "data.hierarchy": None})
     scanned = scan(manifest.samples, reads=reads(config))
     if _content_with_labels(config, drop_bad(manifest, scanned, "skip"), scanned) == info.data.get("content"):
-        print("these are the training images of the bundle; measuring its test split")
+        print(f"these are the training images of the bundle; {use}")
         split, identity = prepare_data(config)
         if identity["fingerprint"] == info.data.get("fingerprint"):
             return split

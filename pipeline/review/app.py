@@ -1,8 +1,6 @@
 """The ASGI application of a label review: the web page and its JSON API."""
 
 import asyncio
-import base64
-import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -20,6 +18,7 @@ from starlette.routing import Route
 from refract.api_keys import KeyFile
 from refract.augment.decoding.errors import ImageError
 from refract.cores import cores
+from refract.page_style import digest
 from refract.pipeline.labels.decisions import Action, LabelError
 from refract.pipeline.review import bodies, views
 from refract.pipeline.review.access import Access, check_keys
@@ -251,7 +250,7 @@ def _number(request: Request, name: str, default: int, accepted: Sequence[int]) 
 
 def _page(html: str) -> Callable[[Request], Awaitable[Response]]:
     """Return the endpoint of the page, which may run its own script and style only and load nothing from other hosts."""
-    script, style = (_digest(html, tag) for tag in ("script", "style"))
+    script, style = (digest(html, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; img-src blob: data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -261,9 +260,3 @@ def _page(html: str) -> Callable[[Request], Awaitable[Response]]:
         return HTMLResponse(html, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 
     return page
-
-
-def _digest(html: str, tag: str) -> str:
-    """Return the hash of the page's only `tag`, as a source of a Content-Security-Policy."""
-    (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

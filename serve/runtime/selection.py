@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from refract import progress
+from refract.augment.preprocess import Preprocess
 from refract.cache_folder import cache_folder
+from refract.errors import first_line
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.models.classifier import probabilities
+from refract.models.conversion.instruction_sets import weight_bits
+from refract.models.conversion.int8 import calibration_images
 from refract.models.features import FeatureClassifier
 from refract.plugins import loaded
-from refract.serve.runtime.backends.base import Forward, first_line
-from refract.serve.runtime.backends.quantised import weight_bits
+from refract.serve.runtime.backends.base import Forward
 from refract.serve.runtime.backends.registry import BACKENDS, INT8
 from refract.serve.runtime.backends.storage import store
 
@@ -174,7 +177,7 @@ class _Trial:
     """Compares backends with plain float32 on the golden images, and times them."""
 
     def __init__(self, bundle: Bundle, network: FeatureClassifier, images: Tensor, folder: Path) -> None:
-        self._network, self._images, self._folder = network, images, folder
+        self._bundle, self._network, self._images, self._folder = bundle, network, images, folder
         self._from_earlier_start = {
             folder / file for backend in BACKENDS.values() for file in backend.files if (folder / file).exists()
         }
@@ -203,7 +206,8 @@ class _Trial:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # converters warn about their own code
             images = self._images if len(self._images) > 1 else self._images.repeat(2, 1, 1, 1)
-            forward = BACKENDS[name].forward(self._network, images.contiguous(), self._folder)
+            examples = self._calibration() if BACKENDS[name].int8 else images
+            forward = BACKENDS[name].forward(self._network, examples.contiguous(), self._folder)
             logits, embedding = forward(self._images)
             predicted = probabilities(logits, **self._options)
         gap = float((predicted - self._expected).abs().max())
@@ -219,6 +223,13 @@ class _Trial:
                 f"gives a golden sample an embedding with a cosine of {cosine:.3f} to that of float32; the limit is {alike}"
             )
         return forward
+
+    def _calibration(self) -> Tensor:
+        """Return the images on which an 8-bit backend measures the ranges of activations, uint8 N×3×H×W."""
+        resize = replace(Preprocess.from_dict(self._bundle.info.preprocess), resize="squash")
+        golden_images = self._images.permute(0, 2, 3, 1).cpu().numpy()
+        images = calibration_images(golden_images, self._bundle.training_features(), resize)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).to(self._images.device)
 
     def change(self, stored: Choice, forward: Forward) -> float:
         """Return how many times faster the backend is than when it was chosen. If it is much slower, the result is relative to plain
@@ -254,7 +265,12 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
     )
     packages = [name for name in ("refract", "torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
-    facts = [bundle.digest, machine, f"int8 of {weight_bits()} bits", *(f"{name} {version(name)}" for name in packages)]
+    facts = [
+        bundle.digest,
+        machine,
+        f"int8 of {weight_bits()} bits by training images",
+        *(f"{name} {version(name)}" for name in packages),
+    ]
     facts += [f"{plugin.name} {plugin.sha256}" for plugin in loaded()]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 

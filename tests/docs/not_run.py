@@ -10,6 +10,7 @@ PROGRAMS_NOT_RUN = (
     "pip ",  # changes the environment, or downloads
     "python -m benchmarks.",  # hours, or data that are not here, but for `captions`
     "python -m refract.pipeline.retraining.flow ",  # needs Metaflow, Kubernetes and Argo
+    "python -m http.server ",  # serves until it is stopped; test_pipeline_export_web.py serves an export
     "mlflow ",  # MLflow's own servers; tests/pipeline/test_pipeline_mlflow_model.py starts `mlflow models serve`
 )
 """Beginnings of commands that other programs run."""
@@ -18,6 +19,9 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
     {
         "MLFLOW_TRACKING_URI=http://mlflow:5000 refract retrain photos.yaml": "needs a team's MLflow server; runs without the variable",
         "refract embed photos/ --model timm/tf_efficientnet_lite0 --weights default -o features/": "the tutorial few-images.md runs it",
+        "refract export runs/NAME/bundle --to hf -o exported/hf": "needs a network of timm; test_pipeline_export.py loads one by timm",
+        "refract export runs/NAME/bundle --to web -o exported/web": "loads a npm package; see test_pipeline_export_web.py",
+        "refract export runs/NAME/bundle --to web --runtime onnxruntime-web-1.30.0.tgz -o exported/web": "needs that archive; see the same",
         "refract feedback labels.csv --url http://a:8000 --url http://b:8000": "needs two servers; runs with one",
         "refract lab": "23 seconds of a core; test_pipeline_lab.py runs each experiment",
         "refract labels log postgresql://ann@db.example.com/labels": "needs that database; test_pipeline_postgres.py has one",

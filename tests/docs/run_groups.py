@@ -127,7 +127,13 @@ REVIEW = (
     'curl "http://localhost:8100/api/queues/label-errors?count=5"',
     'curl "http://localhost:8100/api/decided?reviewer=ann"',
 )
+EXPORT = (
+    "refract export runs/NAME/bundle --to onnx -o exported/onnx",
+    "refract export runs/NAME/bundle --to openvino -o exported/openvino",
+    "refract export runs/NAME/bundle --to torch-export -o exported/torch",
+    "refract export runs/NAME/bundle --to onnx --int8 --calibrate photos/ --data photos/ -o exported/int8",
+)
 GROUPS = (
     FIRST_TRAINING, AUGMENTATION, FIRST_CONFIG, LABELS, OPTIONS_OF_TRAIN, TRAINING, EVALUATION, RETRAINING, TEXTS, OPTIONS_OF_SERVE,
-    SERVING, REVIEW,
+    SERVING, REVIEW, EXPORT,
 )  # fmt: skip

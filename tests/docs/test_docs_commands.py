@@ -24,7 +24,7 @@ def options() -> dict[str, set[str]]:
     page = (ROOT / "docs" / "reference" / "cli.md").read_text("utf-8")
     known: dict[str, set[str]] = {}
     for name, text in re.findall(r"^### refract ([a-z-]+).*?\n```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-        known.setdefault(name, set()).update(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+        known.setdefault(name, set()).update(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
     return known
 
 

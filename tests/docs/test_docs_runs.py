@@ -24,6 +24,7 @@ from PIL import Image
 from run_groups import (
     AUGMENTATION,
     EVALUATION,
+    EXPORT,
     FIRST_CONFIG,
     FIRST_TRAINING,
     GROUPS,
@@ -323,3 +324,28 @@ def test_review(shell: Shell) -> None:
             if "keys" not in line:
                 for request in (queue, decided):
                     shell.run(request.replace("http://localhost:8100", address))
+
+
+def test_export(shell: Shell) -> None:
+    """The commands, then the code of each client in the folder of its export: all predict the same label."""
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package, reason=f"needs the extra {'onnx' if package == 'onnxruntime' else package}")
+    for line in EXPORT:
+        shell.run(line)
+    text = (ROOT / "docs/export.md").read_text("utf-8")
+    clients = [block for language, block in BLOCK.findall(text) if language == "python"]
+    printed = []
+    for name, client in zip(("onnx", "openvino", "torch"), clients, strict=True):
+        shutil.copy(shell.folder / "photo.jpg", shell.folder / "exported" / name / "photo.jpg")
+        done = subprocess.run(
+            [sys.executable, "-c", client],
+            cwd=shell.folder / "exported" / name,
+            env=shell.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{name}\n{done.stderr}"
+        label, probability = done.stdout.split()
+        printed.append((label, round(float(probability), 3)))
+    assert len({*printed}) == 1 and printed[0][0] in ("cat", "dog"), printed

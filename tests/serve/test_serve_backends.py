@@ -13,10 +13,10 @@ from torch import nn
 from warm_process import shared
 
 from refract.models.classifier import Classifier
+from refract.models.conversion.instruction_sets import weight_bits
 from refract.models.features import FeatureClassifier
 from refract.models.registry import build
 from refract.serve.runtime.backends.base import AGREED, INT8_AGREED
-from refract.serve.runtime.backends.quantised import weight_bits
 from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Engine
 

@@ -38,7 +38,7 @@ pytestmark = [
 def exported_once() -> Iterator[None]:
     """Export the bundle's network to ONNX at most once: an export takes seconds. test_serve_backends.py tests exports."""
     networks: list[bytes] = []
-    export = quantised.exported
+    export = quantised.to_onnx
 
     def once(network: FeatureClassifier, images: Tensor) -> bytes:
         if not networks:
@@ -47,7 +47,7 @@ def exported_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (onnx, quantised):
-            patch.setattr(module, "exported", once)
+            patch.setattr(module, "to_onnx", once)
         yield
 
 

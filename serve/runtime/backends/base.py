@@ -1,6 +1,6 @@
 """The interface of a backend: how it computes a network, and on which devices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ def _always(device: torch.device) -> bool:
 class Backend:
     """One way to compute a network.
 
-    build: (network, example images uint8 N×3×H×W on its device, folder for converted networks) → function. embeds: whether the network is
+    build: (network, example images uint8 N×3×H×W on its device, folder for converted networks) → function. With int8 the examples are
+    those of the calibration. embeds: whether the network is
     a `FeatureClassifier` and the function a Forward; if not, the network is a `Classifier`, the function returns only logits, and the
     server has no embeddings.
     devices: types of `torch.device` that it supports. files: the converted networks that `build` stores in the folder.
@@ -78,14 +79,3 @@ def needs(package: str, install: str) -> Callable[[torch.device], str | None]:
         return None
 
     return missing
-
-
-def capabilities() -> Mapping[str, bool]:
-    """Return the instruction sets of this CPU, by PyTorch's names."""
-    instructions: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return instructions
-
-
-def first_line(err: Exception) -> str:
-    """Return the first line of the error's message, at most 200 characters."""
-    return (str(err).splitlines() or [""])[0][:200] or type(err).__name__

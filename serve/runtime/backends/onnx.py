@@ -1,15 +1,15 @@
 """Backends of ONNX Runtime on CPUs, in float32 and in 8-bit integers."""
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from refract.models.conversion.onnx import open_session, to_onnx
 from refract.models.features import FeatureClassifier
 from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, needs
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
-from refract.serve.runtime.backends.quantised import exported, quantised
+from refract.serve.runtime.backends.quantised import quantised
 from refract.serve.runtime.backends.storage import store
 
 
@@ -20,24 +20,18 @@ def _build(network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
     """
     file = folder / "kept.onnx"
     if file.is_file():
-        return _session(file.read_bytes())
-    data = exported(network, images)
+        return _forward(file.read_bytes())
+    data = to_onnx(network, images)
     store(folder, "onnx", lambda part: part.write_bytes(data))
-    return _session(data)
+    return _forward(data)
 
 
 def _build_int8(network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
-    return _session(quantised(network, images, folder))
+    return _forward(quantised(network, images, folder))
 
 
-def _session(data: bytes) -> Forward:
-    # From version 1.29 on, ONNX Runtime stores a machine id in the home directory and sends telemetry to Microsoft by default.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+def _forward(data: bytes) -> Forward:
+    session = open_session(data)
     name = session.get_inputs()[0].name
 
     def forward(batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from refract.serve.runtime.backends.base import first_line
+from refract.errors import first_line
 
 logger = logging.getLogger(__name__)
 

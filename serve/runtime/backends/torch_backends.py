@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refract.models.conversion.instruction_sets import capabilities
 from refract.models.features import FeatureClassifier
-from refract.serve.runtime.backends.base import Backend, Forward, capabilities
+from refract.serve.runtime.backends.base import Backend, Forward
 
 
 def channels_last(network: nn.Module) -> nn.Module:

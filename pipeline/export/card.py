@@ -1,0 +1,61 @@
+"""The model card of an export for the Hugging Face Hub."""
+
+import json
+
+from refract.models.bundle.info import BundleInfo
+
+SHOWN_LABELS = 100
+
+
+def model_card(info: BundleInfo, digest: str) -> str:
+    """Describe the bundle `info` with the SHA-256 `digest` in Markdown, with the front matter that the Hub reads."""
+    front = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "refract"],
+    }
+    height, width = info.network["image_size"]
+    labels = ", ".join(f"`{label}`" for label in info.labels[:SHOWN_LABELS])
+    more = f" and {len(info.labels) - SHOWN_LABELS:,} more" if len(info.labels) > SHOWN_LABELS else ""
+    function = "sigmoid()" if info.task == "multilabel" else "softmax(dim=1)"
+    decision = ", and thresholds has one limit for each label" if info.task == "multilabel" else ""
+    metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in info.metrics.items())
+    return f"""---
+{json.dumps(front, indent=2)}
+---
+
+# {info.name}
+
+An image classifier, task {info.task}: `{info.network["name"]}` for {height}×{width} pixels, trained with Refract.
+Its bundle has the SHA-256 `{digest}`.
+
+Labels: {labels}{more}.
+
+## Use
+
+```python
+import json
+import timm
+import torch
+from preprocess import preprocess  # preprocess.py of this folder
+
+settings = json.load(open("preprocess.json"))
+network = timm.create_model("local-dir:.", pretrained=True).eval()
+mean, std = (torch.tensor(settings["preprocess"][name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+image = torch.from_numpy(preprocess("photo.jpg", settings)).permute(2, 0, 1)[None]
+with torch.inference_mode():
+    logits = network((image / 255 - mean) / std)
+probabilities = (logits / settings["temperature"]).{function}
+```
+
+`preprocess.json` has the labels and the temperature{decision}. timm's own transform resizes to slightly other pixels;
+`preprocess.py` computes those of the training.
+
+## Measured
+
+On the test set of the training:
+
+| metric | value |
+|---|---|
+{metrics}
+"""

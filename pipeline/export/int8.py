@@ -1,0 +1,143 @@
+"""Calibrate an export in 8-bit integers, and measure what it costs in accuracy."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from refract.augment import ImageError, Preprocess
+from refract.models.bundle.bundle import Bundle, BundleInfo
+from refract.models.conversion.int8 import MOST_THUMBNAILS, calibration_images
+from refract.models.prediction import predicted_labels
+from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.data.prepare import split_as_trained
+from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.evaluation.evaluate import truth_of
+from refract.pipeline.evaluation.test_data import labelled_data, samples_of
+from refract.pipeline.export.target import ExportError, Run
+from refract.progress import tracked
+
+MOST_CALIBRATION = 256
+"""Images of `--calibrate` that are used, evenly spread: the ranges of activations change little with more."""
+
+BATCH = 16
+
+Probabilities = Callable[[np.ndarray], np.ndarray]
+"""uint8 N×H×W×3 → (N, C)."""
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The options of `--int8`. calibrate, data: sources of images, None without; max_loss: in percentage points."""
+
+    calibrate: str | None
+    data: str | None
+    max_loss: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """before, after: accuracies in 0…1 of the bundle and of the export; samples: their number; of: what was measured, for people."""
+
+    before: float
+    after: float
+    samples: int
+    of: str
+
+    @property
+    def loss(self) -> float:
+        """The loss in percentage points, negative for a gain."""
+        return 100 * (self.before - self.after)
+
+
+def calibration(
+    bundle: Bundle, preprocess: Preprocess, golden_images: np.ndarray, source: str | None
+) -> tuple[np.ndarray, str]:
+    """Return the images for the ranges of activations, uint8 N×H×W×3, and what they are.
+
+    source: labelled or unlabelled data, of which the split train is used if there is one; None takes the bundle's thumbnails of
+    training images, and the golden images with their variants. DataError for a source that cannot be read.
+    """
+    if source is None:
+        training = bundle.training_features()
+        images = calibration_images(golden_images, training, replace(preprocess, resize="squash"))
+        thumbnails = 0 if training is None else sum(map(bool, training.thumbnails))
+        of = "golden samples" + (f" and {min(thumbnails, MOST_THUMBNAILS)} training thumbnails" if thumbnails else "")
+        return images, of
+    samples = [sample for sample in _training_samples(source, bundle.info) if sample.has_image]
+    chosen = samples[:: max(1, -(-len(samples) // MOST_CALIBRATION))]
+    images = np.stack([_prepared(preprocess, sample) for sample in chosen])
+    return images, f"{len(images)} images of {source}"
+
+
+def _training_samples(source: str, info: BundleInfo) -> Sequence[Sample]:
+    try:
+        manifest = load_manifest(source, to_train=False)
+    except DataError:
+        if source != "digits" and not Path(source).exists():
+            raise
+        return read_data(source, (), multilabel=False, unlabelled=True).samples
+    if not manifest.splits():
+        manifest = split_as_trained(info, manifest, "calibrating on its training split")
+    return manifest.of("train") or manifest.samples
+
+
+def accuracy(
+    bundle: Bundle,
+    preprocess: Preprocess,
+    golden_images: np.ndarray,
+    before: Probabilities,
+    after: Run,
+    source: str | None,
+) -> Accuracy:
+    """Measure the bundle's network (`before`) and the export (`after`).
+
+    With a source, the accuracy on its test images, for multi-label over all labels of all images. Without one, the agreement with the
+    bundle on the golden samples. DataError as `labelled_data`, and for an unreadable image.
+    """
+    info = bundle.info
+    if source is None:
+        expected, got = before(golden_images), after(golden_images)[0]
+        same = _labels(got, info) == _labels(expected, info)
+        return Accuracy(1.0, float(same.mean()), len(golden_images), "agreement on the golden samples")
+    samples, split = samples_of(labelled_data(source, info)[0], info.labels)
+    rows = [(before(batch), after(batch)[0]) for batch in _batches(preprocess, samples)]
+    truth = truth_of(samples, info.task, len(info.labels))
+    right = [_labels(np.concatenate(each), info) == truth for each in zip(*rows, strict=True)]
+    return Accuracy(
+        float(right[0].mean()), float(right[1].mean()), len(samples), f"accuracy on {source} ({split or 'all'})"
+    )
+
+
+def check_loss(measured: Accuracy, options: Int8, name: str) -> None:
+    """Raise ExportError if the loss exceeds the accepted one."""
+    if measured.loss <= options.max_loss + 1e-9:
+        return
+    remedies = [] if options.calibrate else ["calibrate on training images by --calibrate SOURCE"]
+    remedies += [] if options.data else ["measure on test images by --data SOURCE, as golden samples are few"]
+    remedies += [f"accept more by --max-loss {measured.loss:.1f}", "export without --int8"]
+    raise ExportError(
+        f"--int8 for {name} loses {measured.loss:.2f} points: {measured.of} {measured.before:.4f} before, {measured.after:.4f} after, "
+        f"{measured.samples:,} samples; at most {options.max_loss:g} are accepted. Nothing was written; {', or '.join(remedies)}"
+    )
+
+
+def _labels(probabilities: np.ndarray, info: BundleInfo) -> np.ndarray:
+    """Return the predicted labels in the form of `truth_of`."""
+    if info.task == "multilabel":
+        return predicted_labels(probabilities, "multilabel", info.thresholds)
+    return probabilities.argmax(axis=1)
+
+
+def _batches(preprocess: Preprocess, samples: list[Sample]) -> Iterator[np.ndarray]:
+    starts = range(0, len(samples), BATCH)
+    for start in tracked(starts, "measuring 8-bit integers", len(starts), unit="batches"):
+        yield np.stack([_prepared(preprocess, sample) for sample in samples[start : start + BATCH]])
+
+
+def _prepared(preprocess: Preprocess, sample: Sample) -> np.ndarray:
+    try:
+        return preprocess(sample.read())
+    except (ImageError, OSError) as err:
+        raise DataError(f"{sample.path}: cannot be read: {err}") from err

@@ -1,0 +1,406 @@
+"""`refract export --to web`: the exported page in a real browser, and where its runtime comes from."""
+
+import base64
+import functools
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from chromium import needs_chromium
+from icc_profiles import icc
+from PIL import Image
+from small_export import encoded, make_bundle, needs_onnx, stored
+
+from refract.augment.decoding.decode import decode
+from refract.augment.preprocess import Preprocess
+from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle, save_bundle
+from refract.models.classifier import probabilities
+from refract.pipeline.cli.export import main
+from refract.pipeline.export.browser import runtime
+from refract.pipeline.export.browser.script_check import check_script
+from refract.pipeline.export.export import export
+from refract.pipeline.export.int8 import Int8
+from refract.pipeline.export.target import ExportError
+
+pytestmark = [pytest.mark.slow, needs_onnx]
+
+FROM_FILES, FROM_JPEG, FROM_INT8 = 1e-3, 0.02, 0.3
+"""Largest differences of a probability: docs/export.md. JPEG: the browser's decoder, and none that reduces."""
+
+SCRIPT = Path(runtime.__file__).parents[1] / "reference" / "preprocess.js"
+FILES = {
+    "LICENSE.onnxruntime-web.txt", "index.html", "model.onnx", "ort-wasm-simd-threaded.wasm", "ort.wasm.bundle.min.js", "preprocess.js",
+    "preprocess.json", "preprocess.py",
+}  # fmt: skip
+IN_PAGE = "data => probabilitiesOf(new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))]))"
+
+PIXELS_IN_PAGE = """async data => {
+  const blob = new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))]);
+  return Array.from(refractPreprocess(await decoded(blob), settings));
+}"""
+REQUEST_ELSEWHERE = """new Promise(resolve => {
+  document.addEventListener("securitypolicyviolation", event => resolve(event.effectiveDirective));
+  fetch("http://127.0.0.1:9/").catch(() => setTimeout(resolve, 1000, "allowed"));
+})"""
+
+
+@pytest.fixture(scope="module")
+def archive() -> Path:
+    """The npm package, which npm loads into the cache folder if it is not there."""
+    try:
+        return runtime.cached_archive()
+    except ExportError as err:
+        if "npm is not installed" in str(err) or "npm cannot load" in str(err):
+            pytest.skip(str(err))
+        raise
+
+
+def photo(side: int, form: str, **options: object) -> bytes:
+    """A smooth scene without symmetries, twice as wide as high."""
+    small = np.random.default_rng(3).integers(0, 256, (5, 9, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((2 * side, side), Image.Resampling.BICUBIC).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def rotated(side: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return photo(side, "JPEG", quality=92, exif=exif)
+
+
+def predicted(bundle: Bundle, data: bytes) -> np.ndarray:
+    """The bundle's probabilities for an encoded image."""
+    images = torch.from_numpy(Preprocess.from_dict(bundle.info.preprocess)(data)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        logits = bundle.classifier()(images)
+    return probabilities(logits, task=bundle.info.task, temperature=bundle.info.temperature)[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Golden samples in PNG and JPEG, one of them rotated by its EXIF orientation."""
+    path = tmp_path_factory.mktemp("bundles")
+    plain = make_bundle(path / "plain", "lenet5", goldens=4)
+    goldens = [*plain.golden_samples]
+    for name, data in {"photo.jpg": photo(45, "JPEG", quality=92), "rotated.jpg": rotated(50)}.items():
+        goldens.append(GoldenSample(name, data, tuple(map(float, predicted(plain, data)))))
+    return load_bundle(save_bundle(path / "bundle", plain.info, plain.classifier(), goldens))
+
+
+@pytest.fixture(scope="module")
+def exported(bundle: Bundle, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "web"
+    export(bundle, "web", folder, runtime=archive)
+    return folder
+
+
+class Server(ThreadingHTTPServer):
+    """A static server of one folder."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+        self.origin = f"http://127.0.0.1:{self.server_port}"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        logging.getLogger(__name__).debug(format, *args)
+
+
+@pytest.fixture
+def serving() -> Iterator:
+    """Serve a folder until the end of the test."""
+    servers = []
+
+    def serve(folder: Path) -> str:
+        servers.append(Server(folder))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1].origin
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def opened(browser, origin: str, **options):
+    """(a page whose model is loaded, its errors, the URLs that it requested)"""
+    page = browser.new_page(**options)
+    errors, requested = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
+    page.goto(origin)
+    page.wait_for_selector("text=No image classified yet.")
+    return page, errors, requested
+
+
+def computed(page, data: bytes) -> np.ndarray:
+    return np.array(page.evaluate(IN_PAGE, base64.b64encode(data).decode()))
+
+
+def shown(page) -> list[str]:
+    return [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#prediction .name")]
+
+
+def upload(name: str, data: bytes) -> dict:
+    return {"name": name, "mimeType": "image/png", "buffer": data}
+
+
+@needs_chromium
+def test_the_page_returns_the_bundles_predictions_and_requests_nothing_else(
+    browser, bundle: Bundle, exported: Path, serving
+) -> None:
+    assert {file.name for file in exported.iterdir()} == FILES
+    origin = serving(exported)
+    page, errors, requested = opened(browser, origin)
+    assert page.inner_text("h1") == "colours" and page.title() == "colours – Refract"
+    card = page.inner_text("#card")
+    assert "lenet5, 32 × 40 pixels" in card and bundle.digest[:16] in card
+    for golden, expected in zip(bundle.golden_samples, stored(bundle), strict=True):
+        bound = FROM_JPEG if golden.name.endswith("jpg") else FROM_FILES
+        np.testing.assert_allclose(computed(page, golden.data), expected, atol=bound, err_msg=golden.name)
+    golden = bundle.golden_samples[0]
+    page.set_input_files("#file", upload("a.png", golden.data))
+    page.wait_for_selector("#prediction li")
+    order = np.argsort(-np.array(golden.probabilities))
+    assert shown(page) == [f"{bundle.info.labels[i]} {100 * golden.probabilities[i]:.1f} %" for i in order]
+    assert page.evaluate("document.getElementById('image').naturalWidth") == 40
+    assert not errors and all(url.startswith((origin, f"blob:{origin}")) for url in requested)
+    assert page.evaluate(REQUEST_ELSEWHERE) == "connect-src"
+    page.close()
+
+
+@needs_chromium
+def test_the_page_works_with_the_keyboard_and_reports_predictions_to_screen_readers(
+    browser, bundle: Bundle, exported: Path, serving
+) -> None:
+    page, errors, _ = opened(browser, serving(exported), color_scheme="dark")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    assert page.evaluate("getComputedStyle(document.querySelector('label.button')).outlineStyle") == "solid"
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    assert page.get_attribute("#prediction", "aria-live") == "polite"
+    assert page.get_by_label("choose files").count() == 1
+    chooser.value.set_files([upload("a.png", bundle.golden_samples[0].data), upload("b.png", b"not an image")])
+    page.wait_for_selector("#history li:nth-child(2)")
+    assert page.inner_text("#prediction") == "b.png is not an image that this browser can decode."
+    assert not page.is_visible("#image")
+    history = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#history li")]
+    assert history[0] == "b.png not classified" and history[1].startswith("a.png ")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+    assert not errors
+    page.close()
+
+
+PASTE = """data => {
+  const files = new DataTransfer();
+  files.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], "pasted.png", {type: "image/png"}));
+  EVENT
+}"""
+EVENTS = {
+    "paste": "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files}));",
+    "drop": "document.getElementById('drop').dispatchEvent(new DragEvent('drop', {dataTransfer: files, cancelable: true}));",
+}
+
+
+@needs_chromium
+def test_dropped_and_pasted_images_are_classified(browser, bundle: Bundle, exported: Path, serving) -> None:
+    page, errors, _ = opened(browser, serving(exported))
+    for event, golden in zip(EVENTS, bundle.golden_samples, strict=False):
+        page.evaluate(PASTE.replace("EVENT", EVENTS[event]), base64.b64encode(golden.data).decode())
+        best = f"{bundle.info.labels[int(np.argmax(golden.probabilities))]} {100 * max(golden.probabilities):.1f} %"
+        page.wait_for_function(
+            "best => document.querySelector('#prediction .name')?.innerText.replace(/\\s+/g, ' ') === best", arg=best
+        )
+    assert not errors
+    page.close()
+
+
+@needs_chromium
+def test_a_missing_file_and_a_page_without_a_server_are_explained(
+    browser, exported: Path, serving, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    page.goto((exported / "index.html").as_uri())
+    page.wait_for_selector(".problem")
+    assert "Run python -m http.server 8000 in its folder" in page.inner_text("#prediction")
+    for name in ("preprocess.json", "model.onnx", "ort.wasm.bundle.min.js"):
+        shutil.copytree(exported, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        page.goto(serving(tmp_path / name))
+        page.wait_for_selector(".problem")
+        assert page.inner_text("#prediction").startswith(f"{name} cannot be loaded")
+    page.close()
+
+
+@needs_chromium
+def test_multilabel_shows_each_label_that_reaches_its_threshold(
+    browser, archive: Path, serving, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", "lenet5", task="multilabel")
+    export(bundle, "web", tmp_path / "out", runtime=archive)
+    page, errors, _ = opened(browser, serving(tmp_path / "out"))
+    several = 0
+    for golden in bundle.golden_samples:
+        np.testing.assert_allclose(computed(page, golden.data), golden.probabilities, atol=FROM_FILES)
+        reached = np.array(golden.probabilities) >= bundle.info.thresholds
+        several += reached.sum() > 1
+        page.evaluate("document.getElementById('prediction').replaceChildren()")
+        page.set_input_files("#file", upload(golden.name, golden.data))
+        page.wait_for_selector("#prediction li")
+        labels = [label for label, yes in zip(bundle.info.labels, reached, strict=True) if yes]
+        assert f"Labels: {', '.join(labels) or 'none'}" in page.inner_text("#prediction")
+        marked = {item.inner_text().split()[0] for item in page.query_selector_all("#prediction .mark")}
+        assert marked == set(labels)
+    assert several, "the test needs an image with several labels"
+    assert "threshold 40.0 %" in " ".join(shown(page)) and not errors
+    page.close()
+
+
+@needs_chromium
+def test_the_browser_computes_8_bit_integers(browser, bundle: Bundle, archive: Path, serving, tmp_path: Path) -> None:
+    export(bundle, "web", tmp_path / "out", Int8(None, None, 100), runtime=archive)
+    page, errors, _ = opened(browser, serving(tmp_path / "out"))
+    assert "8-bit integers" in page.inner_text("#card")
+    for golden in bundle.golden_samples:
+        np.testing.assert_allclose(computed(page, golden.data), golden.probabilities, atol=FROM_INT8)
+    assert not errors
+    page.close()
+
+
+@needs_chromium
+def test_the_browser_decodes_images_as_refract_does(browser, bundle: Bundle, exported: Path, serving) -> None:
+    """Equal pixels but for a level; the page decodes a large JPEG as a whole, so it is compared with Refract's whole decoding."""
+    page, _, _ = opened(browser, serving(exported))
+    alpha, profile = np.random.default_rng(0).integers(0, 256, (60, 80, 4), dtype=np.uint8), icc()
+    files = {
+        "JPEG": photo(400, "JPEG", quality=90),
+        "rotated": rotated(90),
+        "WebP": photo(90, "WEBP", lossless=True),
+        "transparent": cv2.imencode(".png", alpha)[1].tobytes(),
+        "grey": cv2.imencode(".png", alpha[:, :, 0])[1].tobytes(),
+        "P3": photo(90, "PNG", icc_profile=profile),
+        "P3 in JPEG": photo(90, "JPEG", quality=95, icc_profile=profile),
+    }
+    pixels = {}
+    for profiles in ("ignore", "convert"):
+        page.evaluate("profiles => { settings.preprocess.color_profile = profiles; }", profiles)
+        preprocess = replace(Preprocess.from_dict(bundle.info.preprocess), color_profile=profiles)
+        for name, data in files.items():
+            got = np.reshape(page.evaluate(PIXELS_IN_PAGE, base64.b64encode(data).decode()), (32, 40, 3))
+            expected = preprocess(decode(data, color_profile=profiles)).astype(int)
+            assert np.abs(got - expected).max() <= 2, (name, profiles)
+            pixels[name, profiles] = got
+    assert np.abs(pixels["P3", "convert"] - pixels["P3", "ignore"]).max() > 10
+    page.close()
+
+
+def test_without_npm_the_error_names_the_manual_way(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([str(bundle.path), "--to", "web", "-o", str(tmp_path / "out")]) == 2
+    assert (
+        f"--to web needs onnxruntime-web {runtime.VERSION}, and npm is not installed; run `npm pack onnxruntime-web@{runtime.VERSION}` "
+        f"where npm has a network, and add --runtime onnxruntime-web-{runtime.VERSION}.tgz" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def put_npm(folder: Path, script: str) -> None:
+    """Put a program of this name first on the path."""
+    folder.mkdir()
+    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "npm").chmod(0o755)
+
+
+def test_what_npm_says_and_what_it_loads_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    path = os.environ["PATH"]
+    put_npm(tmp_path / "offline", "echo 'npm error code ENOTFOUND\nnpm error network no route' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'offline'}:{path}")
+    with pytest.raises(ExportError, match=r"npm cannot load onnxruntime-web \S+: network no route; run `npm pack"):
+        runtime.cached_archive()
+    put_npm(tmp_path / "other", f"echo other > {runtime.ARCHIVE}")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'other'}:{path}")
+    with pytest.raises(ExportError, match="does not have the SHA-512 of the npm registry"):
+        runtime.cached_archive()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_file_in_the_cache_is_loaded_again(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
+    put_npm(tmp_path / "npm", f"cp {archive} .")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'npm'}:{os.environ['PATH']}")
+    cached = tmp_path / "cache" / "onnxruntime-web" / runtime.ARCHIVE
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"half")
+    assert runtime.cached_archive() == cached and cached.read_bytes() == archive.read_bytes()
+
+
+def test_an_unpacked_package_is_accepted_and_others_are_refused(
+    archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tarfile.open(archive) as tar:
+        members = [tar.getmember(f"package/{name}") for name in ("package.json", *runtime.FILES)]
+        tar.extractall(tmp_path, members, filter="data")
+    package = tmp_path / "package"
+    assert runtime.runtime_files(package) == runtime.runtime_files(archive) and not caplog.records
+    description = json.loads((package / "package.json").read_text())
+    (package / "package.json").write_text(json.dumps({**description, "version": "1.24.3"}))
+    runtime.runtime_files(package)
+    assert f"is version 1.24.3; the page was tested with {runtime.VERSION}" in caplog.text
+    (package / "package.json").write_text(json.dumps({**description, "name": "onnxruntime-node"}))
+    with pytest.raises(ExportError, match="is the npm package onnxruntime-node, not onnxruntime-web"):
+        runtime.runtime_files(package)
+    (package / "package.json").unlink()
+    with pytest.raises(ExportError, match=r"lacks package\.json of onnxruntime-web"):
+        runtime.runtime_files(package)
+    (tmp_path / "notes.tgz").write_text("notes")
+    with pytest.raises(ExportError, match=r"notes\.tgz: cannot be read as an archive of npm"):
+        runtime.runtime_files(tmp_path / "notes.tgz")
+    (tmp_path / runtime.ARCHIVE).write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(ExportError, match="does not have the SHA-512 of the npm registry"):
+        runtime.runtime_files(tmp_path / runtime.ARCHIVE)
+    with pytest.raises(ExportError, match="missing: does not exist"):
+        runtime.runtime_files(tmp_path / "missing")
+
+
+def test_other_targets_refuse_a_runtime(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [str(bundle.path), "--to", "torch-export", "-o", str(tmp_path / "out"), "--runtime", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "--runtime: torch-export contains no runtime; remove it or use --to web" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js (Debian's package nodejs)")
+def test_a_script_with_other_pixels_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, preprocess = [encoded("red", 0)], Preprocess(16, 16)
+    assert check_script(SCRIPT, data, preprocess)
+    brighter = SCRIPT.read_text().replace("below * y + 0.5", "below * y + 5.5")
+    (tmp_path / "preprocess.js").write_text(brighter)
+    with pytest.raises(ExportError, match=r"preprocess\.js changes a pixel of a golden sample by 5 grey levels"):
+        check_script(tmp_path / "preprocess.js", data, preprocess)
+    (tmp_path / "preprocess.js").write_text("a newer language")
+    assert not check_script(tmp_path / "preprocess.js", data, preprocess)
+    assert "the JavaScript preprocessing was not checked: Node.js fails" in caplog.text
