@@ -19,7 +19,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="FOLDER", help="a new or empty folder for the export"
     )
-    parser.add_argument("--int8", action="store_true", help="quantise to 8-bit integers, for onnx, openvino and web")
+    parser.add_argument(
+        "--int8", action="store_true", help="quantise to 8-bit integers, for onnx, openvino, triton and web"
+    )
     parser.add_argument(
         "--calibrate",
         metavar="DATA",

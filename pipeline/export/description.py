@@ -5,6 +5,7 @@ from typing import Any
 
 from refract.models.bundle.bundle import Bundle
 from refract.pipeline.export.target import Target
+from refract.pipeline.export.triton import repository_name
 
 FORMAT_VERSION = 1
 
@@ -24,7 +25,7 @@ def description_of(bundle: Bundle, target: Target) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "target": target.name,
-        "model": target.model,
+        "model": target.model.format(name=repository_name(info.name)),
         "name": info.name,
         "task": info.task,
         "labels": list(info.labels),

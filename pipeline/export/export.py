@@ -46,7 +46,7 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export. sizes: bytes of each file; seconds: of the conversion; accuracy, calibrated_on: for 8-bit integers."""
+    """The result of an export. sizes: path in the folder → bytes; seconds: of the conversion; accuracy, calibrated_on: for `--int8`."""
 
     folder: Path
     sizes: dict[str, int]
@@ -128,7 +128,8 @@ def _write(
     text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
     (part / DESCRIPTION).write_text(text + "\n", "utf-8")
     _publish(part, folder)
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     return Exported(folder, sizes, comparison, seconds, measured, calibrated_on)
 
 
@@ -236,7 +237,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
 
 def _publish(part: Path, folder: Path) -> None:
     """Rename the complete folder after a sync to the disk. ExportError if another process has written to `folder` meanwhile."""
-    for file in (*part.iterdir(), part):
+    for file in (*part.rglob("*"), part):
         handle = os.open(file, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -42,9 +42,10 @@ class Target:
     """A format of exports.
 
     write: (job, empty folder) → writes the model. run: (folder, its description) → opens the model with its own runtime.
-    packages: what both need, with `extra` of Refract that installs them. model: the file that holds the network. input: what the network
-    takes, for `preprocess.json`. int8: whether it can be in 8-bit integers. unfit: returns why the target cannot hold this bundle, None if
-    it can. runtime: (`--runtime`, None without) → name → content of the files of a runtime that the export contains.
+    packages: what both need, with `extra` of Refract that installs them. model: the file that holds the network, with `{name}` for the
+    bundle's name. input: what the network takes, for `preprocess.json`. int8: whether it can be in 8-bit integers. unfit: returns why the
+    target cannot hold this bundle, None if it can. runtime: (`--runtime`, None without) → name → content of the files of a runtime that
+    the export contains.
     """
 
     name: str

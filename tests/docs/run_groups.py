@@ -131,6 +131,7 @@ EXPORT = (
     "refract export runs/NAME/bundle --to onnx -o exported/onnx",
     "refract export runs/NAME/bundle --to openvino -o exported/openvino",
     "refract export runs/NAME/bundle --to torch-export -o exported/torch",
+    "refract export runs/NAME/bundle --to triton -o exported/triton",
     "refract export runs/NAME/bundle --to onnx --int8 --calibrate photos/ --data photos/ -o exported/int8",
 )
 GROUPS = (

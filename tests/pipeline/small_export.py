@@ -17,7 +17,7 @@ from refract.models.classifier import Classifier, probabilities
 from refract.models.registry import build
 from refract.pipeline.export.targets import TARGETS
 
-EXTRAS = {"onnx": "onnxruntime", "openvino": "openvino"}
+EXTRAS = {"onnx": "onnxruntime", "openvino": "openvino", "triton": "onnxruntime", "web": "onnxruntime"}
 INSTALLED = [name for name in TARGETS if importlib.util.find_spec(EXTRAS.get(name, "torch"))]
 needs_onnx = pytest.mark.skipif("onnx" not in INSTALLED, reason="ONNX Runtime, the extra onnx, quantises")
 TEMPERATURE = 0.3
@@ -61,7 +61,7 @@ def make_bundle(path: Path, network: str, *, size=(32, 40), task="multiclass", n
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def batch_of(bundle: Bundle) -> np.ndarray:
@@ -98,5 +98,26 @@ def client_torch(folder: Path, images: np.ndarray) -> tuple[np.ndarray, Mapping[
     return program.module()(torch.from_numpy(images))[0].detach().numpy(), json.loads(extra["metadata.json"])
 
 
-CLIENTS: Mapping[str, Callable] = {"onnx": client_onnx, "openvino": client_openvino, "torch-export": client_torch}
+def client_triton(folder: Path, images: np.ndarray) -> tuple[np.ndarray, Mapping[str, str]]:
+    """As Triton's backend: the model and its labels are found by the configuration."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    model = folder / json.loads((folder / "preprocess.json").read_text())["model"]
+    repository = model.parent.parent
+    config = text_format.Parse((repository / "config.pbtxt").read_text("utf-8"), ModelConfig())
+    assert (config.name, config.backend) == (repository.name, "onnxruntime")
+    labelled = next(output for output in config.output if output.label_filename)
+    labels = (repository / labelled.label_filename).read_text("utf-8").split("\n")
+    got, metadata = client_onnx(model.parent, images)
+    assert labels[:-1] == json.loads(metadata["labels"]) and labelled.dims == [got.shape[1]]
+    return got, metadata
+
+
+CLIENTS: Mapping[str, Callable] = {
+    "onnx": client_onnx,
+    "openvino": client_openvino,
+    "torch-export": client_torch,
+    "triton": client_triton,
+}
 PIXEL_TARGETS = [name for name in CLIENTS if name in INSTALLED]

@@ -9,6 +9,7 @@ TARGETS: Mapping[str, str] = MappingProxyType(
         "openvino": "refract.pipeline.export.targets.openvino",
         "torch-export": "refract.pipeline.export.targets.torch_export",
         "hf": "refract.pipeline.export.targets.hf",
+        "triton": "refract.pipeline.export.targets.triton",
         "web": "refract.pipeline.export.targets.web",
     }
 )
