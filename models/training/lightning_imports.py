@@ -89,7 +89,7 @@ import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torchmetrics import Metric
@@ -105,6 +105,7 @@ __all__ = [
     "MeanMetric",
     "Metric",
     "ModelCheckpoint",
+    "ModelParallelStrategy",
     "MulticlassAccuracy",
     "MultilabelAveragePrecision",
     "OptimizerLRScheduler",

@@ -35,6 +35,7 @@ from refract.models.training.objective import (
     soft_targets,
 )
 from refract.models.training.rank_values import copy_buffers_of_rank_0, values_of_ranks
+from refract.models.training.sharding import shard
 from refract.models.training.specs import LossSpec, OptimSpec
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
@@ -193,6 +194,11 @@ class ClassifierModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_value_(gradients, self.optim.clip_value)
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(gradients, self.optim.clip_norm)
+
+    def configure_model(self) -> None:
+        """Shard the classifier if the strategy has a mesh of ranks."""
+        if self._device_mesh is not None:
+            shard(self.classifier, self._device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Seed each rank differently, so that the ranks draw different dropout masks, and freeze batch norms under `frozen_norms`."""

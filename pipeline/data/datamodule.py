@@ -123,6 +123,10 @@ class ImageDataModule(lightning.LightningDataModule):
         """Return the number of batches in which each rank sees `seen` samples of the epoch's common order."""
         return seen // (self._rank()[1] * self.batch_size)
 
+    def validation_batches_of_rank_0(self) -> int:
+        """Return the number of validation batches of rank 0, which has the most."""
+        return -(-len(range(0, len(self.manifest.of("val")), self._rank()[1])) // self.batch_size)
+
     def batches_per_epoch(self) -> int:
         """Return the number of training batches of each rank in an epoch."""
         self.order.rank, self.order.world_size = self._rank()

@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ def assemble(
         with_normalisation,
     )
     from refract.pipeline.training.device import choose_device, choose_precision
+    from refract.pipeline.training.strategies import check_shards
 
     if config.trainer.folds and config.trainer.fold is None:
         raise ConfigError(
@@ -115,6 +117,7 @@ def assemble(
     preprocess = make_preprocess(local)
     manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config.loss, manifest.task)
+    check_shards(config, len(manifest.of("val")), ranks.count)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = with_normalisation(local, preprocess, manifest)
     module, text = make_module(local, manifest, augmenter, preprocess, arrays, source)
@@ -210,6 +213,8 @@ def fit(
         optional.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
     if config.trainer.compile:
         module.classifier.network.compile()  # in place, so the state_dict keys stay the same
+    sharded = config.trainer.strategy == "fsdp" and ranks.count > 1
+    classifier = deepcopy(module.classifier) if sharded and ranks.first else module.classifier
     with stop_requests() as stop:
         whole_from = None if swa is None else first
         seconds = config.trainer.checkpoint_seconds
@@ -224,6 +229,7 @@ def fit(
             raise lost from error
     if not ranks.first:
         return report.history
+    module.classifier = classifier  # whole, for the weights of the checkpoint
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(best_checkpoint))
     merge_adapters(module)
@@ -272,7 +278,7 @@ def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: "list[Callback]",
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=ranks.devices,
         num_nodes=ranks.nodes,
-        strategy=strategy_of(ranks.count, config.model.mode),
+        strategy=strategy_of(ranks.count, config.model.mode, config.trainer.strategy),
         sync_batchnorm=ranks.count > 1 and device == "cuda",
         use_distributed_sampler=False,  # the data module's samplers divide the samples among the ranks
         precision=assembly.precision,  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """A plugin that records the batches of each rank in RECORD.RANK, and makes a rank misbehave in its first attempt.
 
 MISBEHAVE is RANK:STEP:ACTION. ACTION is kill (SIGKILL for the rank), stop:SIGNAL (a signal for torchrun; the rank continues when torchrun
-has sent it to the ranks), or break:FILE (empty a file). The ranks agree on a stop after every step, so that it does not depend on the time.
+has sent it to the ranks), or break:FILE (empty a file). The ranks then agree after every step, so that the end does not depend on the time.
 """
 
 import json
@@ -13,11 +13,12 @@ from pathlib import Path
 from refract.models.training.lightning_module import ClassifierModule
 from refract.pipeline.training.callbacks import checkpoints
 
-checkpoints.SYNC_STEPS = 1
-
 RANK, ATTEMPT = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 WHO, STEP, ACTION, *VALUE = os.environ.get("MISBEHAVE", "-:0:").split(":")
 steps = 0
+
+if ACTION == "stop":
+    checkpoints.SYNC_STEPS = 1
 
 
 def record(name: str) -> None:

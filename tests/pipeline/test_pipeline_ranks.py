@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from small_data import paint
 
 from refract.models.training.objective import classification_loss
-from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.training.attempt import agree
 from refract.pipeline.training.callbacks.averaging import best_weights
 from refract.pipeline.training.fit import assemble
 from refract.pipeline.training.ranks import batches_of_step
 from refract.pipeline.training.run_directory import stored_config
+from refract.pipeline.training.strategies import check_shards
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,6 +187,7 @@ def test_an_error_in_one_rank_is_the_error_of_the_job_and_so_is_a_wrong_config(w
 def test_a_stopped_job_resumes_on_other_numbers_of_ranks(work: Work) -> None:
     """In the middle of the last epoch. Steps keep their size, so that the schedule of the learning rate stays the same."""
     words = ("train", "c.yaml", "--trainer.run_name", "stopped", "--tracking.enabled", "false")
+    words = (*words, "--trainer.checkpoint_seconds", "600")
     done = work.run(*words, record="stopped", code=75, MISBEHAVE="0:24:stop:SIGTERM")
     assert "refract train: stopped by SIGTERM; " in done.stderr.splitlines()[-1]
     runs = work.folder / "runs"
@@ -241,3 +243,60 @@ def test_the_processes_of_an_attempt_agree_on_its_name_also_if_some_of_them_star
         thread.join(20)
     second = set(names.values())
     assert len(names) == 3 and len(second) == 1 and first != second and {restarted for _, restarted in second} == {True}
+
+
+@pytest.mark.slow
+def test_shards_train_like_replicas_also_after_a_restart_and_write_the_same_bundle(work: Work) -> None:
+    """FSDP with an average of the weights, and ranks with different numbers of validation batches."""
+    words = (
+        "train",
+        "c.yaml",
+        "--trainer.run_name",
+        "shards",
+        "--trainer.strategy",
+        "fsdp",
+        "--tracking.enabled",
+        "false",
+    )
+    done = work.run(*words, record="shards", restarts=1, MISBEHAVE="1:14:kill")
+    assert "resuming from runs/shards/checkpoints/resume-" in done.stderr
+    for epoch in range(3):
+        assert work.counts("shards", "validation_step", epoch) == work.counts("calm", "validation_step", epoch)
+    calm, shards = work.weights("calm"), work.weights("shards")
+    assert calm.keys() == shards.keys()
+    for key, weight in calm.items():
+        if "running" not in key:  # DDP copies the statistics of rank 0 to the others, FSDP does not
+            torch.testing.assert_close(shards[key], weight, rtol=1e-3, atol=1e-4)
+    names = [{path.name for path in (work.folder / "runs" / run / "bundle").iterdir()} for run in ("calm", "shards")]
+    assert names[0] == names[1]
+    whole, best = (
+        torch.load(work.folder / "runs" / run / "checkpoints" / "best.ckpt", weights_only=True)
+        for run in ("calm", "shards")
+    )
+    shapes = [{name: value.shape for name, value in state["state_dict"].items()} for state in (whole, best)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            {"model.mode": "gradual"},
+            "model.mode: gradual needs the whole weights on each rank; set model.mode: fine-tune, or",
+        ),
+        ({"loss.penalty": 0.1}, r"loss.penalty: 0.1 needs the whole weights"),
+        (
+            {"optim.name": "muon"},
+            "optim.name: muon needs whole matrices; set optim.name: adamw, or trainer.strategy: ddp",
+        ),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(option: dict[str, object], message: str) -> None:
+    config = Config().changed({"trainer.strategy": "fsdp", **option})
+    check_shards(config, 100, 1)
+    with pytest.raises(ConfigError, match=message):
+        check_shards(config, 100, 2)
+    with pytest.raises(
+        ConfigError, match="a validation sample for each of the 8 ranks, got 5; raise data.val_fraction"
+    ):
+        check_shards(Config().changed({"trainer.strategy": "fsdp"}), 5, 8)
