@@ -7,7 +7,8 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ def launch(argv: Sequence[str]) -> int:
 
     Raises JobFailed if a rank failed after the last restart, ConfigError for options that do not fit. SystemExit of torchrun's parser.
     """
-    from torch.distributed import run as torchrun
+    with _quiet_connections():
+        from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     args = torchrun.parse_args(list(argv))
     if args.training_script not in COMMANDS or args.module or args.no_python or args.run_path:
@@ -59,10 +62,43 @@ def launch(argv: Sequence[str]) -> int:
         return max((int(file.read_text()) for file in codes.glob("*.code")), default=0)
     except ChildFailedError as error:
         raise _job_failed(error, Path(args.log_dir), _again(argv, command)) from error
+    except RendezvousError as error:
+        place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
+        raise JobFailed(
+            f"this machine did not meet the others at {place} ({str(error).splitlines()[0]}); start the same command on all "
+            "machines, with --rdzv-endpoint of the first one and the same --nnodes and --rdzv-id",
+            1,
+        ) from error
     except SignalException as stop:
         return {signal.SIGTERM: ASKED_TO_STOP, signal.SIGINT: 130}.get(stop.sigval, 128 + stop.sigval)
     finally:
         shutil.rmtree(codes, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_connections() -> Iterator[None]:
+    """Import PyTorch without its messages about connections, which `JobFailed` replaces. The ranks and --verbose show them."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    quiet = name not in os.environ and output.level() > logging.DEBUG
+    if quiet:
+        os.environ[name] = "FATAL"
+    try:
+        yield
+    finally:
+        if quiet:
+            del os.environ[name]
+
+
+def _is_here(endpoint: str) -> bool:
+    """Whether the host of HOST:PORT is this machine. torchrun compares names, which fails for some addresses of containers."""
+    host = endpoint.rpartition(":")[0] or endpoint
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def _complete(args: Any, ranks: int) -> None:
@@ -71,6 +107,8 @@ def _complete(args: Any, ranks: int) -> None:
         args.log_dir = tempfile.mkdtemp(prefix="refract-torchrun-")
     if args.redirects == "0" and args.tee == "0" and ranks > 1:
         args.redirects = ",".join(f"{rank}:3" for rank in range(1, ranks))
+    if args.rdzv_backend == "c10d" and "is_host" not in args.rdzv_conf and _is_here(args.rdzv_endpoint):
+        args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, "is_host=true"]))
     if args.shutdown_timeout is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         args.shutdown_timeout = SHUTDOWN_S
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Thread
 
@@ -300,3 +300,73 @@ def test_what_shards_cannot_do_is_refused(option: dict[str, object], message: st
         ConfigError, match="a validation sample for each of the 8 ranks, got 5; raise data.val_fraction"
     ):
         check_shards(Config().changed({"trainer.strategy": "fsdp"}), 5, 8)
+
+
+def namespaces() -> str | None:
+    """Return why this machine cannot create two network namespaces with a link between them, None if it can."""
+    if shutil.which("ip") is None:
+        return "the program ip is not installed"
+    name = f"refract-{os.getpid()}"
+    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if done.returncode:
+        return f"ip netns add: {done.stderr.strip()}"
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+    return None
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with the addresses 10.213.0.1 and 10.213.0.2."""
+    if (reason := namespaces()) is not None:
+        pytest.skip(f"needs root and network namespaces ({reason})")
+    names = (f"rfa{os.getpid()}", f"rfb{os.getpid()}")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "address", "add", f"10.213.0.{number}/24", "dev", name)
+            for link in (name, "lo"):
+                ip("-n", name, "link", "set", link, "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True])
+def test_two_hosts_train_together_and_notice_a_lost_rank(work: Work, hosts: tuple[str, str], lost: bool) -> None:
+    """Each network namespace is a host with an address and a launcher. They share the folder, as by NFS."""
+    run = f"hosts{lost}"
+    words = ["train", "c.yaml", "--tracking.enabled", "false", "--trainer.run_name", run]
+    started = []
+    for name in hosts:
+        meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.213.0.1:29400", "--rdzv-id", run]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RECORD": run}
+        environment |= {"GLOO_SOCKET_IFNAME": name, "REFRACT_CACHE_DIR": str(work.folder / name)}
+        environment |= {"MISBEHAVE": "1:4:kill"} if lost else {}
+        address = f"10.213.0.{len(started) + 1}"
+        command = [sys.executable, "-m", "refract", "torchrun", *meet, "--local-addr", address, *words]
+        on_host = ["ip", "netns", "exec", name, *command]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(on_host, cwd=work.folder, env=environment, text=True, **pipes))
+    try:
+        outputs = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.terminate()
+    assert [process.returncode for process in started] == ([1, 1] if lost else [0, 0]), "\n".join(outputs)
+    assert not any("Traceback" in output for output in outputs), "\n".join(outputs)
+    if lost:
+        ends = [output.splitlines()[-1] for output in outputs]
+        assert sum("rank 1 on " in end and "was ended by SIGKILL" in end for end in ends) == 1, ends
+        assert sum("rank 0 lost the connection to another rank at 10.213.0." in end for end in ends) == 1, ends
+        assert all("--resume auto` resumes from the last checkpoint" in end for end in ends)
+    else:
+        calm, both = work.weights("calm"), work.weights(run)
+        assert all((both[key] == weight).all() for key, weight in calm.items()), "as two ranks on one host"
