@@ -1,9 +1,5 @@
 """`refract torchrun [OPTION OF torchrun …] train CONFIG …`"""
 
-import sys
-
-from refract.errors import RefractError
-
 USAGE = """\
 usage: refract torchrun [OPTION OF torchrun …] train CONFIG.yaml [--section.key value …] [--resume auto]
 
@@ -24,15 +20,15 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    from refract.pipeline.training.launcher import JobFailed, launch
+    from refract.pipeline.cli import console
 
     try:
-        return launch(argv)
-    except JobFailed as error:
-        print(f"refract torchrun: {error}", file=sys.stderr)
-        return error.code
-    except RefractError as error:
-        print(f"refract torchrun: {error}", file=sys.stderr)
-        return error.exit_code
+        return console.run("torchrun", lambda: _launch(argv))
     except SystemExit as error:  # torchrun's parser has printed what it accepts
         return int(error.code or 0)
+
+
+def _launch(argv: list[str]) -> int:
+    from refract.pipeline.training.launcher import launch
+
+    return launch(argv)

@@ -14,6 +14,7 @@ from typing import Any
 
 from refract import output
 from refract.cores import cores
+from refract.errors import ServiceError
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
 from refract.pipeline.training.rank_failure import CODES
@@ -25,12 +26,12 @@ SHUTDOWN_S = 120
 """Seconds that ranks have after SIGTERM or Ctrl-C to finish their step and write a checkpoint, unless --shutdown-timeout says otherwise."""
 
 
-class JobFailed(Exception):
+class JobFailed(ServiceError):
     """A rank failed. code: the exit code of the job; the message names the rank, its machine, its log and the next command."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.code = code
+        self.exit_code = code  # type: ignore[misc]  # of this error, in place of that of its class
 
 
 def launch(argv: Sequence[str]) -> int:
