@@ -23,6 +23,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
         },
         "Train": {
             "train": ("refract.pipeline.cli.train", "Train a model from a config; write a run with its bundle"),
+            "torchrun": ("refract.pipeline.cli.torchrun", "Train with several ranks, on one machine or several"),
             "soup": ("refract.pipeline.cli.soup", "Average the weights of runs of one network into one bundle"),
             "tune": ("refract.pipeline.cli.tune", "Search a space of configs for the best validation score"),
             "config": ("refract.pipeline.cli.config", "Print the config keys, or their JSON Schema for editors"),

@@ -18,7 +18,7 @@ T = TypeVar("T")
 BAR_S, LINE_S = 2.0, 10.0
 """Seconds until a bar or a notice of slow imports appears; seconds between two lines."""
 
-UNATTENDED = ("schedule", "completion")
+UNATTENDED = ("schedule", "completion", "torchrun")
 """Commands that may be silent: they wait for times, or the processes that they start report."""
 
 

@@ -18,7 +18,7 @@ def recompute_activations(network: nn.Module) -> int:
     segments. Results, gradients, state dict keys and batch norm statistics do not change: the second pass does not update the statistics.
     ValueError if the network has no sequence. Source: Chen et al. 2016, arXiv:1604.06174, section 4.
     """
-    blocks = list(_blocks(network))
+    blocks = repeated_blocks(network)
     for block in blocks:
         vars(block)["forward"] = partial(_checkpointed, block.forward, block)
     count = len(blocks)
@@ -31,6 +31,11 @@ def recompute_activations(network: nn.Module) -> int:
     if not count:
         raise ValueError(f"{type(network).__name__} has no sequence of blocks whose activations can be recomputed")
     return count
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network: residual blocks, transformer layers."""
+    return list(_blocks(network))
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -89,6 +89,7 @@ import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torchmetrics import Metric
@@ -99,14 +100,17 @@ from torchmetrics.utilities import dim_zero_cat
 __all__ = [
     "Callback",
     "Checkpoint",
+    "DDPStrategy",
     "EarlyStopping",
     "MeanMetric",
     "Metric",
     "ModelCheckpoint",
+    "ModelParallelStrategy",
     "MulticlassAccuracy",
     "MultilabelAveragePrecision",
     "OptimizerLRScheduler",
     "Profiler",
+    "Strategy",
     "TorchCheckpointIO",
     "Tuner",
     "dim_zero_cat",

@@ -34,6 +34,8 @@ from refract.models.training.objective import (
     elastic_net,
     soft_targets,
 )
+from refract.models.training.rank_values import copy_buffers_of_rank_0, values_of_ranks
+from refract.models.training.sharding import shard
 from refract.models.training.specs import LossSpec, OptimSpec
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
@@ -193,6 +195,11 @@ class ClassifierModule(lightning.LightningModule):
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(gradients, self.optim.clip_norm)
 
+    def configure_model(self) -> None:
+        """Shard the classifier if the strategy has a mesh of ranks."""
+        if self._device_mesh is not None:
+            shard(self.classifier, self._device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """Seed each rank differently, so that the ranks draw different dropout masks, and freeze batch norms under `frozen_norms`."""
         if self.global_rank:
@@ -213,15 +220,22 @@ class ClassifierModule(lightning.LightningModule):
         )  # without the group's factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the epoch's totals. FloatingPointError for a non-finite loss, before the checkpoint is written."""
+        """Store the epoch's totals of all ranks. FloatingPointError for a non-finite loss, before the checkpoint is written."""
         self._check_losses()
-        checkpoint[TOTALS_KEY] = {"lr": self._epoch_lr, "totals": self._totals}
+        totals = self._totals and (self._totals[0].cpu(), self._totals[1].cpu(), self._totals[2])
+        every = values_of_ranks(totals)
+        checkpoint[TOTALS_KEY] = {"lr": self._epoch_lr, "totals": every[0], "further_ranks": every[1:]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the epoch's totals."""
+        """Restore the epoch's totals of this rank; with another number of ranks, rank 0 counts those of all."""
         counted = checkpoint.get(TOTALS_KEY)
         if counted is not None:
-            self._epoch_lr, totals = counted["lr"], counted["totals"]
+            self._epoch_lr, every = counted["lr"], [counted["totals"], *counted.get("further_ranks", [])]
+            if len(every) == self.trainer.world_size:
+                totals = every[self.global_rank]
+            else:
+                sums = [sum(parts) for parts in zip(*filter(None, every), strict=True)]
+                totals = sums if sums and self.global_rank == 0 else None
             self._totals = None if totals is None else (totals[0], totals[1], totals[2])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -234,8 +248,9 @@ class ClassifierModule(lightning.LightningModule):
         self._log_epoch()
 
     def on_validation_epoch_start(self) -> None:
-        """Check the training losses before validation can select a checkpoint."""
+        """Check the training losses before validation can select a checkpoint, and validate with the batch norms of rank 0."""
         self._check_losses()
+        copy_buffers_of_rank_0(self.classifier)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and the monitored metric. FloatingPointError for a non-finite loss, as the weights are then unusable."""

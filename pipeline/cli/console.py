@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import shlex
 import shutil
 import signal
@@ -17,6 +18,9 @@ from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
 from refract.plugins import load
 
 log = logging.getLogger(__name__)
+
+IN_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+"""Whether torchrun started this process."""
 
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +68,9 @@ def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -
         logging.getLogger(f"refract.{package}").setLevel(output.level())
     try:
         load(plugins)
-        return work()
+        return _of_rank(work())
     except Stopped as stopped:
-        return _stopped(command, stopped)
+        return _of_rank(_stopped(command, stopped))
     except RefractError as error:
         return _failed(command, error, error.exit_code)
     except BrokenPipeError:  # `refract predict … | head`: `refract.cli` exits without a message
@@ -75,6 +79,21 @@ def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -
         where = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0, "")
         return _failed(command, f"{where}{error.strerror or error}{remedy}", 1)
+    except Exception as error:
+        if IN_TORCHRUN:
+            from refract.pipeline.training.rank_failure import store_error
+
+            store_error(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _of_rank(code: int) -> int:
+    """Return the exit code for torchrun, if it started this process."""
+    if not IN_TORCHRUN:
+        return code
+    from refract.pipeline.training.rank_failure import code_of_rank
+
+    return code_of_rank(code)
 
 
 _REMEDIES = {
@@ -102,5 +121,13 @@ def bin_prefix() -> str:
 
 def _failed(command: str, error: object, code: int) -> int:
     log.debug("the error was raised here:", exc_info=True)
+    if IN_TORCHRUN:
+        from refract.pipeline.training.rank_failure import launched, store_error
+
+        store_error(error)
+        if (
+            launched() and os.environ["LOCAL_RANK"] == "0"
+        ):  # `refract torchrun` prints the error of the rank that caused the failure
+            return code
     print(masked(f"refract {command}: {error}"), file=sys.stderr)
     return code

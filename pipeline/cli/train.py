@@ -77,7 +77,9 @@ def _train(argv: list[str], resume: str | None) -> int:
 
     from refract.pipeline.config.config import load_config
     from refract.pipeline.data.manifest import DataError
-    from refract.pipeline.training.run_directory import stored_config, unfinished
+    from refract.pipeline.training.attempt import current_attempt
+    from refract.pipeline.training.ranks import by_torchrun
+    from refract.pipeline.training.run_directory import stored_config
 
     name = Path(argv[0]).stem if argv else "run"
     folder: Path | None
@@ -86,7 +88,9 @@ def _train(argv: list[str], resume: str | None) -> int:
         config = stored_config(folder)
     else:
         config = load_config(argv[0], argv[1:])
-        folder = unfinished(config, name) if resume == "auto" else None
+        if resume is None and by_torchrun() and (attempt := current_attempt()) is not None and attempt.restarted:
+            resume = "auto"  # torchrun's --max-restarts repeats the command line
+        folder = _unfinished_of_rank_0(config, name) if resume == "auto" else None
         config = config if folder is None else stored_config(folder)
     run = _run_folds if config.trainer.folds and config.trainer.fold is None else _run
     try:
@@ -96,6 +100,21 @@ def _train(argv: list[str], resume: str | None) -> int:
             raise
         print(f"refract train: starting a new run: {error}", file=sys.stderr)
         return run(load_config(argv[0], argv[1:]), name, None)
+
+
+def _unfinished_of_rank_0(config: "Config", name: str) -> "Path | None":
+    """Return the run that all ranks resume, None to start a new one."""
+    from pathlib import Path
+
+    from refract.pipeline.training.ranks import from_rank_0
+    from refract.pipeline.training.run_directory import unfinished
+
+    def decide() -> str | None:
+        run = unfinished(config, name)
+        return None if run is None else str(run)
+
+    path = from_rank_0("resume", decide)
+    return None if path is None else Path(path)
 
 
 def _run(config: "Config", name: str, folder: "Path | None") -> int:

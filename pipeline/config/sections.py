@@ -203,6 +203,8 @@ class TrainerConfig(Checked):
         device: auto uses a GPU if PyTorch finds one, else the CPU.
         devices: number of ranks, each on its own device with batches of data.batch_size; under
             torchrun, its number of processes is used instead.
+        strategy: what several ranks share: ddp (each has the whole model) or fsdp (each has a part of the weights, gradients and
+            optimizer state).
         precision: auto uses bf16 or fp16 if the device computes faster in it, else fp32.
         accumulate: batches whose gradients are accumulated for one optimiser step.
         ema: decay of the moving average of the weights, such as 0.999; the average is measured and saved; 0 disables it.
@@ -226,6 +228,7 @@ class TrainerConfig(Checked):
     seed: int = number(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = number(1, ge=1)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: int = number(1, ge=1)
     ema: float = number(0.0, ge=0, lt=1)

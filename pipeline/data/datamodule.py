@@ -82,10 +82,11 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Item]:
         self.order.rank, self.order.world_size = self._rank()
-        count = len(self.order)
-        # Batch normalisation cannot learn from a last batch of one.
-        drop_last = count > self.batch_size and count % self.batch_size == 1
-        return self._loader(self.train_set, sampler=self.order, drop_last=drop_last)
+        return self._loader(self.train_set, sampler=self.order, drop_last=self._drops_last(len(self.order)))
+
+    def _drops_last(self, count: int) -> bool:
+        """Whether the last batch of an epoch is dropped: batch normalisation cannot learn from a batch of one."""
+        return count > self.batch_size and count % self.batch_size == 1
 
     def val_dataloader(self) -> DataLoader[Item]:
         return self.loader_of("val")
@@ -106,16 +107,31 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._loader(dataset, sampler=RankShard(len(dataset), *self._rank()))
 
     def state_dict(self) -> dict[str, int]:
-        """Return the training progress: the epoch, and the samples of it that each rank has seen."""
+        """Return the training progress: the epoch, the samples of it that each rank has seen, and the number of ranks."""
         assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress, ranks = self.trainer.fit_loop.epoch_loop.batch_progress, self.trainer.world_size
         if progress.is_last_batch:
-            return {"epoch": self.trainer.current_epoch + 1, "seen": 0}
-        return {"epoch": self.trainer.current_epoch, "seen": progress.current.ready * self.batch_size}
+            return {"epoch": self.trainer.current_epoch + 1, "seen": 0, "ranks": ranks}
+        seen = progress.current.ready * self.batch_size
+        return {"epoch": self.trainer.current_epoch, "seen": seen, "ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume from a stored progress."""
-        self.order.resume(state_dict["epoch"], state_dict["seen"])
+        """Resume from a stored progress, which another number of ranks may have made."""
+        self.order.resume(state_dict["epoch"], state_dict["seen"] * state_dict.get("ranks", self._rank()[1]))
+
+    def batches_after(self, seen: int) -> int:
+        """Return the number of batches in which each rank sees `seen` samples of the epoch's common order."""
+        return seen // (self._rank()[1] * self.batch_size)
+
+    def validation_batches_of_rank_0(self) -> int:
+        """Return the number of validation batches of rank 0, which has the most."""
+        return -(-len(range(0, len(self.manifest.of("val")), self._rank()[1])) // self.batch_size)
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of training batches of each rank in an epoch."""
+        self.order.rank, self.order.world_size = self._rank()
+        count, size = len(self.order), self.batch_size
+        return count // size if self._drops_last(count) else -(-count // size)
 
     def _batch_bytes(self, augmenter: Augmenter, views: bool) -> int:
         """Return the size of the largest batch that workers transfer, with a small allowance for texts and labels."""

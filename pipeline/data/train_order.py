@@ -34,7 +34,7 @@ class TrainOrder(Sampler[SampleKey]):
         world_size: int = 1,
     ) -> None:
         self.count, self.seed, self.repeats, self.epoch = count, seed, repeats, 0
-        self._resumed = (-1, 0)  # (epoch, samples of this rank to skip in it)
+        self._resumed = (-1, 0)  # (epoch, samples of all ranks to skip in it)
         self.rank, self.world_size = rank, world_size
         self.classes = None if classes is None else np.asarray(classes)
 
@@ -42,7 +42,7 @@ class TrainOrder(Sampler[SampleKey]):
         self.epoch = epoch
 
     def resume(self, epoch: int, seen: int) -> None:
-        """Start at `epoch` without the first `seen` samples of this rank."""
+        """Start at `epoch` without the first `seen` samples of the common order, which another number of ranks may have seen."""
         self.epoch, self._resumed = epoch, (epoch, seen)
 
     def __len__(self) -> int:
@@ -56,7 +56,8 @@ class TrainOrder(Sampler[SampleKey]):
         indices = order.tolist()
         draws = (self.repeats * _earlier(order)).tolist()
         start = self._resumed[1] if self.epoch == self._resumed[0] else 0
-        positions = (k * self.world_size + self.rank for k in range(start, len(self)))
+        left = -(-(self.count - start) // self.world_size)
+        positions = (start + k * self.world_size + self.rank for k in range(left))
         return (
             SampleKey(self.epoch, indices[k // self.repeats], draws[k // self.repeats] + k % self.repeats)
             for k in (k % self.count for k in positions)

@@ -15,6 +15,7 @@ from refract.models.classifier import Inputs, inputs_of
 from refract.models.training.lightning_imports import Callback, lightning
 from refract.models.training.lightning_module import ClassifierModule
 from refract.models.training.objective import classification_loss
+from refract.models.training.sharding import part_of_rank
 from refract.pipeline.config.config import Config
 from refract.pipeline.doctor.finding import Finding, cure, treatable
 from refract.pipeline.doctor.findings import early, late
@@ -108,9 +109,13 @@ class Doctor(Callback):
             for name, parameter in pl_module.classifier.named_parameters():
                 if not parameter.requires_grad or parameter.ndim < 2 or parameter.grad is None:
                     continue
+                gradient, weight = (
+                    part_of_rank(parameter.grad),
+                    part_of_rank(parameter),
+                )  # this callback is on rank 0 alone
                 # A new head starts at zero weights, to which a ratio is meaningless.
-                if name in earlier[0] if earlier else parameter.any():
-                    ratios[name] = float(parameter.grad.norm() / parameter.norm().clamp(min=1e-12))
+                if name in earlier[0] if earlier else weight.any():
+                    ratios[name] = float(gradient.norm() / weight.norm().clamp(min=1e-12))
         self.record.gradients.append(ratios)
         if trainer.global_step == 0:
             named = pl_module.classifier.named_parameters()

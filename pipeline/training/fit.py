@@ -1,9 +1,9 @@
 """Train from a config: assemble data and module, and run Lightning's Trainer on them."""
 
 import logging
-import os
 import signal
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
 from refract.pipeline.training.network_record import network_record
-from refract.pipeline.training.ranks import Ranks, current_ranks, is_further_rank
+from refract.pipeline.training.ranks import Ranks, batches_of_step, current_ranks, from_rank_0
 from refract.pipeline.training.source_model import SourceModel, source_model
 from refract.plugins import load
 
@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 
-DECISIONS = "REFRACT_LABELS"
-"""Environment variable with the value of data.labels in rank 0, for the ranks that it starts."""
-
 LARGEST_FIT, FEW_LABELS = 10_000_000, 50
 """The most training samples × labels, at least FEW_LABELS, for which a head is fitted on embeddings by default: the processor fits it, and
 holds all embeddings in memory."""
@@ -40,8 +37,8 @@ class Assembly:
     """The data, the module and the device of a training before its first step.
 
     config: without unset values, with a version in place of an alias in model.weights, and with the last decision in data.labels;
-    identity: see `prepare_data`; precision: Lightning's name; text: the bundle's record of the text network, None without one; source: the
-    model that training starts from.
+    identity: see `prepare_data`; precision: Lightning's name; accumulate: batches of a step; text: the bundle's record of the text network,
+    None without one; source: the model that training starts from.
     """
 
     config: Config
@@ -54,6 +51,7 @@ class Assembly:
     ranks: Ranks
     text: dict[str, Any] | None = None
     source: SourceModel | None = None
+    accumulate: int = 1
 
     @property
     def weights(self) -> str:
@@ -62,12 +60,16 @@ class Assembly:
 
 
 def assemble(
-    config: Config, prepared: "tuple[Manifest, dict[str, str]] | None" = None, *, source_digest: str | None = None
+    config: Config,
+    prepared: "tuple[Manifest, dict[str, str]] | None" = None,
+    *,
+    source_digest: str | None = None,
+    ranks_before: int | None = None,
 ) -> Assembly:
     """Check and split the data, and build the classifier, its module and its batches.
 
     prepared: an earlier result of `prepare_data` for the config, which names the last decision in data.labels; source_digest: see
-    `source_model`, for a resumed run. Raises the errors of `train`.
+    `source_model`, for a resumed run; ranks_before: number of ranks with which that run started. Raises the errors of `train`.
     """
     from refract.augment import Augmenter
     from refract.models.training.lightning_imports import lightning
@@ -81,6 +83,7 @@ def assemble(
         with_normalisation,
     )
     from refract.pipeline.training.device import choose_device, choose_precision
+    from refract.pipeline.training.strategies import check_shards
 
     if config.trainer.folds and config.trainer.fold is None:
         raise ConfigError(
@@ -94,6 +97,9 @@ def assemble(
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     ranks = current_ranks(config.trainer.devices, device)
+    batch_size, accumulate = batches_of_step(
+        config.data.batch_size, config.trainer.accumulate, before=ranks_before or ranks.count, count=ranks.count
+    )
     if not ranks.first:
         for package in ("pipeline", "progress"):
             logging.getLogger(f"refract.{package}").setLevel(logging.ERROR)
@@ -111,6 +117,7 @@ def assemble(
     preprocess = make_preprocess(local)
     manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config.loss, manifest.task)
+    check_shards(config, len(manifest.of("val")), ranks.count)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = with_normalisation(local, preprocess, manifest)
     module, text = make_module(local, manifest, augmenter, preprocess, arrays, source)
@@ -120,7 +127,7 @@ def assemble(
         manifest,
         augmenter=augmenter,
         preprocess=preprocess,
-        batch_size=config.data.batch_size,
+        batch_size=batch_size,
         workers=config.data.workers,
         repeats=config.data.repeats,
         views=config.loss.consistency > 0,
@@ -130,7 +137,7 @@ def assemble(
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
-    return Assembly(config, manifest, identity, module, data, device, precision, ranks, text, source)
+    return Assembly(config, manifest, identity, module, data, device, precision, ranks, text, source, accumulate)
 
 
 def _with_fitted_head(config: Config, module: "ClassifierModule", manifest: "Manifest", asked: int | None) -> Config:
@@ -183,6 +190,7 @@ def fit(
     from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint
     from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, StepProgress, quiet_lightning
     from refract.pipeline.training.failing_batch import Reproducer
+    from refract.pipeline.training.rank_failure import rank_lost, wait_for_torchrun
 
     quiet_lightning()
     module, device, ranks, config = assembly.module, assembly.device, assembly.ranks, assembly.config
@@ -205,14 +213,23 @@ def fit(
         optional.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
     if config.trainer.compile:
         module.classifier.network.compile()  # in place, so the state_dict keys stay the same
+    sharded = config.trainer.strategy == "fsdp" and ranks.count > 1
+    classifier = deepcopy(module.classifier) if sharded and ranks.first else module.classifier
     with stop_requests() as stop:
         whole_from = None if swa is None else first
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
         bad_batch = Reproducer(run_dir, _network_facts(assembly), assembly.data.train_set)
-        _run_trainer(assembly, run_dir, [*optional, best, *bars, report, resumable, bad_batch], checkpoint)
+        try:
+            _run_trainer(assembly, run_dir, [*optional, best, *bars, report, resumable, bad_batch], checkpoint)
+        except RuntimeError as error:
+            if (lost := rank_lost(error)) is None:
+                raise
+            wait_for_torchrun(stop)
+            raise lost from error
     if not ranks.first:
         return report.history
+    module.classifier = classifier  # whole, for the weights of the checkpoint
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(best_checkpoint))
     merge_adapters(module)
@@ -254,20 +271,21 @@ def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: "list[Callback]",
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.training.callbacks.checkpoints import AtomicCheckpoints
     from refract.pipeline.training.failing_batch import Reproducer
+    from refract.pipeline.training.strategies import strategy_of
 
     ranks, device, config = assembly.ranks, assembly.device, assembly.config
     trainer = lightning.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=ranks.devices,
         num_nodes=ranks.nodes,
-        strategy=_strategy(ranks.count, config.model.mode),
+        strategy=strategy_of(ranks.count, config.model.mode, config.trainer.strategy),
         sync_batchnorm=ranks.count > 1 and device == "cuda",
         use_distributed_sampler=False,  # the data module's samplers divide the samples among the ranks
         precision=assembly.precision,  # type: ignore[arg-type]
         max_epochs=config.trainer.max_epochs,
         callbacks=callbacks,
         plugins=[AtomicCheckpoints()],
-        accumulate_grad_batches=config.trainer.accumulate,
+        accumulate_grad_batches=assembly.accumulate,
         enable_progress_bar=False,
         logger=False,
         enable_model_summary=False,
@@ -290,21 +308,10 @@ def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: "list[Callback]",
         release_freed_memory()  # evaluation needs less memory
 
 
-def _strategy(ranks: int, mode: str) -> str:
-    """Return Lightning's strategy. Modes that freeze layers leave parameters without a gradient, which plain DDP rejects."""
-    if ranks == 1:
-        return "auto"
-    return "ddp" if mode == "fine-tune" else "ddp_find_unused_parameters_true"
-
-
 def with_decisions_of_rank_0(config: Config) -> Config:
-    """Return the config with the last decision in `data.labels`. The ranks that rank 0 starts, some minutes later, use the same one."""
+    """Return the config with the last decision in `data.labels`. Ranks that start some minutes later use the same one."""
     from refract.pipeline.labels.address import pinned
 
     if config.data.labels is None:
         return config
-    if is_further_rank() and DECISIONS in os.environ:
-        return config.changed({"data.labels": os.environ[DECISIONS]})
-    config = pinned(config)
-    os.environ[DECISIONS] = str(config.data.labels)
-    return config
+    return config.changed({"data.labels": from_rank_0("labels", lambda: str(pinned(config).data.labels))})

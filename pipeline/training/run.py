@@ -14,8 +14,10 @@ from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit
+from refract.pipeline.training.further_ranks import start_of_ranks, train_further_rank
 from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
+from refract.pipeline.training.ranks import from_rank_0
 from refract.plugins import provider
 from refract.progress import staged
 
@@ -75,19 +77,21 @@ def train(
     from refract.pipeline.tracking.model_card import label_state, read_facts, write_card
     from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
     from refract.pipeline.training.cost import Cost
-    from refract.pipeline.training.run_directory import run_lock, source_digest
+    from refract.pipeline.training.run_directory import ranks_before, run_lock, source_digest
 
     keep_freed_memory()
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
-    assembly = assemble(config, prepared, source_digest=None if resume is None else source_digest(resume))
-    checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
+    digest, before = (None, None) if resume is None else (source_digest(resume), ranks_before(resume))
+    assembly = assemble(config, prepared, source_digest=digest, ranks_before=before)
     if not assembly.ranks.first:
-        fit(assembly, resume or Path(config.trainer.runs_dir), None, checkpoint)
+        train_further_rank(assembly)
         return None
+    checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     run, assembly = _open_run(assembly, name, resume, inputs(config))
     with run_lock(run.path):
         _announce(assembly, run, checkpoint)
+        from_rank_0("start", lambda: start_of_ranks(assembly, run.path, checkpoint))
         cost = Cost(assembly.device)
         tracker = _open_tracker(assembly, run, tags)
         with closing(cost), status_reported(run, tracker), _resume_named(run):
@@ -126,8 +130,12 @@ def new_record(
     input_digests: dict[str, str],
     code: dict[str, str],
     hardware: dict[str, str],
+    ranks: int = 1,
 ) -> dict[str, Any]:
-    """Return the record of a run that starts now. fingerprint: the identity of its data; for the others see `train` and `provenance`."""
+    """Return the record of a run that starts now.
+
+    fingerprint: the identity of its data; ranks: number of ranks; for the others see `train` and `provenance`.
+    """
     return {
         "name": name,
         "runs_dir": config.trainer.runs_dir,
@@ -136,6 +144,7 @@ def new_record(
         "versions": versions(),
         "code": code,
         "machine": hardware,
+        "ranks": ranks,
         "created": _now(),
     }
 
@@ -148,7 +157,7 @@ def _open_run(
 
     code, diff = code_state()
     fingerprint, hardware = assembly.identity["fingerprint"], machine(assembly.device, assembly.precision)
-    record = new_record(assembly.config, name, fingerprint, input_digests, code, hardware)
+    record = new_record(assembly.config, name, fingerprint, input_digests, code, hardware, assembly.ranks.count)
     if assembly.source is not None:
         record["start"] = assembly.source.record
     policy = assembly.config.augment.policy

@@ -112,6 +112,11 @@ def source_digest(path: Path) -> str | None:
     return read_record(path).get("start", {}).get("digest")
 
 
+def ranks_before(path: Path) -> int | None:
+    """Return the number of ranks with which a run started; None for a run of an earlier version. ConfigError without a record."""
+    return read_record(path).get("ranks")
+
+
 def unfinished(config: Config, name: str) -> Path | None:
     """Return the newest unfinished run in `runs_dir` with the same config, or None."""
     root, comparable = Path(config.trainer.runs_dir), _comparable(config)

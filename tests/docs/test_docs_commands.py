@@ -9,7 +9,7 @@ from documented import ROOT
 
 from refract.cli import COMMANDS, main
 
-CONFIGURED = {"train", "retrain", "tune", "find", "init", "preview", "score"}
+CONFIGURED = {"torchrun", "train", "retrain", "tune", "find", "init", "preview", "score"}
 """Commands that take keys of the config as options."""
 
 

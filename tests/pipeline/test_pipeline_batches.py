@@ -161,8 +161,12 @@ def test_ranks_share_one_order(classes: list[int] | None) -> None:
         "in the order of one rank, wrapped around so that all ranks have equally many"
     )
     resumed = TrainOrder(11, seed=3, classes=classes, rank=1, world_size=3)
-    resumed.resume(0, 2)
+    resumed.resume(0, 6)
     assert list(resumed) == shares[1][2:]
+    fewer = [TrainOrder(11, seed=3, classes=classes, rank=rank, world_size=2) for rank in range(2)]
+    for order in fewer:
+        order.resume(0, 6)
+    assert [list(order) for order in fewer] == [[*whole[6::2]], [*whole[7::2], whole[0]]], "on another number of ranks"
     measured = sorted(place for rank in range(3) for place in RankShard(11, rank, 3))
     assert measured == list(range(11)), "each once"
 

@@ -22,7 +22,8 @@ from refract.pipeline.retraining.data_checks import problems
 from refract.pipeline.retraining.label_checks import label_changes
 from refract.pipeline.retraining.snapshot import Snapshot, accept, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.workspace import workspace_of
-from refract.pipeline.training.fit import DECISIONS, with_decisions_of_rank_0
+from refract.pipeline.training.fit import with_decisions_of_rank_0
+from refract.pipeline.training.ranks import PUBLISHED
 
 IMAGES = frozenset({"images"})
 
@@ -258,7 +259,7 @@ def test_a_pinned_history_ignores_later_decisions(root: Path, history: LabelHist
 def test_the_ranks_that_rank_0_starts_use_its_decisions(
     root: Path, history: LabelHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(DECISIONS, "of an earlier training")
+    monkeypatch.setenv(PUBLISHED, '{"labels": "of an earlier training"}')
     config = with_decisions_of_rank_0(config_at(root))
     decide(history, files(root, "red")[0], "relabel", "blue")  # while rank 0 prepares the data
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -96,8 +96,15 @@ def _resources(jobs: int | None, device: str, shards: int) -> tuple[int, int, st
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0)) if device != "cpu" else 0
     if device == "cuda" and not gpus:
         raise DataError("--device: cuda, but Ray sees no GPU; use auto or cpu")
-    count = min(jobs or gpus or cpus, gpus or cpus, shards)
-    return max(1, count), max(1, cpus // max(1, count)), "cuda" if gpus else "cpu"
+    count = max(1, min(jobs or gpus or cpus, gpus or cpus, shards))
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return count, cores_of_actor(nodes, count), "cuda" if gpus else "cpu"
+
+
+def cores_of_actor(nodes: Sequence[int], actors: int) -> int:
+    """Return the most cores for each of `actors` actors, none of which spans two nodes. nodes: cores of each node."""
+    fits = (cores for cores in range(max(nodes, default=1), 1, -1) if sum(n // cores for n in nodes) >= actors)
+    return next(fits, 1)
 
 
 def _results(shards: Sequence[Shard], job: Job, actors: int, cores: int, device: str) -> Iterator[dict[str, Any]]:

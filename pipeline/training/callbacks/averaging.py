@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from refract.models.classifier import Inputs, inputs_of
 from refract.models.multimodal.former_names import present_name
 from refract.models.training.lightning_imports import Callback, lightning
+from refract.models.training.sharding import sharded_as, whole
 
 NORM_IMAGES = 2048
 """Number of images that recompute the batch norm statistics of averaged weights."""
@@ -71,7 +72,8 @@ class WeightAverage(Callback):
     ) -> None:
         """Add the average under KEY."""
         if self._average:
-            checkpoint[KEY] = {"weights": self._average, "count": self._count, "last_step": self._last_step}
+            average = {name: whole(value) for name, value in self._average.items()}
+            checkpoint[KEY] = {"weights": average, "count": self._count, "last_step": self._last_step}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -79,8 +81,9 @@ class WeightAverage(Callback):
         """Restore the average of a checkpoint."""
         if KEY in checkpoint:
             stored = checkpoint[KEY]
-            present = pl_module.state_dict().keys()
-            self._average = {present_name(name, present): value for name, value in stored["weights"].items()}
+            present = pl_module.state_dict()
+            average = {present_name(name, present.keys()): value for name, value in stored["weights"].items()}
+            self._average = {name: sharded_as(value, present.get(name)) for name, value in average.items()}
             self._count, self._last_step = stored["count"], stored["last_step"]
 
     @torch.no_grad()

@@ -16,14 +16,19 @@ import torch
 
 from refract.errors import ServiceError
 from refract.models.training.lightning_imports import Checkpoint, TorchCheckpointIO, lightning
+from refract.models.training.rank_values import values_of_ranks
 from refract.pipeline.files import write_atomically
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 
 NEWEST_KEPT = 2
-SYNC_BATCHES = 20
-"""Every so many batches, several ranks agree on whether to write a checkpoint."""
+
+SYNC_SECONDS, SYNC_STEPS = 2.0, 20
+"""Several ranks agree on whether to write a checkpoint after this time, or after so many steps. Each agreement makes a GPU wait."""
+
+PROGRESS, STEPPED = "epoch_loop.batch_progress", "epoch_loop.state_dict"
+"""Lightning's keys of a checkpoint for the batches of the epoch."""
 
 
 class CheckpointError(ServiceError):
@@ -52,49 +57,49 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class ResumeCheckpoint(Checkpoint):
     """Writes a checkpoint every `seconds`, between two steps or at the end of an epoch, and on a stop request.
 
-    In addition to Lightning's content, a checkpoint holds the states of the random generators and whether the training has finished. The
-    NEWEST_KEPT newest checkpoints stay. whole_from: from this epoch on, checkpoints are written only at the end of an epoch, because SWA
-    then uses the epoch's images.
+    In addition to Lightning's content, a checkpoint holds the states of the random generators of each rank and whether the training has
+    finished. Another number of ranks can load it. The NEWEST_KEPT newest checkpoints stay. whole_from: from this epoch on, checkpoints are
+    written only at the end of an epoch, because SWA then uses the epoch's images.
     """
 
     def __init__(self, folder: Path, *, seconds: float, stop: Stop, whole_from: int | None = None) -> None:
         self.folder, self.seconds, self.stop, self.whole_from = folder, seconds, stop, whole_from
         self._finished = False
-        self._last = time.monotonic()
+        self._last = self._agreed = time.monotonic()
+        self._steps, self._every = 0, 1  # since the last agreement of the ranks, and between two agreements
         self._random: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        state = np.random.get_state(legacy=False)
-        version, inner, gauss = random.getstate()
-        return {  # tensors, because a list pickles each number separately
-            "ended": self._finished,
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": (version, torch.tensor(inner), gauss),
-            "numpy": (
-                torch.from_numpy(state["state"]["key"]),
-                state["state"]["pos"],
-                state["has_gauss"],
-                state["gauss"],
-            ),
-        }
+        first, *further = values_of_ranks(random_states())
+        return {"ended": self._finished, **first, "further_ranks": further}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random, self._finished = state_dict, state_dict["ended"]
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the epoch's batches as those of the present number of ranks and batch size."""
+        data, batches = trainer.datamodule, checkpoint["loops"]["fit_loop"][PROGRESS]  # type: ignore[attr-defined]
+        stored = checkpoint.get(type(data).__qualname__)
+        if stored is None or "ranks" not in stored:
+            return
+        seen = stored["seen"] * stored["ranks"]
+        ready = data.batches_per_epoch() if batches["is_last_batch"] else data.batches_after(seen)
+        change = ready - batches["current"]["ready"]
+        for counts in (batches["current"], batches["total"]):
+            for stage in ("ready", "started", "processed", "completed"):
+                counts[stage] += change
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Restore the random generators here, because the setup of a training draws from them."""
         trainer.should_stop = trainer.should_stop or self._finished
         self.stop.install()  # Lightning has replaced the signal handlers
-        if not self._random or trainer.global_rank:
+        if not self._random:
             return
-        torch.set_rng_state(self._random["torch"])
-        for device, state in enumerate(self._random["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
-        version, inner, gauss = self._random["python"]
-        random.setstate((version, tuple(map(int, inner)), gauss))
-        key, position, has_gauss, cached_gaussian = self._random["numpy"]
-        np.random.set_state(("MT19937", np.asarray(key, np.uint32), position, has_gauss, cached_gaussian))
+        states = [self._random, *self._random.get("further_ranks", [])]
+        if trainer.global_rank < len(states):  # a rank that the checkpoint does not have starts from its seed
+            set_random_states(states[trainer.global_rank])
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,8 +109,19 @@ class ResumeCheckpoint(Checkpoint):
             return
         if self.whole_from is not None and trainer.current_epoch >= self.whole_from:
             self._stop_without_checkpoint(trainer)
-        elif trainer.world_size == 1 or (batch_idx + 1) % SYNC_BATCHES == 0:
+        elif trainer.world_size == 1 or self._ranks_agree(trainer):
             self._save(trainer)
+
+    def _ranks_agree(self, trainer: lightning.Trainer) -> bool:
+        """Whether the ranks agree after this step on a checkpoint. All ranks return the same."""
+        self._steps += 1
+        if self._steps < self._every:
+            return False
+        now = time.monotonic()
+        seconds = max(1e-6, (now - self._agreed) / self._steps)
+        self._every = trainer.strategy.broadcast(max(1, min(SYNC_STEPS, int(SYNC_SECONDS / seconds))))
+        self._steps, self._agreed = 0, now
+        return True
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._stop_without_checkpoint(trainer)
@@ -138,6 +154,29 @@ class ResumeCheckpoint(Checkpoint):
                 old.unlink(missing_ok=True)
         if stop_signal is not None:
             raise Stopped(stop_signal)
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of this process's random generators, with tensors, because a list pickles each number separately."""
+    state = np.random.get_state(legacy=False)
+    version, inner, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": (version, torch.tensor(inner), gauss),
+        "numpy": (torch.from_numpy(state["state"]["key"]), state["state"]["pos"], state["has_gauss"], state["gauss"]),
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restore the states of this process's random generators."""
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+    version, inner, gauss = states["python"]
+    random.setstate((version, tuple(map(int, inner)), gauss))
+    key, position, has_gauss, cached_gaussian = states["numpy"]
+    np.random.set_state(("MT19937", np.asarray(key, np.uint32), position, has_gauss, cached_gaussian))
 
 
 def newest(folder: Path) -> Path | None:

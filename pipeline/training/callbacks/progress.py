@@ -150,7 +150,8 @@ class StepProgress(Callback):
 
 def quiet_lightning() -> None:
     """Suppress Lightning's notices that do not help a Refract user: available hardware, tips, loader advice."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):  # both announce each rank
+        logging.getLogger(package).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*number of training batches.*",
