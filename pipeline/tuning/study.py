@@ -299,4 +299,6 @@ def _storage(url: str) -> Any:
         from optuna.storages.journal import JournalFileBackend
 
         return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+    if url.startswith("postgresql://"):  # else SQLAlchemy takes psycopg 3, which Refract does not install
+        url = url.replace("postgresql://", "postgresql+psycopg2://", 1)
     return optuna.storages.RDBStorage(url)

@@ -212,3 +212,31 @@ def test_two_reviews_share_a_label_history_in_postgres_and_do_not_show_its_passw
     first.decide(item, action="exclude", labels=[], reviewer="ann", queue="audit")
     second.decide(item, action="confirm", labels=[], reviewer="bob", queue="audit")
     assert [record.reviewer for record in second.state(item).conflicts] == ["ann"]
+
+
+def test_two_processes_share_a_search_in_postgres(postgres: str, tmp_path: Path, refract: Run) -> None:
+    """As two machines do: each has its folder, and the trials are in the database."""
+    import optuna
+
+    paint(tmp_path / "images", range(12))
+    text = TINY.replace(
+        "source: digits, image_size: 16, batch_size: 256", f"source: {tmp_path}/images, image_size: 16, workers: 0"
+    )
+    (tmp_path / "t.yaml").write_text(text)
+    (tmp_path / "s.yaml").write_text("optim.lr: {low: 0.001, high: 0.1, log: true}\n")
+    storage = postgres.replace("+psycopg2", "")
+    words = ["tune", "t.yaml", "s.yaml", "--storage", storage, "--tracking.enabled", "false"]
+    refract(*words, "--trainer.runs_dir", "first", "--trials", "1")  # it creates the tables
+    words += ["--trials", "5"]
+    second = subprocess.Popen(
+        [sys.executable, "-m", "refract", *words, "--trainer.runs_dir", "second", "--seed", "1"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    printed = refract(*words, "--trainer.runs_dir", "first").stderr
+    other = second.communicate(timeout=240)[1]
+    assert second.returncode == 0, other
+    assert "only-here" not in printed + other, "the password is not shown"
+    (name,) = optuna.get_all_study_names(postgres)
+    study = optuna.load_study(study_name=name, storage=postgres)
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("COMPLETE") + states.count("PRUNED") >= 5 and "RUNNING" not in states
