@@ -177,7 +177,7 @@ def _text(survey: Survey) -> list[Choice]:
 
 
 def _optim(network: ProposedNetwork) -> list[Choice]:
-    reason = "low for pretrained weights" if network.pretrained else "2e-3 for AdamW from scratch"
+    reason = "low for pretrained weights" if network.pretrained else "2e-3 or 5e-3 by network, for AdamW from scratch"
     learning_rate = Choice("optim.lr", None, f"null chooses it by optimiser, mode and weights: {reason}")
     return [
         Choice("optim.name", "adamw", "", from_data=False),

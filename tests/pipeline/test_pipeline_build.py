@@ -178,13 +178,16 @@ def test_training_starts_from_the_weights_of_a_file(uneven: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("asked", "lr", "head_lr"),
     [
-        ({}, defaults.FROM_SCRATCH, 1.0),
+        ({"model.name": "resnet20"}, defaults.CONVOLUTIONAL, 1.0),
+        ({"model.name": "timm/resnet18.a1_in1k"}, defaults.CONVOLUTIONAL, 1.0),
+        ({"model.name": "timm/vit_tiny_patch16_224"}, defaults.FROM_SCRATCH, 1.0),
+        ({"model.name": "resnet20", "text.name": "hashing"}, defaults.FROM_SCRATCH, 1.0),
         ({"model.weights": "default"}, defaults.FINE_TUNE, 10.0),
         ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, defaults.UNFROZEN, 30.0),
         ({"model.weights": "default", "model.mode": "feature-extract"}, defaults.HEAD_ALONE, 1.0),
         ({"model.name": "none", "text.name": "hashing"}, defaults.FROM_SCRATCH, 1.0),
         ({"model.name": "none", "text.name": "encoder"}, defaults.FINE_TUNE, 10.0),
-        ({"optim.name": "sgd"}, 25 * defaults.FROM_SCRATCH, 1.0),
+        ({"model.name": "resnet20", "optim.name": "sgd"}, 25 * defaults.FROM_SCRATCH, 1.0),
         ({"model.weights": "default", "optim.lr": 0.01}, 0.01, 10.0),
         ({"optim.lr": 0.7, "optim.head_lr": 0.2}, 0.7, 0.2),
     ],
