@@ -13,8 +13,8 @@ FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
 `python -m benchmarks.transfer --settings`."""
 
 CONVOLUTIONAL = 5e-3
-"""Peak learning rate of Adam and AdamW for random weights of the networks that MEASURED names. It gave 5 to 7 points more than FROM_SCRATCH on each
-of three data sets; a ViT lost 8 (`benchmarks.from_scratch`, one seed)."""
+"""Peak learning rate of Adam and AdamW for random weights of the networks that MEASURED names. It gave 5 to 7 points more than
+FROM_SCRATCH on each of three data sets; a ViT lost 8 (`benchmarks.from_scratch`, one seed)."""
 MEASURED = re.compile(r"lenet5|cnn|mlp|(timm/)?(wide_)?resne[tx][\w.]*")
 """Small networks of Refract, and ResNets of Refract, torchvision and timm."""
 
