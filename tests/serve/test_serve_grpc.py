@@ -244,6 +244,21 @@ def test_bytes_that_are_no_message_are_rejected(both) -> None:
         assert refused(unknown, b"")[0] == grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_a_message_of_many_fields_is_rejected_before_it_is_parsed(both) -> None:
+    """Two bytes of an empty input took half a kilobyte: a message within the limit filled the memory."""
+    wire = [b"\x0a\x06shapes", b"\x18\x01", b"\x19" + bytes(8), b"\x1d" + bytes(4)]  # each kind of field
+    with grpc.insecure_channel(both.port) as channel:
+        call = channel.unary_unary(INFER)
+        for field in (b"\x2a\x00", b"\x32\x00", b"\x3a\x00"):  # an empty input, output and raw contents
+            status, details, trailing = refused(call, b"".join(wire) + field * 1021)
+            assert (status, trailing["refract-code"]) == (BAD, "message_too_large"), details
+            assert details == "the message has too many fields: at most 1,024 are allowed"
+            assert dict(refused(call, b"".join(wire) + field * 1020)[2])["refract-code"] == "invalid_request"
+        assert dict(refused(call, b"\x2b" + b"\x2a\x00" * 1021 + b"\x2c")[2])["refract-code"] == "invalid_message"
+        shape = request({"name": "images", "datatype": "UINT8", "shape": [1] * 100_000}).SerializeToString()
+        assert "has shape [1, 1, 1" in refused(call, shape)[1]
+
+
 @contextlib.contextmanager
 def unsent(both) -> Iterator[tuple]:
     """Start a ModelInfer call whose message is not sent until the queue gets it. Yields (call, queue)."""
