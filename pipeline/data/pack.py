@@ -69,9 +69,10 @@ def pack(
     """Write the samples to `folder`, which appears when it is complete and verified; until then the shards are in `FOLDER.partial`.
 
     shard_size: samples in a tar; fingerprint: that of the training data, for `pack.json`. A repeated call with the same arguments keeps
-    the shards that are complete. DataError for a folder with other files, and for samples that the tars cannot represent; Stopped after a
-    stop request; OSError.
+    the shards that are complete. DataError for a folder with other files, inside the data or on a mount point, and for samples that the
+    tars cannot represent; Stopped after a stop request; OSError.
     """
+    folder = _target(folder, manifest)
     record = PackRecord(
         _identity(manifest, images, shard_size), manifest.source, asdict(images), manifest.task, manifest.labels,
         len(manifest.samples), shard_size, fingerprint,
@@ -94,6 +95,20 @@ def pack(
         lock.unlink()
         unfinished.replace(folder)  # an empty folder is replaced
     return Packed(record, len(record.shards) - kept)
+
+
+def _target(folder: Path, manifest: Manifest) -> Path:
+    """Return the folder without symbolic links, which the finished pack cannot replace. DataError for a folder that cannot be one."""
+    target, source = Path(os.path.realpath(folder)), Path(os.path.realpath(manifest.source))
+    if source.is_dir() and source in target.parents:
+        raise DataError(
+            f"{folder}: is inside the data {manifest.source}, which would be read with the pack as a class; name a folder outside of it"
+        )
+    if target.is_mount():
+        raise DataError(
+            f"{folder}: is a mount point, which a pack cannot replace; name a new folder in it: {folder / 'pack'}"
+        )
+    return target
 
 
 def _write_shards(folder: Path, record: PackRecord, manifest: Manifest, images: StoredImages, stop: Stop) -> PackRecord:

@@ -163,6 +163,31 @@ def test_a_folder_with_other_files_or_another_pack_is_refused(folder: Path, tmp_
         packed(folder, tmp_path / "other")
 
 
+def test_a_folder_inside_the_data_a_mount_point_and_a_url_are_refused(folder: Path, refract: Run) -> None:
+    """A pack inside a class folder would become a class of the data; one that cannot be renamed would fail after hours."""
+    classes = sorted(path.name for path in folder.iterdir())
+    (folder.parent / "link").symlink_to(folder)
+    for inside in (folder / "packed", folder / "red" / "packed", folder.parent / "link" / "packed"):
+        with pytest.raises(DataError, match="packed: is inside the data .*; name a folder outside of it"):
+            packed(folder, inside)
+    assert sorted(path.name for path in folder.iterdir()) == classes
+    assert (
+        "/: is a mount point, which a pack cannot replace; name a new folder in it: /pack"
+        in refract("pack", folder, "/", code=2).stderr
+    )
+    assert (
+        "FOLDER: s3://bucket/x is a URL; name a local folder" in refract("pack", folder, "s3://bucket/x", code=2).stderr
+    )
+    assert not Path("s3:").exists()
+
+
+def test_a_link_to_an_empty_folder_is_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+    assert facts(packed(folder, tmp_path / "link")) == facts(load_manifest(folder))
+    assert (tmp_path / "disk" / "empty" / "pack.json").is_file() and (tmp_path / "link").is_symlink()
+
+
 def test_an_incomplete_or_damaged_pack_is_refused_with_the_shard(folder: Path, refract: Run, tmp_path: Path) -> None:
     packed(folder, tmp_path / "pack", size=20)
     shard = tmp_path / "pack" / "shard-000001.tar"
