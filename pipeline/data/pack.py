@@ -209,7 +209,9 @@ def _fields(sample: Sample, labels: Sequence[str]) -> bytes:
     fields: dict[str, Any] = {**sample.metadata, "label": ";".join(labels[i] for i in sample.labels)}
     if sample.split:
         fields["split"] = sample.split
-    if sample.text:
+    if sample.text or any(
+        name.strip().casefold() == "caption" for name in fields
+    ):  # else that column would be the text
         fields["text"] = sample.text
     fields["path"] = sample.path
     return json.dumps(fields, ensure_ascii=False).encode()
@@ -241,6 +243,10 @@ def _verify(folder: Path, record: PackRecord, manifest: Manifest) -> None:
                 f"{folder / shard.file}: differs from what was written; check the disk, delete {folder} and pack again"
             )
     packed = load_manifest(str(folder), manifest.task, to_train=False)
+    if packed.labels != manifest.labels:
+        raise DataError(
+            f"{folder}: has the labels {', '.join(packed.labels)}, not {', '.join(manifest.labels)}; rename them"
+        )
     for wanted, found in zip(_rows(manifest), _rows(packed), strict=True):
         if wanted != found:
             raise DataError(

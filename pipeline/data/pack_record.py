@@ -69,8 +69,8 @@ def is_pack(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def check_complete(folder: Path) -> None:
-    """Raise DataError if a folder with a `pack.json` lacks a shard, or has one of another size, as after an interrupted copy."""
+def complete_record(folder: Path) -> PackRecord | None:
+    """Return the record of a folder, None without one. DataError if a shard is missing or has another size, as after an interrupted copy."""
     record = read_record(folder)
     for shard in record.shards if record is not None else ():
         file = folder / shard.file
@@ -78,6 +78,7 @@ def check_complete(folder: Path) -> None:
         if size != shard.bytes:
             state = "is missing" if size is None else f"has {size:,} of {shard.bytes:,} bytes"
             raise DataError(f"{file}: {state}, according to {folder / NAME}; copy the pack again")
+    return record
 
 
 def digest(file: Path) -> str:

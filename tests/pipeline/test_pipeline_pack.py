@@ -83,6 +83,22 @@ def test_labels_texts_and_metadata_of_a_table_are_kept(
     assert [s.metadata["camera"] for s in again.samples] == [s.metadata["camera"] for s in manifest.samples]
 
 
+def test_classes_without_a_sample_are_kept(folder: Path, tmp_path: Path) -> None:
+    (folder / "none").mkdir()
+    manifest = load_manifest(folder)
+    assert "none" in manifest.labels
+    assert packed(manifest, tmp_path / "pack").labels == manifest.labels
+
+
+def test_a_column_caption_that_is_not_the_text_is_kept(folder: Path, tmp_path: Path) -> None:
+    rows = [["images/red/00.jpg", "a", "tall", "x"], ["images/red/01.jpg", "b", "wide", ""]]
+    manifest = load_manifest(table(tmp_path / "t.csv", rows, ["path", "label", "Caption", "class"]), to_train=False)
+    again = packed(manifest, tmp_path / "pack")
+    assert facts(again) == facts(manifest) and not any(sample.text for sample in again.samples)
+    for column in ("Caption", "class"):
+        assert [s.metadata[column] for s in again.samples] == [s.metadata[column] for s in manifest.samples]
+
+
 def test_larger_images_are_reduced_upright_and_others_keep_their_bytes(tmp_path: Path) -> None:
     root = tmp_path / "images"
     paint(root, range(2), ["blue", "red"])  # 16 pixels high
