@@ -29,13 +29,16 @@ from refract.pipeline.files import locked, written_atomically
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 from refract.progress import Progress
 
+LONGEST_JPEG = 65_500
+"""The longest side of a JPEG that libjpeg writes, in pixels."""
+
 
 @dataclass(frozen=True)
 class StoredImages:
     """How images are stored.
 
     resize: pixels of the shorter side, to which larger images are reduced; None keeps all sizes. quality: of the JPEG, 1 to 100, for
-    reduced images. raw: as BMP, without compression. Other images keep their bytes.
+    reduced images. raw: as BMP, without compression. Other images keep their bytes, and so does one whose JPEG would exceed LONGEST_JPEG.
     """
 
     resize: int | None = None
@@ -49,6 +52,8 @@ class StoredImages:
         if self.resize is not None and shorter > self.resize:
             scale = self.resize / shorter
             height, width = round(height * scale), round(width * scale)
+            if max(height, width) > LONGEST_JPEG and not self.raw:
+                return data, ""
         elif not self.raw:
             return data, ""
         # The stored files have no color profile, and stand upright.
@@ -69,8 +74,8 @@ def pack(
     """Write the samples to `folder`, which appears when it is complete and verified; until then the shards are in `FOLDER.partial`.
 
     shard_size: samples in a tar; fingerprint: that of the training data, for `pack.json`. A repeated call with the same arguments keeps
-    the shards that are complete. DataError for a folder with other files, inside the data or on a mount point, and for samples that the
-    tars cannot represent; Stopped after a stop request; OSError.
+    the shards that are complete. DataError for a folder with other files, inside the data or on a mount point, for files that change
+    meanwhile, and for samples that the tars cannot represent; Stopped after a stop request; OSError.
     """
     folder = _target(folder, manifest)
     record = PackRecord(
@@ -91,6 +96,10 @@ def pack(
         record = _resumed(unfinished, record)
         kept = len(record.shards)
         record = _write_shards(unfinished, record, manifest, images, stop)
+        if _identity(manifest, images, shard_size) != record.identity:
+            raise DataError(
+                f"{manifest.source}: files have changed while they were packed; delete {unfinished} and pack again"
+            )
         _verify(unfinished, record, manifest)
         lock.unlink()
         unfinished.replace(folder)  # an empty folder is replaced

@@ -70,7 +70,7 @@ def is_pack(folder: Path) -> bool:
 
 
 def complete_record(folder: Path) -> PackRecord | None:
-    """Return the record of a folder, None without one. DataError if a shard is missing or has another size, as after an interrupted copy."""
+    """Return the record of a folder, None without one. DataError if a shard is missing or has another size, as after a cut copy."""
     record = read_record(folder)
     for shard in record.shards if record is not None else ():
         file = folder / shard.file

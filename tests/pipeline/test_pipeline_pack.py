@@ -124,6 +124,30 @@ def test_larger_images_are_reduced_upright_and_others_keep_their_bytes(tmp_path:
     assert any(np.array_equal(decode(data), original) for data in by_name.values() if data != b"no image")
 
 
+def test_an_image_too_long_for_a_jpeg_keeps_its_bytes() -> None:
+    _, png = cv2.imencode(".png", np.zeros((3, 98_253, 3), np.uint8))
+    images = StoredImages(resize=2)  # 65,502 pixels long
+    assert images(png.tobytes()) == (png.tobytes(), "")
+    _, png = cv2.imencode(".png", np.zeros((3, 98_250, 3), np.uint8))
+    assert decode(images(png.tobytes())[0]).shape == (2, 65_500, 3)
+
+
+def test_a_file_that_changes_while_it_is_packed_ends_the_pack(folder: Path, tmp_path: Path) -> None:
+    """Else `pack.json` would name the fingerprint of other images."""
+    manifest = load_manifest(folder)
+
+    class Changing(Stop):
+        signal = property(
+            lambda self: Path(manifest.samples[-1].path).write_bytes(b"new") and None, lambda self, value: None
+        )
+
+    with pytest.raises(
+        DataError, match=r"images: files have changed while they were packed; delete .*out\.partial and pack"
+    ):
+        pack(manifest, AS_IS, tmp_path / "out", Changing("never"), shard_size=30)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_pack_resumes_and_equals_one_that_was_not(folder: Path, warm: WarmProcess, tmp_path: Path) -> None:
     whole = packed(folder, tmp_path / "whole", StoredImages(resize=12), size=4)
     arguments = ["pack", str(folder), "out", "--resize", "12", "--shard-size", "4"]
