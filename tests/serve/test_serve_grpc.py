@@ -5,6 +5,7 @@ import contextlib
 import json
 import queue
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -242,6 +243,21 @@ def test_bytes_that_are_no_message_are_rejected(both) -> None:
         assert refused(ready, b"x" * 70_000)[:2] == (BAD, "the message is larger than 65536 bytes")
         unknown = channel.unary_unary("/inference.GRPCInferenceService/ModelStreamInfer")
         assert refused(unknown, b"")[0] == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_messages_count_as_held_until_they_are_answered(bundle, serving, make_image) -> None:
+    limits = Limits(max_held_bytes=50_000)
+    with serving_grpc(serving, bundle, limits=limits) as both:
+        status, details, trailing = refused(both.calls.ModelInfer, files(b"x" * 50_000))
+        assert (status, trailing["refract-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded"), details
+        assert both.calls.ModelInfer(files(make_image(1))).outputs, "the rejected message is released"
+
+
+def test_no_other_process_can_take_calls_of_the_port(both) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", int(both.port.rpartition(":")[2])))
 
 
 def test_a_message_of_many_fields_is_rejected_before_it_is_parsed(both) -> None:
