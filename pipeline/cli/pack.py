@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from refract import output
+from refract.models.credentials import masked
 from refract.pipeline.cli import console
+from refract.remote.address import is_remote
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +24,7 @@ def main(argv: list[str]) -> int:
         help="the data, as data.source of a config; or a config (.yaml): its data as training reads them, checked, with the labels of "
         "data.labels and all splits",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder for the tars")
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder for the tars")
     parser.add_argument(
         "--resize",
         type=int,
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
             parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
     if not 1 <= args.quality <= 100:
         parser.error(f"--quality: {args.quality} is not in 1 to 100")
+    if is_remote(args.folder):
+        parser.error(f"FOLDER: {masked(args.folder)} is a URL; name a local folder, and copy the finished pack")
     return console.run("pack", lambda: _pack(args), plugins=args.plugin)
 
 
@@ -58,25 +62,24 @@ def _pack(args: argparse.Namespace) -> int:
         fingerprint = identity["fingerprint"]
     else:
         manifest = load_manifest(args.source, to_train=False)
+    folder = Path(args.folder)
     images = StoredImages(args.resize, args.quality, args.raw)
     try:
         with stop_requests("after this shard; finished shards are kept") as stop:
-            record, written = pack(
-                manifest, images, args.folder, stop, shard_size=args.shard_size, fingerprint=fingerprint
-            )
+            record, written = pack(manifest, images, folder, stop, shard_size=args.shard_size, fingerprint=fingerprint)
     except Stopped as error:
         print(f"refract pack: {error}; the same command resumes", file=sys.stderr)
         return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
     kept = sum(shard.kept for shard in record.shards)
     size = sum(shard.bytes for shard in record.shards)
     reused = f"; {len(record.shards) - written:,} of them complete before" if written < len(record.shards) else ""
-    print(f"{args.folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB in {len(record.shards):,} tars{reused}")
+    print(f"{folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB in {len(record.shards):,} tars{reused}")
     if kept:
         print(f"images that cannot be decoded, stored as they are: {kept:,}", file=sys.stderr)
-    print(f"next:     set data.source: {args.folder}" + (", and remove data.labels" if fingerprint else ""))
+    print(f"next:     set data.source: {folder}" + (", and remove data.labels" if fingerprint else ""))
     output.result(
         {
-            "pack": args.folder, "samples": record.samples, "bytes": size, "shards": len(record.shards), "written": written,
+            "pack": folder, "samples": record.samples, "bytes": size, "shards": len(record.shards), "written": written,
             "undecodable": kept, "fingerprint": fingerprint or None,
         }
     )  # fmt: skip

@@ -29,13 +29,16 @@ from refract.pipeline.files import locked, written_atomically
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 from refract.progress import Progress
 
+LONGEST_JPEG = 65_500
+"""The longest side of a JPEG that libjpeg writes, in pixels."""
+
 
 @dataclass(frozen=True)
 class StoredImages:
     """How images are stored.
 
     resize: pixels of the shorter side, to which larger images are reduced; None keeps all sizes. quality: of the JPEG, 1 to 100, for
-    reduced images. raw: as BMP, without compression. Other images keep their bytes.
+    reduced images. raw: as BMP, without compression. Other images keep their bytes, and so does one whose JPEG would exceed LONGEST_JPEG.
     """
 
     resize: int | None = None
@@ -49,6 +52,8 @@ class StoredImages:
         if self.resize is not None and shorter > self.resize:
             scale = self.resize / shorter
             height, width = round(height * scale), round(width * scale)
+            if max(height, width) > LONGEST_JPEG and not self.raw:
+                return data, ""
         elif not self.raw:
             return data, ""
         # The stored files have no color profile, and stand upright.
@@ -69,9 +74,10 @@ def pack(
     """Write the samples to `folder`, which appears when it is complete and verified; until then the shards are in `FOLDER.partial`.
 
     shard_size: samples in a tar; fingerprint: that of the training data, for `pack.json`. A repeated call with the same arguments keeps
-    the shards that are complete. DataError for a folder with other files, and for samples that the tars cannot represent; Stopped after a
-    stop request; OSError.
+    the shards that are complete. DataError for a folder with other files, inside the data or on a mount point, for files that change
+    meanwhile, and for samples that the tars cannot represent; Stopped after a stop request; OSError.
     """
+    folder = _target(folder, manifest)
     record = PackRecord(
         _identity(manifest, images, shard_size), manifest.source, asdict(images), manifest.task, manifest.labels,
         len(manifest.samples), shard_size, fingerprint,
@@ -90,10 +96,28 @@ def pack(
         record = _resumed(unfinished, record)
         kept = len(record.shards)
         record = _write_shards(unfinished, record, manifest, images, stop)
+        if _identity(manifest, images, shard_size) != record.identity:
+            raise DataError(
+                f"{manifest.source}: files have changed while they were packed; delete {unfinished} and pack again"
+            )
         _verify(unfinished, record, manifest)
         lock.unlink()
         unfinished.replace(folder)  # an empty folder is replaced
     return Packed(record, len(record.shards) - kept)
+
+
+def _target(folder: Path, manifest: Manifest) -> Path:
+    """Return the folder without symbolic links, which the finished pack cannot replace. DataError for a folder that cannot be one."""
+    target, source = Path(os.path.realpath(folder)), Path(os.path.realpath(manifest.source))
+    if source.is_dir() and source in target.parents:
+        raise DataError(
+            f"{folder}: is inside the data {manifest.source}, which would be read with the pack as a class; name a folder outside of it"
+        )
+    if target.is_mount():
+        raise DataError(
+            f"{folder}: is a mount point, which a pack cannot replace; name a new folder in it: {folder / 'pack'}"
+        )
+    return target
 
 
 def _write_shards(folder: Path, record: PackRecord, manifest: Manifest, images: StoredImages, stop: Stop) -> PackRecord:
@@ -194,7 +218,9 @@ def _fields(sample: Sample, labels: Sequence[str]) -> bytes:
     fields: dict[str, Any] = {**sample.metadata, "label": ";".join(labels[i] for i in sample.labels)}
     if sample.split:
         fields["split"] = sample.split
-    if sample.text:
+    if sample.text or any(
+        name.strip().casefold() == "caption" for name in fields
+    ):  # else that column would be the text
         fields["text"] = sample.text
     fields["path"] = sample.path
     return json.dumps(fields, ensure_ascii=False).encode()
@@ -226,6 +252,10 @@ def _verify(folder: Path, record: PackRecord, manifest: Manifest) -> None:
                 f"{folder / shard.file}: differs from what was written; check the disk, delete {folder} and pack again"
             )
     packed = load_manifest(str(folder), manifest.task, to_train=False)
+    if packed.labels != manifest.labels:
+        raise DataError(
+            f"{folder}: has the labels {', '.join(packed.labels)}, not {', '.join(manifest.labels)}; rename them"
+        )
     for wanted, found in zip(_rows(manifest), _rows(packed), strict=True):
         if wanted != found:
             raise DataError(

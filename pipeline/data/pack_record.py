@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,21 @@ def read_record(folder: Path) -> PackRecord | None:
     """Return the record of a folder, None without one. DataError for a file that `refract pack` did not write."""
     file = folder / NAME
     try:
-        values = json.loads(read_file(file))
-        shards = tuple(ShardRecord(**shard) for shard in values.pop("shards"))
-        return PackRecord(**values | {"labels": tuple(values["labels"]), "shards": shards})
+        return parsed_record(read_file(file), str(file))
     except FileNotFoundError:
         return None
+
+
+def parsed_record(content: bytes, where: str) -> PackRecord:
+    """Return the record with this JSON. where: its path or URL, for errors. DataError for a file that `refract pack` did not write."""
+    try:
+        values = json.loads(content)
+        shards = tuple(ShardRecord(**shard) for shard in values.pop("shards"))
+        return PackRecord(**values | {"labels": tuple(map(str, values["labels"])), "shards": shards})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: is not a file of `refract pack` ({error}); pack again into another folder") from error
+        raise DataError(
+            f"{where}: is not a file of `refract pack` ({error}); pack again into another folder"
+        ) from error
 
 
 def is_pack(folder: Path) -> bool:
@@ -69,15 +78,22 @@ def is_pack(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def check_complete(folder: Path) -> None:
-    """Raise DataError if a folder with a `pack.json` lacks a shard, or has one of another size, as after an interrupted copy."""
+def complete_record(folder: Path) -> PackRecord | None:
+    """Return the record of a folder, None without one. DataError as `check_complete`."""
     record = read_record(folder)
-    for shard in record.shards if record is not None else ():
-        file = folder / shard.file
-        size = file.stat().st_size if file.is_file() else None
+    if record is not None:
+        files = [folder / shard.file for shard in record.shards]
+        check_complete(record, {file.name: file.stat().st_size for file in files if file.is_file()}, str(folder))
+    return record
+
+
+def check_complete(record: PackRecord, sizes: Mapping[str, int], folder: str) -> None:
+    """Raise DataError if a shard is missing or has another size, as after a cut copy. sizes: bytes of the files; folder: path or URL."""
+    for shard in record.shards:
+        size = sizes.get(shard.file)
         if size != shard.bytes:
             state = "is missing" if size is None else f"has {size:,} of {shard.bytes:,} bytes"
-            raise DataError(f"{file}: {state}, according to {folder / NAME}; copy the pack again")
+            raise DataError(f"{folder}/{shard.file}: {state}, according to {folder}/{NAME}; copy the pack again")
 
 
 def digest(file: Path) -> str:

@@ -253,6 +253,10 @@ class ServeConfig:
         if self.backend not in NAMES and not self.plugin:
             accepted = f"accepted are {', '.join(NAMES)}; a plugin's backend needs --plugin FILE"
             raise ValueError(f"{self.origin('backend')}: {self.backend!r} is unknown; {accepted}")
+        if self.grpc_port and self.grpc_port == self.port:
+            raise ValueError(
+                f"{self.origin('grpc_port')}: {self.port} is also that of {self.origin('port')}; choose another port"
+            )
         if self.rate is not None and self.keys is None:
             raise ValueError(f"{self.origin('rate')} limits each API key: it needs --keys FILE")
         if self.feedback_dir is not None and not self.feedback_keep:

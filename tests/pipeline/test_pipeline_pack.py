@@ -83,6 +83,22 @@ def test_labels_texts_and_metadata_of_a_table_are_kept(
     assert [s.metadata["camera"] for s in again.samples] == [s.metadata["camera"] for s in manifest.samples]
 
 
+def test_classes_without_a_sample_are_kept(folder: Path, tmp_path: Path) -> None:
+    (folder / "none").mkdir()
+    manifest = load_manifest(folder)
+    assert "none" in manifest.labels
+    assert packed(manifest, tmp_path / "pack").labels == manifest.labels
+
+
+def test_a_column_caption_that_is_not_the_text_is_kept(folder: Path, tmp_path: Path) -> None:
+    rows = [["images/red/00.jpg", "a", "tall", "x"], ["images/red/01.jpg", "b", "wide", ""]]
+    manifest = load_manifest(table(tmp_path / "t.csv", rows, ["path", "label", "Caption", "class"]), to_train=False)
+    again = packed(manifest, tmp_path / "pack")
+    assert facts(again) == facts(manifest) and not any(sample.text for sample in again.samples)
+    for column in ("Caption", "class"):
+        assert [s.metadata[column] for s in again.samples] == [s.metadata[column] for s in manifest.samples]
+
+
 def test_larger_images_are_reduced_upright_and_others_keep_their_bytes(tmp_path: Path) -> None:
     root = tmp_path / "images"
     paint(root, range(2), ["blue", "red"])  # 16 pixels high
@@ -106,6 +122,30 @@ def test_larger_images_are_reduced_upright_and_others_keep_their_bytes(tmp_path:
     by_name = {Path(s.metadata["path (original)"]).name: s.read() for s in raw.samples}
     original = decode((root / "red" / "000.png").read_bytes())
     assert any(np.array_equal(decode(data), original) for data in by_name.values() if data != b"no image")
+
+
+def test_an_image_too_long_for_a_jpeg_keeps_its_bytes() -> None:
+    _, png = cv2.imencode(".png", np.zeros((3, 98_253, 3), np.uint8))
+    images = StoredImages(resize=2)  # 65,502 pixels long
+    assert images(png.tobytes()) == (png.tobytes(), "")
+    _, png = cv2.imencode(".png", np.zeros((3, 98_250, 3), np.uint8))
+    assert decode(images(png.tobytes())[0]).shape == (2, 65_500, 3)
+
+
+def test_a_file_that_changes_while_it_is_packed_ends_the_pack(folder: Path, tmp_path: Path) -> None:
+    """Else `pack.json` would name the fingerprint of other images."""
+    manifest = load_manifest(folder)
+
+    class Changing(Stop):
+        signal = property(
+            lambda self: Path(manifest.samples[-1].path).write_bytes(b"new") and None, lambda self, value: None
+        )
+
+    with pytest.raises(
+        DataError, match=r"images: files have changed while they were packed; delete .*out\.partial and pack"
+    ):
+        pack(manifest, AS_IS, tmp_path / "out", Changing("never"), shard_size=30)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_pack_resumes_and_equals_one_that_was_not(folder: Path, warm: WarmProcess, tmp_path: Path) -> None:
@@ -161,6 +201,31 @@ def test_a_folder_with_other_files_or_another_pack_is_refused(folder: Path, tmp_
     (tmp_path / "other.partial" / "mine.txt").write_text("keep")
     with pytest.raises(DataError, match=r"other\.partial: exists and is not a pack"):
         packed(folder, tmp_path / "other")
+
+
+def test_a_folder_inside_the_data_a_mount_point_and_a_url_are_refused(folder: Path, refract: Run) -> None:
+    """A pack inside a class folder would become a class of the data; one that cannot be renamed would fail after hours."""
+    classes = sorted(path.name for path in folder.iterdir())
+    (folder.parent / "link").symlink_to(folder)
+    for inside in (folder / "packed", folder / "red" / "packed", folder.parent / "link" / "packed"):
+        with pytest.raises(DataError, match="packed: is inside the data .*; name a folder outside of it"):
+            packed(folder, inside)
+    assert sorted(path.name for path in folder.iterdir()) == classes
+    assert (
+        "/: is a mount point, which a pack cannot replace; name a new folder in it: /pack"
+        in refract("pack", folder, "/", code=2).stderr
+    )
+    assert (
+        "FOLDER: s3://bucket/x is a URL; name a local folder" in refract("pack", folder, "s3://bucket/x", code=2).stderr
+    )
+    assert not Path("s3:").exists()
+
+
+def test_a_link_to_an_empty_folder_is_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+    assert facts(packed(folder, tmp_path / "link")) == facts(load_manifest(folder))
+    assert (tmp_path / "disk" / "empty" / "pack.json").is_file() and (tmp_path / "link").is_symlink()
 
 
 def test_an_incomplete_or_damaged_pack_is_refused_with_the_shard(folder: Path, refract: Run, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from gcp_storage_emulator.server import create_server
 from object_server import FaultProxy
 from small_data import Run
 
+from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.data.pack import StoredImages, pack
+from refract.pipeline.training.callbacks.stopping import Stop
 from refract.remote import client, object_store
 from refract.remote.client import RemoteError
 
@@ -117,6 +120,27 @@ def test_a_changed_file_has_another_version_and_a_missing_one_is_none(cloud: Clo
         versions.append(item.version)
     assert versions[0] != versions[1]
     assert not client.exists(f"{url}.none") and client.listed(f"{cloud.scheme}://data/nothing") == []
+
+
+def test_a_remote_pack_has_the_classes_of_the_data_and_must_be_complete(
+    cloud: Cloud, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "none").mkdir()
+    manifest = load_manifest(folder)
+    pack(manifest, StoredImages(), tmp_path / "pack", Stop("never"), shard_size=20)
+    whole, cut = f"{cloud.scheme}://data/whole", f"{cloud.scheme}://data/cut"
+    for path in (tmp_path / "pack").iterdir():
+        client.upload(path, f"{whole}/{path.name}")
+        if path.name != "shard-000002.tar":
+            client.upload(path, f"{cut}/{path.name}")
+    remote = load_manifest(whole)
+    assert remote.labels == manifest.labels and [s.read() for s in remote.samples] == [
+        s.read() for s in manifest.samples
+    ]
+    with pytest.raises(
+        DataError, match=rf"{cut}/shard-000002\.tar: is missing, according to {cut}/pack\.json; copy the pack"
+    ):
+        load_manifest(cut)
 
 
 def test_a_server_that_always_fails_is_asked_as_often_as_refract_repeats(cloud: Cloud) -> None:

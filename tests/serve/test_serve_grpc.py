@@ -5,6 +5,7 @@ import contextlib
 import json
 import queue
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -242,6 +243,36 @@ def test_bytes_that_are_no_message_are_rejected(both) -> None:
         assert refused(ready, b"x" * 70_000)[:2] == (BAD, "the message is larger than 65536 bytes")
         unknown = channel.unary_unary("/inference.GRPCInferenceService/ModelStreamInfer")
         assert refused(unknown, b"")[0] == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_messages_count_as_held_until_they_are_answered(bundle, serving, make_image) -> None:
+    limits = Limits(max_held_bytes=50_000)
+    with serving_grpc(serving, bundle, limits=limits) as both:
+        status, details, trailing = refused(both.calls.ModelInfer, files(b"x" * 50_000))
+        assert (status, trailing["refract-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded"), details
+        assert both.calls.ModelInfer(files(make_image(1))).outputs, "the rejected message is released"
+
+
+def test_no_other_process_can_take_calls_of_the_port(both) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", int(both.port.rpartition(":")[2])))
+
+
+def test_a_message_of_many_fields_is_rejected_before_it_is_parsed(both) -> None:
+    """Two bytes of an empty input took half a kilobyte: a message within the limit filled the memory."""
+    wire = [b"\x0a\x06shapes", b"\x18\x01", b"\x19" + bytes(8), b"\x1d" + bytes(4)]  # each kind of field
+    with grpc.insecure_channel(both.port) as channel:
+        call = channel.unary_unary(INFER)
+        for field in (b"\x2a\x00", b"\x32\x00", b"\x3a\x00"):  # an empty input, output and raw contents
+            status, details, trailing = refused(call, b"".join(wire) + field * 1021)
+            assert (status, trailing["refract-code"]) == (BAD, "message_too_large"), details
+            assert details == "the message has too many fields: at most 1,024 are allowed"
+            assert dict(refused(call, b"".join(wire) + field * 1020)[2])["refract-code"] == "invalid_request"
+        assert dict(refused(call, b"\x2b" + b"\x2a\x00" * 1021 + b"\x2c")[2])["refract-code"] == "invalid_message"
+        shape = request({"name": "images", "datatype": "UINT8", "shape": [1] * 100_000}).SerializeToString()
+        assert "has shape [1, 1, 1" in refused(call, shape)[1]
 
 
 @contextlib.contextmanager

@@ -96,6 +96,7 @@ def test_a_file_and_its_values_can_come_from_the_environment(write) -> None:
         ("backend: cuda", "FILE: backend: 'cuda' is unknown; accepted are auto, eager, "),
         ("cors_origin: [https://a.example/]", "FILE: cors_origin: 'https://a.example/' is not an origin"),
         ("rate: 3", "FILE: rate limits each API key: it needs --keys FILE"),
+        ("port: 81\ngrpc_port: 81", "FILE: grpc_port: 81 is also that of FILE: port; choose another port"),
         ("shadow: 0.1\ncanary: 0.1\nchallenger: x", "given: FILE: challenger, FILE: shadow, FILE: canary"),
         ("port: 1\nport: 2", "FILE: not valid YAML: duplicate key 'port'"),
         ("- port", "FILE: expected keys and values, such as `max_batch: 32`, got list"),

@@ -10,6 +10,7 @@ from typing import ClassVar
 from refract.augment.image_files import is_hidden, is_image
 from refract.pipeline.data import storage
 from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.pack_record import NAME, PackRecord, check_complete, parsed_record
 from refract.pipeline.data.sources import table_images, webdataset
 from refract.pipeline.data.sources.folders import no_images
 from refract.pipeline.data.sources.image_folder import image_rows, labelled_rows, one_class_per_image
@@ -80,13 +81,27 @@ class RemoteFolderSource(Source):
         if shards := self._shards(names, ".parquet"):
             if table_images.has_images(shards.files[0].path):
                 return table_images.rows_of(self.name, shards, labelled=labelled)
-        elif (shards := self._shards(names, ".tar")) and webdataset.has_samples(shards.files[0].path):
+        elif (shards := self._shards(names, ".tar")) and NAME in names:
+            return replace(
+                webdataset.rows_of(self.name, shards, labelled=labelled), classes=self._complete_record().labels
+            )
+        elif shards and webdataset.has_samples(shards.files[0].path):
             return webdataset.rows_of(self.name, shards, labelled=labelled)
         files = ListedFiles(self.name, names)
         rows = labelled_rows(self.name, self.name, files) if labelled else image_rows(self.name, self.name, files)
         if not len(rows):
             raise no_images(self.name)
         return rows
+
+    def _complete_record(self) -> PackRecord:
+        """Return the record of the pack at the URL. DataError if it lacks a shard."""
+        from refract.pipeline.data.remote_files import list_files
+
+        url = f"{self.name}/{NAME}"
+        record = parsed_record(storage.read(url), url)
+        sizes = {item.url.removeprefix(f"{self.name}/"): item.size for item in list_files(self.name)}
+        check_complete(record, sizes, self.name)
+        return record
 
     def check_task(self, task: str) -> None:
         if task == "multilabel" and not (self._shards(self._names, ".parquet") or self._shards(self._names, ".tar")):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from refract.augment.image_files import is_image
 from refract.pipeline.data.archives.archive import COMPRESSED, TARS, index_of_archive, open_archive, suffix_of
 from refract.pipeline.data.archives.index import hidden
 from refract.pipeline.data.errors import DataError
-from refract.pipeline.data.pack_record import check_complete, is_pack
+from refract.pipeline.data.pack_record import complete_record, is_pack
 from refract.pipeline.data.sources.archive import unreadable_archive
 from refract.pipeline.data.sources.shards import Shard, Shards, has_range, shards_of, shards_of_folder
 from refract.pipeline.data.sources.source import Rows, Source
@@ -31,11 +32,14 @@ class WebDatasetSource(Source):
         return shards is not None and (is_pack(Path(name)) or has_samples(shards.file(shards.files[0])))
 
     def rows(self, *, labelled: bool) -> Rows:
-        """Read the samples in the order of the tars and their members. The fields of `.json` other than label and text are metadata."""
+        """Read the samples in the order of the tars and their members. The fields of `.json` other than label and text are metadata.
+
+        A pack also has the classes without a sample, which the packed data had.
+        """
         shards = shards_of(self.name, TARS[0])
-        if shards.folder is not None:
-            check_complete(shards.folder)
-        return rows_of(self.name, shards, labelled=labelled)
+        record = complete_record(shards.folder) if shards.folder is not None else None
+        rows = rows_of(self.name, shards, labelled=labelled)
+        return replace(rows, classes=record.labels) if record is not None else rows
 
 
 def rows_of(name: str, shards: Shards, *, labelled: bool) -> Rows:
