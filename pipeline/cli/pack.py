@@ -56,10 +56,12 @@ def _pack(args: argparse.Namespace) -> int:
     from refract.pipeline.data.prepare import prepare_data
     from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped, stop_requests
 
-    fingerprint = ""
+    fingerprint, next_step = "", f"set data.source: {args.folder}"
     if Path(args.source).suffix.lower() in (".yaml", ".yml"):
-        manifest, identity = prepare_data(load_config(Path(args.source)))
+        config = load_config(Path(args.source))
+        manifest, identity = prepare_data(config)
         fingerprint = identity["fingerprint"]
+        next_step += "" if config.data.labels is None else ", and remove data.labels"
     else:
         manifest = load_manifest(args.source, to_train=False)
     folder = Path(args.folder)
@@ -76,7 +78,7 @@ def _pack(args: argparse.Namespace) -> int:
     print(f"{folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB in {len(record.shards):,} tars{reused}")
     if kept:
         print(f"images that cannot be decoded, stored as they are: {kept:,}", file=sys.stderr)
-    print(f"next:     set data.source: {folder}" + (", and remove data.labels" if fingerprint else ""))
+    print(f"next:     {next_step}")
     output.result(
         {
             "pack": folder, "samples": record.samples, "bytes": size, "shards": len(record.shards), "written": written,
