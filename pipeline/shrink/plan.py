@@ -71,12 +71,18 @@ def prepare(bundle: Bundle, config: Config) -> tuple[Manifest, dict[str, str]]:
     return manifest, identity
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ShrinkError unless the folder is new, empty, or that of a shrink."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ShrinkError(f"-o {folder}: is not a folder; name a new or an empty one")
+    if folder.exists() and not (folder / PLAN).exists() and any(file.name != LOCK for file in folder.iterdir()):
+        raise ShrinkError(f"-o {folder}: has other files already; name a new or an empty folder")
+
+
 def open_plan(folder: Path, bundle: Bundle, config: Config, networks: Sequence[str], fingerprint: str) -> Plan:
-    """Read the plan of the folder, or write one into a new or empty folder. ShrinkError for the plan of another shrink."""
+    """Read the plan of the folder, or write one. ShrinkError for the plan of another shrink."""
     source = config.data.source
     if not (folder / PLAN).exists():
-        if any(file.name != LOCK for file in folder.iterdir()):
-            raise ShrinkError(f"-o {folder}: has other files already; name a new or an empty folder")
         candidates = named_candidates(bundle, config, networks) if networks else default_candidates(bundle, config)
         plan = Plan(bundle.digest, source, fingerprint, tuple(networks), tuple(candidates))
         write_atomically(folder / PLAN, (json.dumps(plan.to_dict(), indent=1) + "\n").encode())
@@ -87,7 +93,7 @@ def open_plan(folder: Path, bundle: Bundle, config: Config, networks: Sequence[s
         if stored[key] != value:
             shown = f": {stored[key]} there, {value} here" if key != "fingerprint" else ""
             raise ShrinkError(
-                f"-o {folder}: has another shrink, which differs in {_WORDS[key]}{shown}; name a new folder, or repeat its command to resume it"
+                f"-o {folder}: has another shrink, which differs in {_WORDS[key]}{shown}; name a new folder, or repeat the first command"
             )
     candidates = [Candidate.from_dict(values) for values in stored["candidates"]]
     return Plan(bundle.digest, source, fingerprint, tuple(networks), tuple(candidates))

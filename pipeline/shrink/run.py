@@ -21,7 +21,7 @@ from refract.pipeline.export.targets import TARGETS
 from refract.pipeline.files import locked, write_atomically
 from refract.pipeline.shrink.candidates import Candidate, ShrinkError, config_of
 from refract.pipeline.shrink.measure import Contender, contender, measure
-from refract.pipeline.shrink.plan import LOCK, RESULT, config_of_bundle, open_plan, prepare
+from refract.pipeline.shrink.plan import LOCK, RESULT, check_folder, config_of_bundle, open_plan, prepare
 from refract.pipeline.shrink.table import Choice, Row, choose, sorted_rows, to_json
 from refract.pipeline.training.device import choose_device, choose_precision
 from refract.pipeline.training.provenance import machine, versions
@@ -69,10 +69,9 @@ def shrink(
     `named_candidates`, empty for the default ones; source: of the data, None for the one of the bundle's config.
     ShrinkError, and the errors of `train` but ConfigError, which excludes a candidate.
     """
+    check_folder(folder)
     config = config_of_bundle(bundle, source, plugins)
     load(config.plugins)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ShrinkError(f"-o {folder}: is not a folder; name a new or an empty one")
     prepared = prepare(bundle, config)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(

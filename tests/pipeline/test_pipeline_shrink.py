@@ -13,7 +13,6 @@ from small_data import Run, until
 from small_export import make_bundle
 from warm_process import WarmProcess
 
-from refract.augment import Augmenter
 from refract.models.bundle.bundle import Bundle, load_bundle, save_bundle
 from refract.models.registry import NETWORKS
 from refract.pipeline.config.config import config_from_dict
@@ -27,7 +26,7 @@ CONFIG = {
     "data": {"source": "digits", "image_size": 16, "resize": "squash", "batch_size": 256},
     "model": {"name": "cnn", "args": {"widths": [8, 16]}},
     "optim": {"lr": 0.01},
-    "trainer": {"max_epochs": 2, "run_name": "large", "device": "cpu"},
+    "trainer": {"max_epochs": 4, "checkpoint_seconds": 0, "run_name": "large", "device": "cpu"},
     "tracking": {"enabled": False},
     "evaluation": {"robustness": "none", "images": False},
 }
@@ -66,7 +65,7 @@ def resumed(large: Path, tmp_path_factory: pytest.TempPathFactory, warm: WarmPro
     ]
     with (process := warm.start(arguments, cwd=work, env=os.environ)).output:
         until(process, "candidate 2 of 2: cnn-8")
-        until(process, "epoch 1/2")
+        until(process, "epoch 2/4")
         process.kill()
     process.wait(60)
     first = work / "small" / "runs" / "lenet5-16"
@@ -76,7 +75,7 @@ def resumed(large: Path, tmp_path_factory: pytest.TempPathFactory, warm: WarmPro
     done = warm.run(arguments, cwd=work, env=os.environ, seconds=240)
     assert done.returncode == 0, done.stderr
     assert (first / "run.json").stat().st_mtime_ns == before, "a finished candidate was trained again"
-    assert "resuming from small/runs/cnn-8/checkpoints/" in done.stderr
+    assert "resuming from small/runs/cnn-8/checkpoints/" in done.stderr, done.stderr
     return work / "small", done.stdout
 
 
@@ -140,7 +139,7 @@ def test_the_folder_of_another_shrink_is_refused(
     (tmp_path / "full" / "notes.txt").write_text("a note")
     done = refract("shrink", large, "--budget-ms", 5, "-o", "full", code=2)
     assert "-o full: has other files already; name a new or an empty folder" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "full").iterdir()) in (["notes.txt"], [".lock", "notes.txt"])
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.slow
@@ -165,7 +164,7 @@ def test_options_and_bundles_that_cannot_be_used_are_refused(large: Path, refrac
             ["--budget-ms", 5, "--networks", "cnn"],
             "--networks cnn: is the bundle's network itself; add a smaller size, as in cnn:PIX",
         ),
-        (["--budget-ms", 5, "--data", "moved"], "its training data cannot be used: moved: no such file"),
+        (["--budget-ms", 5, "--data", "moved"], "its training data cannot be used: moved: no such "),
     ):
         done = refract("shrink", large, *options, "-o", "out", code=2)
         assert message in done.stderr
@@ -202,7 +201,7 @@ def test_default_candidates_are_smaller_and_start_from_the_bundle_where_its_weig
 def test_a_candidates_config_keeps_the_recipe_and_chooses_the_learning_rate_anew(tmp_path: Path) -> None:
     recipe = {
         "optim": {"lr": 0.07, "head_lr": 2.0},
-        "augment": {"policy": "flip"},
+        "augment": {"policy": "cifar"},
         "tracking": {"model_name": "photos"},
     }
     bundle = with_config(tmp_path, "resnet20", (32, 32), recipe)
@@ -214,7 +213,6 @@ def test_a_candidates_config_keeps_the_recipe_and_chooses_the_learning_rate_anew
     assert made.tracking.model_name is None and made.augment == config.augment and made.plugins == ("plugin.py",)
     scratch = config_of(other, bundle, config, "small/runs")
     assert (scratch.model.name, scratch.optim.lr) == ("lenet5", 0.07), "both start from random weights"
-    assert Augmenter(scratch.augment.policy, 0, size=scratch.data.sides())
 
 
 def test_a_bundle_that_reads_texts_is_refused(tmp_path: Path) -> None:
