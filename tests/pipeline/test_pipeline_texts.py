@@ -253,7 +253,12 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
     for by, reads, side, message in (
         (bundles["images texts"], "images", 32, "reads texts, which this training does not"),
         (bundles["images"], "texts", 32, "reads images, which this training does not"),
-        (bundles["images"], "images texts", [48, 32], r"has the image size \(32, 32\), but this training has \(48, 32\)"),
+        (
+            bundles["images"],
+            "images texts",
+            [48, 32],
+            r"has the image size \(32, 32\), but this training has \(48, 32\)",
+        ),
         (other, "images texts", 32, "tokenises texts differently from this training; use its text.name, text.max"),
     ):
         with pytest.raises(ConfigError, match=message):
