@@ -34,6 +34,9 @@ RUNS, EXPORTS, BUNDLE = "runs", "int8", "bundle"
 ORIGINAL = "bundle"
 """The name of the original among the candidates."""
 
+INT8 = ("onnx", "openvino")
+"""Targets of the exports in 8-bit integers."""
+
 Prepared = tuple[Manifest, dict[str, str]]
 
 
@@ -151,14 +154,12 @@ def _contenders(
 
 
 def _targets() -> list[Target]:
-    """Return the targets with 8-bit integers whose packages are installed."""
-    targets: list[Target] = [importlib.import_module(module).TARGET for module in TARGETS.values()]
+    """Return the targets of INT8 whose packages are installed."""
     installed = []
-    for target in targets:
+    for target in (importlib.import_module(TARGETS[name]).TARGET for name in INT8):
         with contextlib.suppress(ExportError):
-            if target.int8:
-                target.check_installed()
-                installed.append(target)
+            target.check_installed()
+            installed.append(target)
     return installed
 
 

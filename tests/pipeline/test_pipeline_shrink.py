@@ -17,7 +17,7 @@ from refract.models.bundle.bundle import Bundle, load_bundle, save_bundle
 from refract.models.registry import NETWORKS
 from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.shrink.candidates import ShrinkError, config_of, default_candidates, named_candidates
-from refract.pipeline.shrink.plan import config_of_bundle
+from refract.pipeline.shrink.plan import config_of_bundle, prepare
 from refract.pipeline.shrink.table import Row, accurate_enough, choose, dominates, no_fit, pareto, sorted_rows, table
 from refract.pipeline.training.run import train
 from refract.pipeline.training.run_directory import stored_config
@@ -174,6 +174,32 @@ def test_options_and_bundles_that_cannot_be_used_are_refused(large: Path, refrac
         "bare: has no config, so its data and recipe are unknown; train a network with loss.teacher set to this"
         in done.stderr
     )
+
+
+@pytest.mark.slow
+def test_moved_data_are_accepted_and_other_data_refused(folder: Path, tmp_path: Path) -> None:
+    changes = {
+        "data.source": str(folder),
+        "data.batch_size": 16,
+        "trainer.max_epochs": 1,
+        "trainer.runs_dir": str(tmp_path / "runs"),
+    }
+    done = train(config_from_dict(CONFIG).changed(changes))
+    assert done is not None
+    bundle = load_bundle(done.bundle)
+    splits = {}
+    for source in (str(folder), str(done.run_dir / "splits.csv")):
+        splits[source] = prepare(bundle, config_of_bundle(bundle, source))[1]["fingerprint"]
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(
+        ShrinkError, match=r"its training data cannot be used: .*images: .*; name their present place by --data"
+    ):
+        prepare(bundle, config_of_bundle(bundle, None))
+    moved = prepare(bundle, config_of_bundle(bundle, str(tmp_path / "moved")))
+    assert {moved[1]["fingerprint"], *splits.values()} == {bundle.info.data["fingerprint"]}
+    next((tmp_path / "moved" / "red").iterdir()).unlink()
+    with pytest.raises(ShrinkError, match="is not the data that .* was trained on, or has changed since"):
+        prepare(bundle, config_of_bundle(bundle, str(tmp_path / "moved")))
 
 
 def with_config(path: Path, network: str, size: tuple[int, int], config: dict, **more: object) -> Bundle:
