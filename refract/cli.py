@@ -25,6 +25,10 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "train": ("refract.pipeline.cli.train", "Train a model from a config; write a run with its bundle"),
             "torchrun": ("refract.pipeline.cli.torchrun", "Train with several ranks, on one machine or several"),
             "soup": ("refract.pipeline.cli.soup", "Average the weights of runs of one network into one bundle"),
+            "shrink": (
+                "refract.pipeline.cli.shrink",
+                "Distil a bundle into smaller networks; choose one within a latency budget",
+            ),
             "tune": ("refract.pipeline.cli.tune", "Search a space of configs for the best validation score"),
             "config": ("refract.pipeline.cli.config", "Print the config keys, or their JSON Schema for editors"),
             "find": ("refract.pipeline.cli.find", "Find a learning rate or the largest batch size for a config"),

@@ -83,6 +83,7 @@ class ClassifierModule(lightning.LightningModule):
     - class_weights, class_counts: (num_classes,), for the training loss, see `classification_loss`
     - mode, unfreeze_epochs: the trained blocks of each epoch, see `refract.models.training.freezing`
     - teacher: a classifier to distil, weighted by loss.distill; it reads no other inputs than this one and has the same tokenizer
+    - teacher_size: (height, width) to which the teacher's images are resized, None for the size of the batch
     - start_size: the fraction of the image's sides in the first epoch; it rises to 1 at three quarters of the epochs, in steps of 8
       pixels (Howard 2018; Tan & Le 2021, arXiv:2104.00298, section 4)
 
@@ -107,6 +108,7 @@ class ClassifierModule(lightning.LightningModule):
         mode: str = "fine-tune",
         unfreeze_epochs: int = 1,
         teacher: Classifier | None = None,
+        teacher_size: tuple[int, int] | None = None,
         start_size: float = 1.0,
     ) -> None:
         super().__init__()
@@ -118,6 +120,7 @@ class ClassifierModule(lightning.LightningModule):
         self.mode, self.unfreeze_epochs, self.start_size = mode, unfreeze_epochs, start_size
         # In a tuple, so that the teacher is not a submodule and not in the checkpoints.
         self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
+        self.teacher_size = teacher_size
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.register_buffer("class_counts", class_counts, persistent=False)
         self.train_loss, self.train_accuracy, self.val_loss = MeanMetric(), MeanMetric(), MeanMetric()
@@ -312,6 +315,8 @@ class ClassifierModule(lightning.LightningModule):
         """Combine the loss with the distillation loss. Samples without an input for the teacher learn from their targets alone."""
         images, *text_inputs = inputs
         teacher_images = None if images is None or "images" not in teacher.reads else images[: len(logits)]
+        if teacher_images is not None and self.teacher_size is not None:
+            teacher_images = F.interpolate(teacher_images.float(), self.teacher_size, mode="bilinear", antialias=True)
         with torch.no_grad():
             teacher_texts = text_inputs if "texts" in teacher.reads else ()
             teacher_logits = teacher.to(logits.device)(teacher_images, *teacher_texts)

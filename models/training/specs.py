@@ -102,7 +102,8 @@ class LossSpec(Checked):
             must contain AugMix.
         penalty: weight of the elastic net on the weights.
         l1_ratio: part of L1 in the elastic net: 1 is L1, 0 is L2.
-        teacher: bundle to distil from, with the same labels and image size, and the same tokens if it reads texts; null disables it.
+        teacher: bundle to distil from, with the same labels and aspect ratio, and the same tokens if it reads texts; it sees the images
+            resized to its own size; null disables it.
         distill: weight of the distillation loss against the loss on the labels.
         temperature: softmax temperature of teacher and student in the distillation loss.
 

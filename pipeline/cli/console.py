@@ -107,6 +107,8 @@ _REMEDIES = {
 def _stopped(command: str, error: Stopped) -> int:
     if error.run is not None:  # else another rank prints it
         resume = f"; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint"
+        if command == "shrink":
+            resume = "; the same command resumes from the checkpoint"
         print(f"refract {command}: {error}{'' if command == 'retrain' else resume}", file=sys.stderr)
     return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
 

@@ -1,8 +1,6 @@
 """The promotion gate: compares challenger and champion on one frozen holdout, with a measured value for each check."""
 
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,8 +8,9 @@ import numpy as np
 
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.data.manifest import Manifest
 from refract.pipeline.evaluation import measures
+from refract.pipeline.evaluation.latency import bundle_call, latencies
 from refract.pipeline.retraining.holdout_size import lowest_gain, rounded, samples_to_decide
 from refract.pipeline.retraining.settings import GateConfig
 
@@ -22,9 +21,6 @@ CALIBRATED = 100
 LOST = 3
 """If the champion has at least this many correct predictions of a class and the challenger none, the class fails. The exact test
 cannot reject chance for so rare a class."""
-
-TRIES = 50
-"""Measurements of a network's latency for one sample."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,8 @@ def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manife
     new = measure(challenger, manifest, with_errors)
     old = measure(champion, manifest, with_errors) if champion is not None else None
     lines = [_labels(challenger, champion), *judge(config, manifest, new, old)]
-    lines += _latency(config, _milliseconds(challenger, champion, samples[0]))
+    calls = [bundle_call(bundle, samples[0]) for bundle in (challenger, champion) if bundle is not None]
+    lines += _latency(config, [latency.shortest for latency in latencies(calls)])
     size = sum(f.stat().st_size for f in challenger.path.glob("weights.*")) / 1e6
     lines.append(_limit("size", size, config.size_mb, "MB of weights"))
     return Verdict(tuple(lines), holdout, len(samples))
@@ -310,43 +307,6 @@ def _latency(config: GateConfig, took: Sequence[float]) -> list[Line]:
     ratio = took[0] / took[1]
     summary = f"{ratio:.2f} × the champion's {took[1]:.2f} ms, at most {config.latency_ratio:g} ×"
     return [*lines, Line("latency_ratio", ratio, config.latency_ratio, ratio <= config.latency_ratio, summary)]
-
-
-def _milliseconds(challenger: Bundle, champion: Bundle | None, sample: Sample) -> list[float]:
-    """Return the shortest of TRIES latencies of each network, in ms. They take turns; other load on the machine can only lengthen one."""
-    calls = [_prepared_call(bundle, sample) for bundle in (challenger, champion) if bundle is not None]
-    shortest = [math.inf] * len(calls)
-    for _ in range(TRIES):
-        for index, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            shortest[index] = min(shortest[index], (time.perf_counter() - start) * 1e3)
-    return shortest
-
-
-def _prepared_call(bundle: Bundle, sample: Sample) -> Callable[[], object]:
-    """Return a call of the network on one preprocessed sample."""
-    import torch
-
-    from refract.models.multimodal.tokens import pad_rows
-    from refract.pipeline.inference.scoring import preprocess_of
-
-    classifier, preprocess = bundle.classifier(), preprocess_of(bundle.info)
-    image = None
-    if "images" in classifier.reads:
-        image = torch.from_numpy(preprocess(sample.read())).permute(2, 0, 1)[None]
-    text_inputs = []
-    if classifier.tokens is not None:
-        text_inputs = [
-            torch.from_numpy(pad_rows([classifier.tokens(sample.text)[0]])),
-            torch.tensor([sample.has_image]),
-        ]
-
-    def call() -> object:
-        with torch.inference_mode():
-            return classifier(image, *text_inputs)
-
-    return call
 
 
 def _limit(name: str, value: float, bound: float | None, unit: str) -> Line:

@@ -52,10 +52,11 @@ def choose_backbone(present: tuple[Backbone, ...], *, gpu: bool, few: bool) -> B
 
 def backbones_present() -> tuple[Backbone, ...]:
     """Return the backbones whose weights are on this machine: in an installed package, or in a cache of earlier downloads."""
-    return tuple(backbone for backbone in ON_GPU if _present(backbone.name))
+    return tuple(backbone for backbone in ON_GPU if has_weights(backbone.name))
 
 
-def _present(name: str) -> bool:
+def has_weights(name: str) -> bool:
+    """Whether the pretrained weights of a network of torchvision or timm are on this machine."""
     package = package_of(name)
     if package is not None and package.installed:
         return True

@@ -28,6 +28,9 @@ NO_IMAGES = "none"
 FROM_ARGS = (LookupError, ArithmeticError, AttributeError)
 """Further exceptions of third-party networks for a wrong value in `model.args`."""
 
+LARGEST_STRETCH = 1.05
+"""Largest ratio of the aspect ratios of teacher and student. The sides of a smaller size are rounded."""
+
 
 def check_task(loss: LossSpec, task: str) -> None:
     """Raise ConfigError for a loss that does not fit the task."""
@@ -257,13 +260,11 @@ def make_module(
         line = _line(error) if source is None else _line(error).replace(str(source.bundle.path), source.weights)
         raise ConfigError(f"model: {line}") from error
     classifier.frozen_norms = bool(model.frozen_norms)
-    teacher = _teacher(config, manifest, classifier)
-    for where, checked in (
-        ("model.name: " + model.name, classifier),
-        (f"loss.teacher: {config.loss.teacher}", teacher),
-    ):
-        if checked is not None:
-            _check_runs(config, checked, where, manifest.labels)
+    teacher, teacher_size = _teacher(config, manifest, classifier)
+    _check_runs(config, classifier, "model.name: " + model.name, manifest.labels)
+    if teacher is not None:
+        sized = {} if teacher_size is None else {"data.image_size": teacher_size, "trainer.start_size": 1.0}
+        _check_runs(config.changed(sized), teacher, f"loss.teacher: {config.loss.teacher}", manifest.labels)
     if config.trainer.gradient_checkpointing:
         try:
             recompute_activations(classifier.network)
@@ -284,6 +285,7 @@ def make_module(
         mode="feature-extract" if model.on_embeddings else model.mode,
         unfreeze_epochs=model.unfreeze_epochs or 0,
         teacher=teacher,
+        teacher_size=teacher_size,
         start_size=config.trainer.start_size,
     )
     return module, text
@@ -375,14 +377,16 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:400]
 
 
-def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":
-    """Load the teacher of `loss.teacher`, None if there is none.
+def _teacher(
+    config: Config, manifest: "Manifest", student: "Classifier"
+) -> "tuple[Classifier | None, tuple[int, int] | None]":
+    """Load the teacher of `loss.teacher`, None if there is none, and its (height, width) if this is not the student's.
 
-    Raises ConfigError if its labels, task, image size or tokens differ from the student's, or if it reads a modality that the student
+    Raises ConfigError if its labels, task, aspect ratio or tokens differ from the student's, or if it reads a modality that the student
     does not read.
     """
     if config.loss.teacher is None:
-        return None
+        return None, None
     from refract.models.bundle.bundle import BundleError, load_bundle
 
     try:
@@ -397,8 +401,12 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
         ("task", bundle.info.task, manifest.task),
         ("labels", bundle.info.labels, manifest.labels),
     ]
-    if "images" in classifier.reads:
-        facts.append(("image size", tuple(bundle.info.network["image_size"]), config.data.sides()))
+    size, student_size = tuple(bundle.info.network["image_size"]), config.data.sides()
+    ratio = size[0] * student_size[1] / (size[1] * student_size[0])
+    if "images" in classifier.reads and not 1 / LARGEST_STRETCH <= ratio <= LARGEST_STRETCH:
+        raise ConfigError(
+            f"{where} has the image size {size}, but this training has {student_size}, of another aspect ratio"
+        )
     for name, teacher_value, student_value in facts:
         if teacher_value != student_value:
             raise ConfigError(f"{where} has the {name} {teacher_value}, but this training has {student_value}")
@@ -406,7 +414,7 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
         raise ConfigError(
             f"{where} tokenises texts differently from this training; use its text.name, text.max_length and text.args"
         )
-    return classifier
+    return classifier, size if "images" in classifier.reads and size != student_size else None
 
 
 def _weights_preprocess(model: ModelConfig) -> Mapping[str, Any]:

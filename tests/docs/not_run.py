@@ -44,6 +44,10 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "refract torchrun --nproc-per-node 8 train photos.yaml --trainer.strategy fsdp": "the same with shards",
         "refract torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-0:29400 --rdzv-id photos "
         "--max-restarts 3 train photos.yaml --resume auto": "needs 16 machines; test_pipeline_ranks.py has two hosts",
+        "refract shrink runs/NAME/bundle --budget-ms 5 -o small/": "trains several networks; test_pipeline_shrink.py trains small ones",
+        "refract shrink runs/large/bundle --budget-ms 1 --networks lenet5 resnet20:16 -o small": "minutes of a core; see the line above",
+        "refract train configs/digits.yaml --model.name resnet20 --trainer.max_epochs 6 --tracking.enabled false "
+        "--trainer.run_name large": "the bundle of `refract shrink runs/large/bundle`, which does not run",
         "refract train --resume runs/five": "as runs/nightly, which runs; test_pipeline_folds_training.py resumes folds",
         "refract train --resume runs/NAME": "the same as for runs/nightly, which runs",
         "refract train photos.yaml --data.labels postgresql://ann@db.example.com/labels": "needs a PostgreSQL server",

@@ -13,6 +13,7 @@ from refract.models.registry import build
 from refract.models.training.freezing import MODES, blocks_of, trained_blocks
 from refract.models.training.lightning_imports import lightning
 from refract.models.training.lightning_module import ClassifierModule
+from refract.models.training.objective import distillation_loss
 from refract.models.training.parameter_groups import parameter_groups
 from refract.models.training.specs import LossSpec, OptimSpec
 from refract.pipeline.training.callbacks.averaging import KEY, WeightAverage, best_weights
@@ -255,6 +256,17 @@ def test_a_teacher_is_distilled_and_is_not_in_the_checkpoint() -> None:
     with torch.no_grad():
         said, learned = (module.classifier.eval()(inputs).argmax(1) for module in (teacher, pupil))
     assert float((said == learned).float().mean()) > 0.8 and float((learned == Images().labels).float().mean()) < 0.2
+
+
+def test_a_teacher_of_another_size_sees_the_images_at_its_size() -> None:
+    """lenet5 rejects other sizes than its own."""
+    teacher = Classifier(build("lenet5", 2, image_size=(24, 24)), mean=(0.5,) * 3, std=(0.25,) * 3)
+    spec = LossSpec(distill=1.0, temperature=2.0)
+    pupil = make_module(teacher=teacher, teacher_size=(24, 24), loss=spec)
+    images, logits = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8), torch.randn(3, 2)
+    enlarged = nn.functional.interpolate(images.float(), (24, 24), mode="bilinear", antialias=True)
+    expected = distillation_loss(logits, teacher(enlarged), task="multiclass", temperature=2.0)
+    assert torch.allclose(pupil._distilled(torch.zeros(()), logits, teacher, (images,)), expected)
 
 
 def test_sam_counts_a_batch_once_in_the_statistics() -> None:

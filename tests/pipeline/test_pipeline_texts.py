@@ -242,9 +242,10 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
     other = untrained(tmp_path / "longer", "images texts", max_length=9)
     student = {reads: load_bundle(path).classifier() for reads, path in bundles.items()}
 
-    def taught(by: Path, reads: str, side: int = 32) -> frozenset[str]:
+    def taught(by: Path, reads: str, side: object = 32) -> frozenset[str]:
         data = {"image_size": side}
-        return _teacher(config_from_dict({"data": data, "loss": {"teacher": str(by)}}), manifest, student[reads]).reads
+        config = config_from_dict({"data": data, "loss": {"teacher": str(by)}})
+        return _teacher(config, manifest, student[reads])[0].reads
 
     for path in bundles.values():
         assert taught(path, "images texts") <= {"images", "texts"}
@@ -252,7 +253,12 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
     for by, reads, side, message in (
         (bundles["images texts"], "images", 32, "reads texts, which this training does not"),
         (bundles["images"], "texts", 32, "reads images, which this training does not"),
-        (bundles["images"], "images texts", 48, r"has the image size \(32, 32\), but this training has \(48, 48\)"),
+        (
+            bundles["images"],
+            "images texts",
+            [48, 32],
+            r"has the image size \(32, 32\), but this training has \(48, 32\)",
+        ),
         (other, "images texts", 32, "tokenises texts differently from this training; use its text.name, text.max"),
     ):
         with pytest.raises(ConfigError, match=message):

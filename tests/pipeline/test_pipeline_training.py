@@ -139,9 +139,9 @@ def test_the_recipes_options_train_and_a_bundle_is_distilled(refract: Run, folde
     answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
     assert json.loads(answer)["label"] in ("red", "green", "blue")
     printed = refract(
-        "train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2
+        "train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", "[40, 32]", code=2
     ).stderr
-    assert "loss.teacher: runs/many/bundle has the image size (32, 32), but this training has (40, 40)" in printed
+    assert "loss.teacher: runs/many/bundle has the image size (32, 32), but this training has (40, 32)" in printed
     printed = refract("train", "images.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
     assert "both average the weights; remove one" in printed
 
