@@ -39,9 +39,8 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "refract score runs/NAME/bundle photos/ -o scores.parquet": "the same as with --embeddings, which runs",
         "refract serve models:/photos@champion": "the same with a challenger, which runs",
         "refract serve runs/NAME/bundle --device all": "needs a GPU; tests/serve/test_serve_gpu.py has the selection of devices",
-        "refract torchrun --nproc-per-node 4 train --resume runs/NAME": "see test_pipeline_ranks.py",
-        "refract torchrun --nproc-per-node 8 train photos.yaml": "needs 8 GPUs; test_pipeline_ranks.py trains on 2 ranks",
-        "refract torchrun --nproc-per-node 8 train photos.yaml --trainer.strategy fsdp": "the same with shards",
+        "refract torchrun --nproc-per-node 4 train --resume runs/NAME": "test_pipeline_ranks.py resumes on other numbers of ranks",
+        "refract torchrun --nproc-per-node 8 train photos.yaml --trainer.strategy fsdp": "needs 8 GPUs, and a test has 2 ranks",
         "refract torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-0:29400 --rdzv-id photos "
         "--max-restarts 3 train photos.yaml --resume auto": "needs 16 machines; test_pipeline_ranks.py has two hosts",
         "refract shrink runs/NAME/bundle --budget-ms 5 -o small/": "trains several networks; test_pipeline_shrink.py trains small ones",
