@@ -5,11 +5,13 @@ import io
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from icc_profiles import icc
 from PIL import Image, ImageCms
 
 from refract.augment.preprocess import Preprocess
@@ -166,6 +168,40 @@ def test_numpy_decodes_a_file_as_refract_does(kind: str, reference: ModuleType) 
     for preprocess in (Preprocess(96, 100, color_profile="ignore"), Preprocess(120, 96, resize="squash")):
         got = reference.preprocess(io.BytesIO(data), settings_of(preprocess))
         assert difference(got, preprocess(data)) <= 2
+
+
+UNUSABLE = {"CMYK with a profile for RGB", "RGB with a profile for grey", "a damaged profile", "no profile"}
+
+
+def profiled() -> dict[str, bytes]:
+    """Files with a colour profile, also damaged ones and such of another colour space."""
+    image = Image.fromarray(scene())
+    grey, opaque = image.convert("L"), image.copy()
+    opaque.putalpha(Image.linear_gradient("L").resize(image.size))
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    rgb, one = icc(), icc(space=b"GRAY", gamma=1.2)
+    return {
+        "RGB": encoded(image, "PNG", icc_profile=rgb),
+        "transparency": encoded(opaque, "PNG", icc_profile=rgb),
+        "a palette": encoded(image.quantize(64), "PNG", icc_profile=rgb),
+        "grey": encoded(grey, "JPEG", quality=95, icc_profile=one),
+        "transparent grey": encoded(opaque.convert("LA"), "PNG", icc_profile=one),
+        "grey in 16 bits": encoded(wide, "PNG", icc_profile=one),
+        "grey with a profile for RGB": encoded(grey, "JPEG", quality=95, icc_profile=rgb),
+        "CMYK with a profile for RGB": encoded(image.convert("CMYK"), "JPEG", quality=95, icc_profile=rgb),
+        "RGB with a profile for grey": encoded(image, "PNG", icc_profile=one),
+        "a damaged profile": encoded(image, "PNG", icc_profile=rgb[:200]),
+        "no profile": encoded(image, "PNG", icc_profile=b"not a profile"),
+    }
+
+
+@pytest.mark.parametrize("kind", profiled())
+def test_numpy_converts_a_colour_profile_as_refract_does(kind: str, reference: ModuleType) -> None:
+    data, preprocess = profiled()[kind], Preprocess(96, 100, color_profile="convert")
+    expected = preprocess(data)
+    assert difference(reference.preprocess(io.BytesIO(data), settings_of(preprocess)), expected) <= 2
+    changed = difference(expected, replace(preprocess, color_profile="ignore")(data)) > 2
+    assert changed == (kind not in UNUSABLE)
 
 
 def test_a_reduced_jpeg_differs_by_less_than_a_level_on_average(reference: ModuleType) -> None:

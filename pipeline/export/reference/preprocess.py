@@ -55,19 +55,35 @@ def power_of_two(step):
 
 
 def decode(file, color_profile):
-    """Decode an image to RGB: EXIF orientation, transparency over white, 8 bits; with `convert` its colour profile to sRGB."""
-    from PIL import Image, ImageCms, ImageOps
+    """Decode an image to RGB: EXIF orientation, 8 bits, with `convert` its colour profile to sRGB, transparency over white."""
+    from PIL import Image, ImageOps
 
     opened = Image.open(file)
     image: Image.Image = ImageOps.exif_transpose(opened) or opened
+    profile = (image.info.get("icc_profile") or b"") if color_profile == "convert" else b""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    profile = image.info.get("icc_profile") if color_profile == "convert" else None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if profile and image.mode in ("L", "CMYK") else image.convert("RGB")
-    if profile:
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        image = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode in ("L", "LA"):
+        image = to_srgb(image.convert("L"), profile)
+    else:
+        image = to_srgb(image if image.mode == "CMYK" else image.convert("RGBA").convert("RGB"), profile)
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.asarray(image)
+
+
+def to_srgb(image, profile):
+    """Convert grey, RGB or CMYK to sRGB by an ICC profile. A damaged profile, or one of another colour space, is ignored."""
+    from PIL import ImageCms
+
+    space = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}.get(profile[16:20])
+    image = image.convert("RGB") if (image.mode, space) == ("L", "RGB") else image
+    if image.mode == space:
+        try:
+            given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+        except (OSError, ImageCms.PyCMSError):
+            pass
+    return image.convert("RGB")
