@@ -63,10 +63,9 @@ def _export(args: argparse.Namespace) -> int:
     max_loss = 0.5 if args.max_loss is None else args.max_loss
     int8 = Int8(args.calibrate, args.data, max_loss) if args.int8 else None
     done = export(load_bundle(args.bundle), args.to, args.output, int8, runtime=args.runtime)
-    samples, bound, largest = done.comparison
-    print(
-        f"{samples} golden samples: the same labels, probabilities differ by at most {largest:.2g} (allowed {bound:g})"
-    )
+    samples, bound, largest, others = done.comparison
+    labels = f"{others} with other labels" if others else "the same labels"
+    print(f"{samples} golden samples: {labels}, probabilities differ by at most {largest:.2g} (allowed {bound:g})")
     if done.accuracy is not None:
         measured = done.accuracy
         print(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from refract.models.conversion.instruction_sets import weight_bits
 from refract.pipeline.export.check import BOUND, INT8_BOUND, STORED_BOUND, Comparison, compare
 from refract.pipeline.export.description import description_of
 from refract.pipeline.export.int8 import Accuracy, Int8, accuracy, calibration, check_loss
-from refract.pipeline.export.target import ExportError, Job, Target
+from refract.pipeline.export.target import ExportError, Job, Run, Target
 from refract.pipeline.export.targets import TARGETS
 from refract.progress import stage
 
@@ -92,7 +91,7 @@ def _write(
     network: Deployable,
     preprocess: Preprocess,
     images: np.ndarray,
-    expected: np.ndarray,
+    expected: tuple[np.ndarray, np.ndarray],
     int8: Int8 | None,
     runtime: Mapping[str, bytes],
     part: Path,
@@ -113,15 +112,17 @@ def _write(
     stage("comparing the export with the bundle")
     measured = None
     if int8 is not None:
-        measured = accuracy(bundle, preprocess, images, _before(network), run, int8.data)
+        measured = accuracy(bundle, preprocess, images, _runner(network), run, int8.data)
         check_loss(measured, int8, target.name)
         description["int8"] = {
             "weight_bits": weight_bits(), "calibrated_on": calibrated_on, "measured": measured.of, "samples": measured.samples,
             "before": measured.before, "after": measured.after,
         }  # fmt: skip
     bound, remedy = (BOUND, "use another target") if int8 is None else (INT8_BOUND, "export without --int8")
-    comparison = compare(run, images[rows], expected[rows], bundle.info, target.name, bound=bound, remedy=remedy)
-    comparison = comparison._replace(samples=len(images))
+    outputs = (expected[0][rows], expected[1][rows])
+    comparison = compare(
+        run, images[rows], outputs, bundle.info, target.name, samples=len(images), bound=bound, remedy=remedy
+    )
     description["check"] = comparison._asdict()
     for name in REFERENCES:
         shutil.copyfile(Path(__file__).parent / "reference" / name, part / name)
@@ -148,17 +149,18 @@ def golden_images(bundle: Bundle, preprocess: Preprocess) -> np.ndarray:
     return np.stack(images)
 
 
-def _before(network: Deployable) -> Any:
-    def compute(images: np.ndarray) -> np.ndarray:
+def _runner(network: Deployable) -> Run:
+    def compute(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
-            return network(torch.from_numpy(images))[0].numpy()
+            probabilities, logits = network(torch.from_numpy(images))
+        return probabilities.numpy(), logits.numpy()
 
     return compute
 
 
-def _expected(bundle: Bundle, network: Deployable, images: np.ndarray) -> np.ndarray:
-    """Return the bundle's probabilities on this machine. ExportError if they are not the stored ones."""
-    expected = _before(network)(images)
+def _expected(bundle: Bundle, network: Deployable, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bundle's probabilities and logits on this machine. ExportError if the probabilities are not the stored ones."""
+    expected, logits = _runner(network)(images)
     stored = np.array([golden.probabilities for golden in bundle.golden_samples], np.float32)
     gap = float(np.abs(expected - stored).max())
     if not gap <= STORED_BOUND:
@@ -166,7 +168,7 @@ def _expected(bundle: Bundle, network: Deployable, images: np.ndarray) -> np.nda
             f"{bundle.path}: its network changes a stored probability of the golden samples by {gap:.2g} on this machine, before any "
             f"conversion; at most {STORED_BOUND:g} is allowed: check the installed packages against `versions` in bundle.json"
         )
-    return expected
+    return expected, logits
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Calibrate an export in 8-bit integers, and measure what it costs in accuracy."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,6 @@ MOST_CALIBRATION = 256
 """Images of `--calibrate` that are used, evenly spread: the ranges of activations change little with more."""
 
 BATCH = 16
-
-Probabilities = Callable[[np.ndarray], np.ndarray]
-"""uint8 N×H×W×3 → (N, C)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def accuracy(
     bundle: Bundle,
     preprocess: Preprocess,
     golden_images: np.ndarray,
-    before: Probabilities,
+    before: Run,
     after: Run,
     source: str | None,
 ) -> Accuracy:
@@ -98,11 +95,11 @@ def accuracy(
     """
     info = bundle.info
     if source is None:
-        expected, got = before(golden_images), after(golden_images)[0]
+        expected, got = before(golden_images)[0], after(golden_images)[0]
         same = _labels(got, info) == _labels(expected, info)
         return Accuracy(1.0, float(same.mean()), len(golden_images), "agreement on the golden samples")
     samples, split = samples_of(labelled_data(source, info)[0], info.labels)
-    rows = [(before(batch), after(batch)[0]) for batch in _batches(preprocess, samples)]
+    rows = [(before(batch)[0], after(batch)[0]) for batch in _batches(preprocess, samples)]
     truth = truth_of(samples, info.task, len(info.labels))
     right = [_labels(np.concatenate(each), info) == truth for each in zip(*rows, strict=True)]
     return Accuracy(

@@ -28,6 +28,7 @@ from torch import nn
 
 from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier
+from refract.models.conversion.deployable import Deployable
 from refract.models.factory import text_record
 from refract.models.multimodal.fusion import Reader
 from refract.models.multimodal.text_networks import make_text_encoder
@@ -198,35 +199,77 @@ def test_a_bundle_that_does_not_reproduce_its_golden_samples_is_refused(bundle: 
 
 
 def compared(bundle: Bundle, run: Callable, bound: float = 1e-3) -> Comparison:
-    return compare(run, batch_of(bundle), stored(bundle), bundle.info, "onnx", bound=bound, remedy="use another target")
+    images, logits = batch_of(bundle), np.zeros((6, 3), np.float32)
+    options = {"samples": 6, "bound": bound, "remedy": "use another target"}
+    return compare(run, images, (stored(bundle), logits), bundle.info, "onnx", **options)
+
+
+def looked_up(bundle: Bundle, table: np.ndarray) -> Callable:
+    """Return these probabilities for the golden samples."""
+    images = batch_of(bundle)
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = [table[(images == one).all(axis=(1, 2, 3)).argmax()] for one in batch]
+        return np.stack(rows), np.zeros((len(batch), 3), np.float32)
+
+    return run
 
 
 def test_an_export_with_other_predictions_is_refused(bundle: Bundle) -> None:
-    images, rows = batch_of(bundle), stored(bundle)
-
-    def looked_up(table: np.ndarray) -> Callable:
-        return lambda batch: (np.stack([table[(images == one).all(axis=(1, 2, 3)).argmax()] for one in batch]), None)
-
-    assert compared(bundle, looked_up(rows + np.float32(5e-4))).largest == pytest.approx(5e-4, abs=1e-6)
+    rows = stored(bundle)
+    assert compared(bundle, looked_up(bundle, rows + np.float32(5e-4))).largest == pytest.approx(5e-4, abs=1e-6)
     with pytest.raises(ExportError, match=r"changes a probability of the golden samples by 0\.002; at most 0\.001"):
-        compared(bundle, looked_up(rows + np.float32(2e-3)))
+        compared(bundle, looked_up(bundle, rows + np.float32(2e-3)))
     with pytest.raises(ExportError, match="by nan"):
-        compared(bundle, looked_up(np.full_like(rows, np.nan)))
+        compared(bundle, looked_up(bundle, np.full_like(rows, np.nan)))
     order = rows.argsort(axis=1)
     shift = 0.51 * (np.take_along_axis(rows, order[:, 2:], axis=1) - np.take_along_axis(rows, order[:, 1:2], axis=1))
     moved = rows.copy()
     np.put_along_axis(moved, order[:, 1:], np.take_along_axis(rows, order[:, 1:], axis=1) + shift * [1, -1], axis=1)
     with pytest.raises(ExportError, match=r"predicts another label for \d of 6 golden samples"):
-        compared(bundle, looked_up(moved), bound=1.1 * float(shift.max()))
+        compared(bundle, looked_up(bundle, moved), bound=1.1 * float(shift.max()))
+
+
+def test_other_labels_within_the_bound_are_counted(bundle: Bundle) -> None:
+    rows = stored(bundle)
+    rows[0] = (0.5, 0.45, 0.05)
+    swapped, options = rows.copy(), {"samples": 6, "bound": 0.3, "remedy": ""}
+    swapped[0] = (0.45, 0.5, 0.05)
+    expected = (rows, np.zeros((6, 3), np.float32))
+    done = compare(looked_up(bundle, swapped), batch_of(bundle), expected, bundle.info, "onnx", **options)
+    assert done.other_labels == 1
+    assert compared(bundle, looked_up(bundle, stored(bundle))).other_labels == 0
+
+
+def test_wrong_pixels_of_a_confident_network_are_refused(bundle: Bundle) -> None:
+    """All probabilities are 0 or 1, also for images with exchanged channels."""
+    classifier = bundle.classifier()
+    with torch.no_grad():
+        [*classifier.network.parameters()][-2].mul_(30)
+    network = Deployable(classifier, task="multiclass", temperature=TEMPERATURE)
+
+    def right(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            probabilities, logits = network(torch.from_numpy(images))
+        return probabilities.numpy(), logits.numpy()
+
+    images, options = batch_of(bundle), {"samples": 6, "bound": 1e-3, "remedy": "use another target"}
+    expected = right(images)
+    assert compare(right, images, expected, bundle.info, "onnx", **options).largest <= 1e-6
+    np.testing.assert_allclose(right(images[..., ::-1].copy())[0], expected[0], atol=1e-3)
+    with pytest.raises(
+        ExportError, match=r"the export changes a logit of the golden samples by \S+; at most 0\.\d+ is"
+    ):
+        compare(lambda batch: right(batch[..., ::-1].copy()), images, expected, bundle.info, "onnx", **options)
 
 
 def test_an_export_for_one_batch_size_is_refused(bundle: Bundle) -> None:
     rows = stored(bundle)
 
-    def only_six(batch: np.ndarray) -> tuple[np.ndarray, None]:
+    def only_six(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(batch) != 6:
             raise RuntimeError("expected 6 rows\nat node 7")
-        return rows, None
+        return rows, rows
 
     with pytest.raises(ExportError, match="the export fails for 1 image: expected 6 rows; use another target"):
         compared(bundle, only_six)
