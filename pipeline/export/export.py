@@ -24,7 +24,15 @@ from refract.models.conversion.deployable import Deployable
 from refract.models.conversion.instruction_sets import weight_bits
 from refract.pipeline.export.check import BOUND, INT8_BOUND, STORED_BOUND, Comparison, compare
 from refract.pipeline.export.description import description_of
-from refract.pipeline.export.int8 import Accuracy, Int8, accuracy, calibration, check_loss
+from refract.pipeline.export.int8 import (
+    Accuracy,
+    Int8,
+    accuracy,
+    calibration,
+    calibration_samples,
+    check_loss,
+    measured_samples,
+)
 from refract.pipeline.export.target import ExportError, Job, Run, Target
 from refract.pipeline.export.targets import TARGETS
 from refract.progress import stage
@@ -100,7 +108,9 @@ def _write(
     description = description_of(bundle, target)
     examples, calibrated_on = None, None
     if int8 is not None:
-        examples, calibrated_on = calibration(bundle, preprocess, images, int8.calibrate)
+        calibrated = calibration_samples(int8.calibrate, bundle.info)
+        tested, of = measured_samples(int8.data, bundle.info, calibrated)
+        examples, calibrated_on = calibration(bundle, preprocess, images, int8.calibrate, calibrated)
     stage(f"converting the network to {target.name}")
     started = time.perf_counter()
     # Converters see two images; the comparison has at least three, which shows a batch size that became constant.
@@ -112,7 +122,7 @@ def _write(
     stage("comparing the export with the bundle")
     measured = None
     if int8 is not None:
-        measured = accuracy(bundle, preprocess, images, _runner(network), run, int8.data)
+        measured = accuracy(bundle, preprocess, images, _runner(network), run, tested, of)
         check_loss(measured, int8, target.name)
         description["int8"] = {
             "weight_bits": weight_bits(), "calibrated_on": calibrated_on, "measured": measured.of, "samples": measured.samples,

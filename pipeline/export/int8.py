@@ -1,5 +1,7 @@
 """Calibrate an export in 8-bit integers, and measure what it costs in accuracy."""
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,12 +51,12 @@ class Accuracy:
 
 
 def calibration(
-    bundle: Bundle, preprocess: Preprocess, golden_images: np.ndarray, source: str | None
+    bundle: Bundle, preprocess: Preprocess, golden_images: np.ndarray, source: str | None, samples: Sequence[Sample]
 ) -> tuple[np.ndarray, str]:
     """Return the images for the ranges of activations, uint8 N×H×W×3, and what they are.
 
-    source: labelled or unlabelled data, of which the split train is used if there is one; None takes the bundle's thumbnails of
-    training images, and the golden images with their variants. DataError for a source that cannot be read.
+    source, samples: `--calibrate` and its `calibration_samples`; without them, the bundle's thumbnails of training images, and the golden
+    images with their variants. DataError for an unreadable image.
     """
     if source is None:
         training = bundle.training_features()
@@ -62,10 +64,20 @@ def calibration(
         thumbnails = 0 if training is None else sum(map(bool, training.thumbnails))
         of = "golden samples" + (f" and {min(thumbnails, MOST_THUMBNAILS)} training thumbnails" if thumbnails else "")
         return images, of
-    samples = [sample for sample in _training_samples(source, bundle.info) if sample.has_image]
-    chosen = samples[:: max(1, -(-len(samples) // MOST_CALIBRATION))]
-    images = np.stack([_prepared(preprocess, sample) for sample in chosen])
-    return images, f"{len(images)} images of {source}"
+    return np.stack([_prepared(preprocess, sample) for sample in samples]), f"{len(samples)} images of {source}"
+
+
+def calibration_samples(source: str | None, info: BundleInfo) -> Sequence[Sample]:
+    """Return up to MOST_CALIBRATION samples of the split train, of all if the data have no splits; none without a source.
+
+    DataError for a source that cannot be read, without images, or with splits but without a split train.
+    """
+    if source is None:
+        return ()
+    samples = [sample for sample in _training_samples(source, info) if sample.has_image]
+    if not samples:
+        raise DataError(f"{source}: has no images; --calibrate needs training images")
+    return samples[:: max(1, -(-len(samples) // MOST_CALIBRATION))]
 
 
 def _training_samples(source: str, info: BundleInfo) -> Sequence[Sample]:
@@ -75,9 +87,35 @@ def _training_samples(source: str, info: BundleInfo) -> Sequence[Sample]:
         if source != "digits" and not Path(source).exists():
             raise
         return read_data(source, (), multilabel=False, unlabelled=True).samples
-    if not manifest.splits():
+    if not (splits := manifest.splits()):
         manifest = split_as_trained(info, manifest, "calibrating on its training split")
+    elif "train" not in splits:
+        raise DataError(
+            f"{source}: has images of the split {', '.join(splits)}, and none of the split train, which --calibrate needs"
+        )
     return manifest.of("train") or manifest.samples
+
+
+def measured_samples(source: str | None, info: BundleInfo, calibrated: Sequence[Sample]) -> tuple[list[Sample], str]:
+    """Return the labelled samples of `--data` and what they measure; no samples without a source.
+
+    calibrated: samples of the calibration. DataError as `labelled_data`, for a text without an image, and for calibrated samples.
+    """
+    if source is None:
+        return [], "agreement on the golden samples"
+    samples, split = samples_of(labelled_data(source, info)[0], info.labels)
+    if texts := sum(not sample.has_image for sample in samples):
+        raise DataError(f"{source}: {texts:,} rows have a text and no image; --data needs images")
+    if shared := len({_place(sample) for sample in samples} & {_place(sample) for sample in calibrated}):
+        raise DataError(
+            f"{source}: --calibrate uses {shared:,} of these images, so they cannot measure the accuracy; name other images, or "
+            "data with the splits train and test"
+        )
+    return samples, f"accuracy on {source} ({split or 'all'})"
+
+
+def _place(sample: Sample) -> str:
+    return sample.path if sample.data is not None else os.path.realpath(sample.path)
 
 
 def accuracy(
@@ -86,25 +124,23 @@ def accuracy(
     golden_images: np.ndarray,
     before: Run,
     after: Run,
-    source: str | None,
+    samples: list[Sample],
+    of: str,
 ) -> Accuracy:
     """Measure the bundle's network (`before`) and the export (`after`).
 
-    With a source, the accuracy on its test images, for multi-label over all labels of all images. Without one, the agreement with the
-    bundle on the golden samples. DataError as `labelled_data`, and for an unreadable image.
+    samples, of: the result of `measured_samples`, on which the accuracy is measured, for multi-label over all labels of all images. Without
+    samples, the agreement with the bundle on the golden samples. DataError for an unreadable image.
     """
     info = bundle.info
-    if source is None:
+    if not samples:
         expected, got = before(golden_images)[0], after(golden_images)[0]
         same = _labels(got, info) == _labels(expected, info)
-        return Accuracy(1.0, float(same.mean()), len(golden_images), "agreement on the golden samples")
-    samples, split = samples_of(labelled_data(source, info)[0], info.labels)
+        return Accuracy(1.0, float(same.mean()), len(golden_images), of)
     rows = [(before(batch)[0], after(batch)[0]) for batch in _batches(preprocess, samples)]
     truth = truth_of(samples, info.task, len(info.labels))
     right = [_labels(np.concatenate(each), info) == truth for each in zip(*rows, strict=True)]
-    return Accuracy(
-        float(right[0].mean()), float(right[1].mean()), len(samples), f"accuracy on {source} ({split or 'all'})"
-    )
+    return Accuracy(float(right[0].mean()), float(right[1].mean()), len(samples), of)
 
 
 def check_loss(measured: Accuracy, options: Int8, name: str) -> None:
@@ -113,7 +149,8 @@ def check_loss(measured: Accuracy, options: Int8, name: str) -> None:
         return
     remedies = [] if options.calibrate else ["calibrate on training images by --calibrate SOURCE"]
     remedies += [] if options.data else ["measure on test images by --data SOURCE, as golden samples are few"]
-    remedies += [f"accept more by --max-loss {measured.loss:.1f}", "export without --int8"]
+    enough = math.ceil(10 * measured.loss - 1e-6) / 10
+    remedies += [f"accept more by --max-loss {enough:.1f}", "export without --int8"]
     raise ExportError(
         f"--int8 for {name} loses {measured.loss:.2f} points: {measured.of} {measured.before:.4f} before, {measured.after:.4f} after, "
         f"{measured.samples:,} samples; at most {options.max_loss:g} are accepted. Nothing was written; {', or '.join(remedies)}"

@@ -126,3 +126,29 @@ def test_the_loss_is_compared_in_points() -> None:
         ExportError, match=r"loses 0\.50 points.*; accept more by --max-loss 0\.5, or export without --int8"
     ):
         check_loss(measured, Int8("photos", "photos", 0.4), "onnx")
+    with pytest.raises(ExportError, match=r"accept more by --max-loss 0\.6, "):  # rounded up, as 0.5 is refused again
+        check_loss(replace(measured, after=0.9248), Int8("photos", "photos", 0.5), "onnx")
+
+
+def test_data_that_cannot_calibrate_or_measure_are_refused_before_the_conversion(
+    refract: Run, trained: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\na rose,red\nthe sky,blue\n")
+    (tmp_path / "unsplit").symlink_to(photos / "train")
+    wrong = {
+        ("--calibrate", "texts.csv"): "texts.csv: has no images; --calibrate needs training images",
+        ("--data", "texts.csv"): "texts.csv: 2 rows have a text and no image; --data needs images",
+        ("--data", "missing"): "missing: no such folder or file",
+        (
+            "--calibrate",
+            "unsplit",
+            "--data",
+            photos / "train",
+        ): "--calibrate uses 24 of these images, so they cannot measure",
+    }
+    (tmp_path / "only" / "test").parent.mkdir()
+    (tmp_path / "only" / "test").symlink_to(photos / "test")
+    wrong["--calibrate", "only"] = "only: has images of the split test, and none of the split train"
+    for arguments, message in wrong.items():
+        done = refract("export", trained.path, "--to", "onnx", "-o", "out", "--int8", *arguments, code=2)
+        assert message in done.stderr and "converting" not in done.stderr
