@@ -1,5 +1,6 @@
 """Export a bundle: convert, run by the target's own runtime, compare, and only then give the folder its name."""
 
+import glob
 import importlib
 import json
 import logging
@@ -231,7 +232,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
     """Create a temporary folder next to `folder`, and remove it at the end if `_publish` has not renamed it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}."
-    for abandoned in folder.parent.glob(f"{prefix}*.partial"):
+    for abandoned in folder.parent.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 32}.partial"):
         with suppress(OSError):
             if time.time() - abandoned.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(abandoned)

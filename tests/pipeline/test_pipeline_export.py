@@ -276,16 +276,29 @@ def test_an_export_for_one_batch_size_is_refused(bundle: Bundle) -> None:
 
 
 def test_a_killed_export_leaves_no_folder_that_looks_complete(bundle: Bundle, tmp_path: Path) -> None:
-    old, new = (tmp_path / f".out.{number}.partial" for number in range(2))
-    for folder in (old, new):
+    old, new = (tmp_path / f".[out].{str(number) * 32}.partial" for number in range(2))
+    other = tmp_path / ".[out].photos.partial"
+    for folder in (old, new, other):
         folder.mkdir()
         (folder / "model.pt2").write_bytes(b"half")
-    os.utime(old, (0, 0))
-    export(bundle, "torch-export", tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        new.name,
-        "out",
-    }  # another process may still write to the new one
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    export(bundle, "torch-export", tmp_path / "[out]")
+    # another process may still write to the new one
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, other.name, "[out]"}
+
+
+@pytest.mark.parametrize("target", ["torch-export", "hf"])
+def test_a_full_disk_is_reported_as_such(target: str, bundle: Bundle, timm_bundle: Bundle, tmp_path: Path) -> None:
+    """A limit on the size of a file stands in for the disk."""
+    path = (timm_bundle if target == "hf" else bundle).path
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))"
+    code = f"{limit}; from refract.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "export", path, "--to", target, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("File too large") and "use another target" not in done.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_bundle_that_reads_texts_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def write(job: Job, folder: Path) -> None:
     """Write timm's weights, its config and a model card."""
     network, info = job.network.classifier.network, job.bundle.info
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / MODEL, metadata={"format": "pt"})
+    (folder / MODEL).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
     config = json.dumps(_config(network, job.bundle), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(config, "utf-8")
     (folder / "README.md").write_text(model_card(info, job.bundle.digest), "utf-8")

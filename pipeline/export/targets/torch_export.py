@@ -1,5 +1,6 @@
 """`--to torch-export`: model.pt2, a program of torch.export that runs without the network's code."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,9 @@ def write(job: Job, folder: Path) -> None:
     shapes = ({0: torch.export.Dim(PIXELS["name"])},)
     program = torch.export.export(job.network, (torch.from_numpy(job.images[:2]),), dynamic_shapes=shapes)
     extra = {"metadata.json": json.dumps(metadata(job.description), ensure_ascii=False)}
-    torch.export.save(program, folder / MODEL, extra_files=extra)
+    buffer = io.BytesIO()  # for a path, PyTorch ends the process if the disk is full
+    torch.export.save(program, buffer, extra_files=extra)
+    (folder / MODEL).write_bytes(buffer.getvalue())
 
 
 def run(folder: Path, description: Mapping[str, Any]) -> Run:
