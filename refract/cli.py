@@ -56,7 +56,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "serve": ("refract.serve.cli.command", "Serve a bundle's predictions over HTTP"),
             "export": (
                 "refract.pipeline.cli.export",
-                "Write a bundle's network for ONNX, OpenVINO, torch.export or timm",
+                "Write a bundle's network for ONNX, OpenVINO, torch.export, timm, Triton or browsers",
             ),
             "feedback": ("refract.serve.cli.feedback", "Send true labels of earlier predictions to a server"),
         },

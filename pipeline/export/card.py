@@ -1,6 +1,7 @@
 """The model card of an export for the Hugging Face Hub."""
 
 import json
+import re
 
 from refract.models.bundle.info import BundleInfo
 
@@ -15,7 +16,7 @@ def model_card(info: BundleInfo, digest: str) -> str:
         "tags": ["image-classification", "timm", "refract"],
     }
     height, width = info.network["image_size"]
-    labels = ", ".join(f"`{label}`" for label in info.labels[:SHOWN_LABELS])
+    labels = ", ".join(map(_code, info.labels[:SHOWN_LABELS]))
     more = f" and {len(info.labels) - SHOWN_LABELS:,} more" if len(info.labels) > SHOWN_LABELS else ""
     function = "sigmoid()" if info.task == "multilabel" else "softmax(dim=1)"
     decision = ", and thresholds has one limit for each label" if info.task == "multilabel" else ""
@@ -24,7 +25,7 @@ def model_card(info: BundleInfo, digest: str) -> str:
 {json.dumps(front, indent=2)}
 ---
 
-# {info.name}
+# {_code(info.name)}
 
 An image classifier, task {info.task}: `{info.network["name"]}` for {height}×{width} pixels, trained with Refract.
 Its bundle has the SHA-256 `{digest}`.
@@ -35,6 +36,7 @@ Labels: {labels}{more}.
 
 ```python
 import json
+import re
 import timm
 import torch
 from preprocess import preprocess  # preprocess.py of this folder
@@ -59,3 +61,10 @@ On the test set of the training:
 |---|---|
 {metrics}
 """
+
+
+def _code(text: str) -> str:
+    """Return the text as one line of Markdown's code, in which nothing is markup."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"

@@ -33,6 +33,7 @@ from refract.models.factory import text_record
 from refract.models.multimodal.fusion import Reader
 from refract.models.multimodal.text_networks import make_text_encoder
 from refract.models.registry import build
+from refract.pipeline.export.card import model_card
 from refract.pipeline.export.check import Comparison, compare
 from refract.pipeline.export.export import export
 from refract.pipeline.export.target import ExportError
@@ -118,6 +119,13 @@ def test_the_code_of_the_model_card_returns_the_bundles_prediction(timm_bundle: 
     np.testing.assert_allclose(
         json.loads(done.stdout), golden.probabilities, atol=2e-2
     )  # a pixel may differ by a level
+
+
+def test_names_of_labels_are_no_markup_in_the_model_card(bundle: Bundle) -> None:
+    names = {"labels": ("<b>red</b>", "two\nlines", "a `` tick"), "name": "</script>\n# colours"}
+    card = model_card(replace(bundle.info, **names), bundle.digest)
+    assert "\n\n# `</script> # colours`\n" in card
+    assert "Labels: `<b>red</b>`, `two lines`, ``` a `` tick ```.\n" in card
 
 
 def test_weights_of_the_folder_start_a_training(timm_bundle: Bundle, tmp_path: Path) -> None:
