@@ -221,6 +221,8 @@ def _unsupported(err: BaseException | None) -> list[str]:
 def _check_free(folder: Path) -> None:
     if folder.resolve() == Path.cwd():
         raise ExportError(f"-o {folder}: is the current folder, which export would replace; name a new folder in it")
+    if folder.is_mount():
+        raise ExportError(f"-o {folder}: is a mount point, which cannot be replaced; name a new folder in it")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ExportError(f"-o {folder}: is not a folder; name a new or an empty one")
     if folder.is_dir() and any(folder.iterdir()):

@@ -192,6 +192,12 @@ def test_the_current_folder_is_not_replaced(refract: Run, bundle: Bundle) -> Non
     assert "-o .: is the current folder" in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="needs a mount point other than /, as Linux has")
+def test_a_mount_point_is_refused_before_the_conversion(refract: Run, bundle: Bundle) -> None:
+    done = refract("export", bundle.path, "--to", "torch-export", "-o", "/dev/shm", code=2)
+    assert "-o /dev/shm: is a mount point, which cannot be replaced; name a new folder in it" in done.stderr
+
+
 def test_options_of_int8_without_it_are_refused(refract: Run, bundle: Bundle) -> None:
     done = refract("export", bundle.path, "--to", "onnx", "-o", "out", "--data", "photos", code=2)
     assert "--data belongs to --int8" in done.stderr
