@@ -3,7 +3,7 @@
 #
 #   sbatch deploy/slurm-train.sh photos.yaml                # submit
 #   sbatch deploy/slurm-train.sh photos.yaml --optim.lr 1e-3
-#   scancel --signal=TERM --batch JOB                        # stop after a checkpoint; the same sbatch resumes
+#   scancel --signal=TERM --batch JOB                        # stop after a checkpoint, for good; the same sbatch resumes
 #
 # The working folder, the data and the config must be on a file system that all machines share.
 #SBATCH --job-name=refract
@@ -12,8 +12,9 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# SLURM sends SIGTERM to this script 5 minutes before the end of the time. After a preemption it queues the job again.
-#SBATCH --signal=B:TERM@300
+# SLURM sends SIGUSR1 to this script 5 minutes before the end of the time: only then the script queues the job again.
+# After a preemption SLURM does so.
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=refract-%j.log
@@ -31,6 +32,16 @@ source "${REFRACT_ENVIRONMENT:-.venv}/bin/activate" || exit 2
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 10000))
 
+TIME_IS_UP=0
+SIGNALLED=0
+# The ranks finish their step, write a checkpoint and end with 75.
+stop() {
+    SIGNALLED=1
+    scancel --signal=TERM "$SLURM_JOB_ID.0"
+}
+trap 'TIME_IS_UP=1; stop' USR1
+trap stop TERM
+
 srun --kill-on-bad-exit=1 refract torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
@@ -42,16 +53,14 @@ srun --kill-on-bad-exit=1 refract torchrun \
     train "$@" --resume auto &
 STEP=$!
 
-# The ranks finish their step, write a checkpoint and end with 75.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
-wait "$STEP"
-CODE=$?
-while kill -0 "$STEP" 2> /dev/null; do # the signal interrupted `wait`
+while true; do
     wait "$STEP"
     CODE=$?
+    [ "$SIGNALLED" -eq 1 ] || break
+    SIGNALLED=0 # a signal may have interrupted `wait`, whose code is then not that of the ranks
 done
 
-if [ "$CODE" -eq 75 ] || [ "$CODE" -eq 143 ]; then
+if [ "$CODE" -eq 75 ] && [ "$TIME_IS_UP" -eq 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$CODE"

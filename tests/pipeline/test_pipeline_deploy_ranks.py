@@ -54,13 +54,19 @@ def test_the_script_is_valid_bash() -> None:
         subprocess.run(["shellcheck", SCRIPT], check=True)
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True)])
-def test_the_script_starts_the_ranks_and_queues_a_stopped_job_again(tmp_path: Path, code: int, requeued: bool) -> None:
-    """SLURM's programs are replaced by scripts that write their arguments."""
+@pytest.mark.parametrize(
+    ("signal", "code", "requeued"),
+    [("", 0, False), ("", 2, False), ("", 75, False), ("TERM", 75, False), ("USR1", 75, True), ("USR1", 0, False), ("USR1", 2, False)],
+)
+def test_the_script_starts_the_ranks_and_queues_a_job_again_only_at_the_end_of_its_time(
+    tmp_path: Path, signal: str, code: int, requeued: bool
+) -> None:
+    """SLURM's programs are replaced by scripts: `srun` signals the script and ends after `scancel`."""
+    wait = f"kill -{signal} $PPID; until [ -e scancel.txt ]; do sleep 0.01; done; " if signal else ""
     programs = {
-        "srun": f'printf "%s\\n" "$@" > srun.txt; exit {code}',
+        "srun": f'printf "%s\\n" "$@" > srun.txt; {wait}exit {code}',
         "scontrol": 'if [ "$1" = show ]; then echo node-a; echo node-b; else echo "$@" > scontrol.txt; fi',
-        "scancel": "exit 1",
+        "scancel": 'echo "$@" > scancel.txt',
     }
     for name, text in programs.items():
         path = tmp_path / "bin" / name
@@ -83,4 +89,6 @@ def test_the_script_starts_the_ranks_and_queues_a_stopped_job_again(tmp_path: Pa
     assert (args["nnodes"], args["nproc_per_node"], args["rdzv_endpoint"]) == ("2", "8", "node-a:24711")
     assert args["command"] == ["train", "photos.yaml", "--optim.lr", "1e-3", "--resume", "auto"]
     assert (tmp_path / "scontrol.txt").exists() == requeued
+    if signal:
+        assert (tmp_path / "scancel.txt").read_text() == "--signal=TERM 4711.0\n"
     assert subprocess.run(["bash", SCRIPT], cwd=tmp_path, env=environment, capture_output=True).returncode == 2
