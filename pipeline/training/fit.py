@@ -83,7 +83,7 @@ def assemble(
         with_normalisation,
     )
     from refract.pipeline.training.device import choose_device, choose_precision
-    from refract.pipeline.training.strategies import check_shards
+    from refract.pipeline.training.strategies import check_ranks
 
     if config.trainer.folds and config.trainer.fold is None:
         raise ConfigError(
@@ -117,7 +117,7 @@ def assemble(
     preprocess = make_preprocess(local)
     manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config.loss, manifest.task)
-    check_shards(config, len(manifest.of("val")), ranks.count)
+    check_ranks(config, len(manifest.of("val")), ranks.count)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = with_normalisation(local, preprocess, manifest)
     module, text = make_module(local, manifest, augmenter, preprocess, arrays, source)

@@ -62,10 +62,24 @@ def strategy_of(ranks: int, mode: str, name: str) -> "Strategy | str":
     return Shards(ranks) if name == "fsdp" else Replicas(find_unused_parameters=mode != "fine-tune")
 
 
-def check_shards(config: Config, val_samples: int, ranks: int) -> None:
-    """Raise ConfigError for settings that need whole weights on each rank, and for fewer validation samples than ranks."""
-    if config.trainer.strategy != "fsdp" or ranks == 1:
+def check_ranks(config: Config, val_samples: int, ranks: int) -> None:
+    """Raise ConfigError for settings that several ranks exclude, and for fewer validation samples than ranks."""
+    if ranks == 1:
         return
+    if config.model.on_embeddings:
+        raise ConfigError(
+            f"model.mode: {config.model.mode} fits the head in one process, got {ranks} ranks; use `refract train` without torchrun"
+        )
+    if val_samples < ranks:
+        raise ConfigError(
+            f"{ranks} ranks need a validation sample each, got {val_samples}; raise data.val_fraction, or start fewer ranks"
+        )
+    if config.trainer.strategy == "fsdp":
+        _check_shards(config)
+
+
+def _check_shards(config: Config) -> None:
+    """Raise ConfigError for settings that need whole weights on each rank."""
     for key, value, accepted in (
         ("model.mode", config.model.mode, "fine-tune"),
         ("optim.sam", config.optim.sam, 0),
@@ -78,10 +92,6 @@ def check_shards(config: Config, val_samples: int, ranks: int) -> None:
             )
     if config.optim.name == "muon":
         raise ConfigError("optim.name: muon needs whole matrices; set optim.name: adamw, or trainer.strategy: ddp")
-    if val_samples < ranks:
-        raise ConfigError(
-            f"trainer.strategy: fsdp needs a validation sample for each of the {ranks} ranks, got {val_samples}; raise data.val_fraction"
-        )
 
 
 def connect(device: "torch.device") -> None:
