@@ -26,6 +26,10 @@ SHUTDOWN_S = 120
 """Seconds that ranks have after SIGTERM or Ctrl-C to finish their step and write a checkpoint, unless --shutdown-timeout says otherwise."""
 
 
+INVALID_INPUT = 2
+"""The exit code of a rank whose config or data are invalid."""
+
+
 class JobFailed(ServiceError):
     """A rank failed. code: the exit code of the job; the message names the rank, its machine, its log and the next command."""
 
@@ -43,7 +47,7 @@ def launch(argv: Sequence[str]) -> int:
         from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     args = torchrun.parse_args(list(argv))
     if args.training_script not in COMMANDS or args.module or args.no_python or args.run_path:
@@ -52,6 +56,7 @@ def launch(argv: Sequence[str]) -> int:
             f"after torchrun's options, name one of: {', '.join(COMMANDS)} (without -m, --no-python and --run-path)"
         )
     command = [args.training_script, *args.training_script_args]
+    temporary = args.log_dir is None
     ranks = torchrun.determine_local_world_size(args.nproc_per_node)
     _complete(args, ranks)
     _quiet_torchrun()
@@ -59,14 +64,20 @@ def launch(argv: Sequence[str]) -> int:
     os.environ[CODES] = str(codes)
     args.training_script, args.training_script_args, args.module = "refract", command, True
     try:
-        torchrun.run(args)
+        with _restarts_without_invalid_input():
+            torchrun.run(args)
+        if temporary:
+            shutil.rmtree(args.log_dir, ignore_errors=True)
         return max((int(file.read_text()) for file in codes.glob("*.code")), default=0)
     except ChildFailedError as error:
         raise _job_failed(error, Path(args.log_dir), _again(argv, command)) from error
+    except RendezvousClosedError as error:
+        raise JobFailed("another machine ended the job; the output of its launcher names the cause", 1) from error
     except RendezvousError as error:
+        cause = str(error).partition("\n")[0] or type(error).__name__
         place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
         raise JobFailed(
-            f"this machine did not meet the others at {place} ({str(error).splitlines()[0]}); start the same command on all "
+            f"this machine did not meet the others at {place} ({cause}); start the same command on all "
             "machines, with --rdzv-endpoint of the first one and the same --nnodes and --rdzv-id",
             1,
         ) from error
@@ -74,6 +85,27 @@ def launch(argv: Sequence[str]) -> int:
         return {signal.SIGTERM: ASKED_TO_STOP, signal.SIGINT: 130}.get(stop.sigval, 128 + stop.sigval)
     finally:
         shutil.rmtree(codes, ignore_errors=True)
+
+
+@contextmanager
+def _restarts_without_invalid_input() -> Iterator[None]:
+    """Replace torchrun's agent by one that does not restart the ranks for invalid input. torchrun has no option for that."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.launcher import api
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if any(failure.exitcode == INVALID_INPUT for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            return result
+
+    original, api.LocalElasticAgent = api.LocalElasticAgent, Agent  # type: ignore[misc]  # the name that torchrun reads
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = original  # type: ignore[misc]  # as above
 
 
 @contextmanager
@@ -135,7 +167,7 @@ def _job_failed(error: Any, log_dir: Path, again: str) -> JobFailed:
     log = _log_of(log_dir, failure.local_rank)
     where = f"rank {rank} on {socket.gethostname()}{'' if log is None else f' (log: {log})'}"
     code = failure.exitcode if failure.exitcode > 0 else 1
-    remedy = "" if code == 2 else f"; `{again}` resumes from the last checkpoint"
+    remedy = "" if code == INVALID_INPUT else f"; `{again}` resumes from the last checkpoint"
     return JobFailed(f"{where} {what}{remedy}", code)
 
 
