@@ -77,10 +77,12 @@ def _train(argv: list[str], resume: str | None) -> int:
 
     from refract.pipeline.config.config import load_config
     from refract.pipeline.data.manifest import DataError
-    from refract.pipeline.training.attempt import current_attempt
+    from refract.pipeline.training.attempt import restarted
+    from refract.pipeline.training.rank_failure import stop_without_launcher
     from refract.pipeline.training.ranks import by_torchrun
     from refract.pipeline.training.run_directory import stored_config
 
+    stop_without_launcher()
     name = Path(argv[0]).stem if argv else "run"
     folder: Path | None
     if resume is not None and resume != "auto":
@@ -88,7 +90,7 @@ def _train(argv: list[str], resume: str | None) -> int:
         config = stored_config(folder)
     else:
         config = load_config(argv[0], argv[1:])
-        if resume is None and by_torchrun() and (attempt := current_attempt()) is not None and attempt.restarted:
+        if resume is None and by_torchrun() and restarted():
             resume = "auto"  # torchrun's --max-restarts repeats the command line
         folder = _unfinished_of_rank_0(config, name) if resume == "auto" else None
         config = config if folder is None else stored_config(folder)

@@ -50,6 +50,12 @@ def current_attempt() -> Attempt | None:
     return Attempt(PrefixStore(name, store), restarted)
 
 
+def restarted() -> bool:
+    """Whether torchrun started this process after a failure, by --max-restarts. Waits for all ranks."""
+    attempt = current_attempt()
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 if attempt is None else attempt.restarted
+
+
 def agree(store: "Store", rank: int, count: int, restarts: int) -> tuple[str, bool]:
     """Return (the name of the attempt, whether it is a restart), equal on all ranks. store: may hold the values of earlier attempts.
 

@@ -4,11 +4,14 @@ import json
 import logging
 import os
 import re
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 from refract.errors import ServiceError
+from refract.models.credentials import masked
 from refract.pipeline.files import write_atomically
 from refract.pipeline.training.callbacks.stopping import Stop, stop_requests
 from refract.pipeline.training.ranks import by_torchrun
@@ -60,18 +63,27 @@ def wait_for_torchrun(stop: Stop) -> None:
         time.sleep(0.05)
 
 
+def stop_without_launcher() -> None:
+    """Let Linux send SIGTERM to this rank if its launcher ends, also by SIGKILL, so that no rank keeps its device for ever."""
+    if by_torchrun() and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def launched() -> bool:
     """Whether `refract torchrun` started this process: it prints the errors of its ranks."""
     return by_torchrun() and CODES in os.environ
 
 
 def store_error(error: object) -> None:
-    """Store a rank's error as one sentence where torchrun reads it."""
+    """Store a rank's error as one sentence, without credentials, where torchrun reads it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not by_torchrun() or path is None:
         return
-    details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
-    message = {"message": str(error), "extraInfo": details, "elsewhere": isinstance(error, RankLost)}
+    text = masked(str(error))
+    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    message = {"message": text, "extraInfo": details, "elsewhere": isinstance(error, RankLost)}
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123 — torchrun's folder exists
         json.dump({"message": message}, file)
 

@@ -56,7 +56,15 @@ def test_the_script_is_valid_bash() -> None:
 
 @pytest.mark.parametrize(
     ("signal", "code", "requeued"),
-    [("", 0, False), ("", 2, False), ("", 75, False), ("TERM", 75, False), ("USR1", 75, True), ("USR1", 0, False), ("USR1", 2, False)],
+    [
+        ("", 0, False),
+        ("", 2, False),
+        ("", 75, False),
+        ("TERM", 75, False),
+        ("USR1", 75, True),
+        ("USR1", 0, False),
+        ("USR1", 2, False),
+    ],
 )
 def test_the_script_starts_the_ranks_and_queues_a_job_again_only_at_the_end_of_its_time(
     tmp_path: Path, signal: str, code: int, requeued: bool

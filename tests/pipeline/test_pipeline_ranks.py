@@ -20,12 +20,13 @@ from small_data import paint
 
 from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.training.attempt import agree
+from refract.pipeline.training.attempt import agree, current_attempt, restarted
 from refract.pipeline.training.callbacks.averaging import best_weights
 from refract.pipeline.training.fit import assemble
+from refract.pipeline.training.rank_failure import store_error
 from refract.pipeline.training.ranks import batches_of_step
 from refract.pipeline.training.run_directory import stored_config
-from refract.pipeline.training.strategies import check_shards
+from refract.pipeline.training.strategies import check_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,7 +102,10 @@ def work(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> Work:
     shutil.copy(Path(__file__).with_name("rank_recorder.py"), folder)
     shutil.copy(new_tracking, folder / "mlflow.db")
     work = Work(folder)
-    done = work.run("train", "c.yaml", "--trainer.run_name", "calm", record="calm")
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    done = work.run("train", "c.yaml", "--trainer.run_name", "calm", record="calm", TMPDIR=str(temporary))
+    assert not any(temporary.glob("refract-*")), "a job without a failure leaves no logs"
     assert done.stderr.count("checking 60 samples") == done.stdout.count("bundle:") == 1, "only rank 0 reports"
     return work
 
@@ -173,12 +177,20 @@ def test_an_error_in_one_rank_is_the_error_of_the_job_and_so_is_a_wrong_config(w
     path = str(Path(path).relative_to(work.folder))
     content = (work.folder / path).read_bytes()
     broken = work.run(
-        "train", "c.yaml", "--tracking.enabled", "false", record="broken", code=2, MISBEHAVE=f"1:2:break:{path}"
+        "train",
+        "c.yaml",
+        "--tracking.enabled",
+        "false",
+        record="broken",
+        restarts=2,
+        code=2,
+        MISBEHAVE=f"1:2:break:{path}",
     )
     (work.folder / path).write_bytes(content)
     last = broken.stderr.splitlines()[-1]
     assert re.match(r"refract torchrun: rank [01] on \S+ (\(log: \S+\) )?failed: ", last) and path in last
     assert "resumes" not in last and broken.stderr.count(path) == 1
+    assert broken.stderr.count("checking 60 samples") <= 1 and "resuming" not in broken.stderr, "no restart"
     wrong = work.run("train", "c.yaml", "--optim.lr", "-1", record="wrong", code=2)
     assert wrong.stderr.count("optim.lr") == 1 and wrong.stderr.splitlines()[-1].startswith("refract torchrun: rank ")
 
@@ -277,6 +289,38 @@ def test_shards_train_like_replicas_also_after_a_restart_and_write_the_same_bund
     assert shapes[0] == shapes[1]
 
 
+def test_a_rank_ends_with_its_launcher() -> None:
+    rank = (
+        "import signal; from refract.pipeline.training.rank_failure import stop_without_launcher; stop_without_launcher(); "
+        "print('ready', flush=True); signal.pause()"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    started = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, env=environment)
+    assert started.stdout is not None and started.stdout.readline() == "ready\n"
+    started.kill()
+    assert started.communicate(timeout=60)[0] == "", "the rank has closed the pipe"
+
+
+def test_the_stored_error_of_a_rank_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    store_error("http://user:s3cret@mlflow:5000 does not answer")
+    stored = (tmp_path / "error.json").read_text()
+    assert "s3cret" not in stored and "@mlflow:5000 does not answer" in stored
+
+
+@pytest.mark.parametrize(("count", "expected"), [("0", False), ("2", True)])
+def test_a_single_rank_knows_that_torchrun_restarted_it(
+    monkeypatch: pytest.MonkeyPatch, count: str, expected: bool
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": count}.items():
+        monkeypatch.setenv(name, value)
+    current_attempt.cache_clear()
+    assert restarted() == expected
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -293,13 +337,17 @@ def test_shards_train_like_replicas_also_after_a_restart_and_write_the_same_bund
 )
 def test_what_shards_cannot_do_is_refused(option: dict[str, object], message: str) -> None:
     config = Config().changed({"trainer.strategy": "fsdp", **option})
-    check_shards(config, 100, 1)
+    check_ranks(config, 100, 1)
     with pytest.raises(ConfigError, match=message):
-        check_shards(config, 100, 2)
-    with pytest.raises(
-        ConfigError, match="a validation sample for each of the 8 ranks, got 5; raise data.val_fraction"
-    ):
-        check_shards(Config().changed({"trainer.strategy": "fsdp"}), 5, 8)
+        check_ranks(config, 100, 2)
+
+
+def test_several_ranks_need_a_validation_sample_each_and_a_mode_with_steps() -> None:
+    check_ranks(Config(), 8, 8)
+    with pytest.raises(ConfigError, match="8 ranks need a validation sample each, got 5; raise data.val_fraction"):
+        check_ranks(Config(), 5, 8)
+    with pytest.raises(ConfigError, match="model.mode: probe fits the head in one process, got 2 ranks"):
+        check_ranks(Config().changed({"model.mode": "probe"}), 100, 2)
 
 
 def namespaces() -> str | None:
