@@ -76,7 +76,7 @@ def _train(argv: list[str], resume: str | None) -> int:
     from pathlib import Path
 
     from refract.pipeline.config.config import load_config
-    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.data.errors import DataChanged, DataError
     from refract.pipeline.training.attempt import restarted
     from refract.pipeline.training.rank_failure import stop_without_launcher
     from refract.pipeline.training.ranks import by_torchrun
@@ -98,7 +98,9 @@ def _train(argv: list[str], resume: str | None) -> int:
     try:
         return run(config, name, folder)
     except DataError as error:
-        if resume != "auto" or folder is None:
+        # Of several ranks, all must start the new run, but a bad image is the error of one of them.
+        alone = not by_torchrun() and config.trainer.devices == 1
+        if resume != "auto" or folder is None or not (alone or isinstance(error, DataChanged)):
             raise
         print(f"refract train: starting a new run: {error}", file=sys.stderr)
         return run(load_config(argv[0], argv[1:]), name, None)

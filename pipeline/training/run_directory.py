@@ -85,22 +85,22 @@ def stored_config(path: Path) -> Config:
 def resume_run(path: Path, record: Mapping[str, Any]) -> Run:
     """Open an unfinished run to resume it. record: the one that a new run would write now.
 
-    Raises ConfigError if the run is finished, DataError if its data or an input file changed.
+    Raises ConfigError if the run is finished, DataChanged if its data or an input file changed.
     """
-    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.data.errors import DataChanged
 
     stored = read_record(path)
     if stored.get("finished"):
         bundle = f"; its bundle is {path / 'bundle'}" if (path / "bundle").exists() else ""
         raise ConfigError(f"--resume: {path} is finished already{bundle}")
     if stored["fingerprint"] != record["fingerprint"]:
-        raise DataError(
+        raise DataChanged(
             f"--resume: the data of {path} have changed since it started, so the result would not be reproducible; "
             "start a new run without --resume"
         )
     for key, digest in stored.get("inputs", {}).items():
         if record["inputs"].get(key) != digest:
-            raise DataError(
+            raise DataChanged(
                 f"--resume: the file of {key} has changed since {path} started, so the result would not be reproducible; "
                 "start a new run without --resume"
             )
