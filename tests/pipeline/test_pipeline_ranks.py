@@ -175,16 +175,8 @@ def test_a_lost_rank_or_an_error_in_one_rank_ends_the_job_with_one_sentence_and_
         path = next(row["path"] for row in csv.DictReader(file) if row["split"] == "train")
     path = str(Path(path).relative_to(work.folder))
     content = (work.folder / path).read_bytes()
-    broken = work.run(
-        "train",
-        "c.yaml",
-        "--tracking.enabled",
-        "false",
-        record="broken",
-        restarts=2,
-        code=2,
-        MISBEHAVE=f"1:2:break:{path}",
-    )
+    words = ("train", "c.yaml", *untracked, "--resume", "auto")
+    broken = work.run(*words, record="broken", restarts=2, code=2, MISBEHAVE=f"1:2:break:{path}")
     (work.folder / path).write_bytes(content)
     last = broken.stderr.splitlines()[-1]
     assert re.match(r"refract torchrun: rank [01] on \S+ (\(log: \S+\) )?failed: ", last) and path in last
