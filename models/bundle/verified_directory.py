@@ -69,6 +69,8 @@ def open_verified_directory(path: Path) -> VerifiedDirectory:
             raise BundleError(f"{path}: {kind}; expected a bundle folder, such as runs/NAME/bundle") from err
         inside = path / "bundle"
         hint = f"did you mean {inside}?" if (inside / MANIFEST).is_file() else f"is {path} a bundle?"
+        if (path / "preprocess.json").is_file():
+            hint = f"{path} is an export, which its own runtime opens; name the bundle that was exported"
         raise BundleError(f"{file} cannot be read: {err.strerror}; {hint}") from err
     try:
         files = _parse_manifest(parse_json(manifest))

@@ -75,7 +75,7 @@ def _pack(args: argparse.Namespace) -> int:
     kept = sum(shard.kept for shard in record.shards)
     size = sum(shard.bytes for shard in record.shards)
     reused = f"; {len(record.shards) - written:,} of them complete before" if written < len(record.shards) else ""
-    print(f"{folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB in {len(record.shards):,} tars{reused}")
+    print(f"{folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB, tars: {len(record.shards):,}{reused}")
     if kept:
         print(f"images that cannot be decoded, stored as they are: {kept:,}", file=sys.stderr)
     print(f"next:     {next_step}")

@@ -424,3 +424,9 @@ def test_nan_and_infinity_are_refused() -> None:
 def test_multilabel_keeps_its_thresholds() -> None:
     info = replace(INFO, task="multilabel", thresholds=(0.5, 0.25, 1.0))
     assert BundleInfo.from_json(info.to_json()) == info
+
+
+def test_an_export_in_place_of_a_bundle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "preprocess.json").write_text("{}")
+    with pytest.raises(BundleError, match="is an export, which its own runtime opens; name the bundle"):
+        load_bundle(tmp_path)

@@ -22,7 +22,7 @@ INPUT = {"name": "x", "dtype": "float32", "layout": "NCHW", "color": "RGB", "nor
 
 def unfit(bundle: Bundle) -> str | None:
     """Return why timm cannot load the bundle's network, None if it can."""
-    info, others = bundle.info, "use --to onnx, openvino or torch-export"
+    info, others = bundle.info, "use --to onnx, openvino, torch-export, triton or web"
     if locate(info.network["name"])[0] != "timm":
         return f"the network {info.network['name']} is not one of timm's; {others}"
     if (head := info.network["args"].get("head", "linear")) != "linear":
