@@ -15,6 +15,18 @@ Train with several ranks by torchrun, which takes the same options, such as:
 If a rank fails, the others end within seconds, and one line names the rank, its machine, its log and the command that
 resumes. Exit codes are those of `refract train`."""
 
+OPTIONS = (
+    "--nproc-per-node",
+    "--nnodes",
+    "--node-rank",
+    "--max-restarts",
+    "--log-dir",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+)
+"""Options of torchrun that users write after `train` by mistake."""
+
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
@@ -22,6 +34,15 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     from refract.pipeline.cli import console
 
+    words = [word.partition("=")[0].replace("_", "-") for word in argv]
+    misplaced = [word for word in words[words.index("train") :] if word in OPTIONS] if "train" in words else []
+    if misplaced:
+        print(
+            f"refract torchrun: {misplaced[0]} is an option of torchrun; write it before `train`: "
+            f"refract torchrun {misplaced[0]} … train CONFIG.yaml",
+            file=sys.stderr,
+        )
+        return 2
     try:
         return console.run("torchrun", lambda: _launch(argv))
     except SystemExit as error:  # torchrun's parser has printed what it accepts

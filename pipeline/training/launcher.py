@@ -167,7 +167,7 @@ def _job_failed(error: Any, log_dir: Path, again: str) -> JobFailed:
     log = _log_of(log_dir, failure.local_rank)
     where = f"rank {rank} on {socket.gethostname()}{'' if log is None else f' (log: {log})'}"
     code = failure.exitcode if failure.exitcode > 0 else 1
-    remedy = "" if code == INVALID_INPUT else f"; `{again}` resumes from the last checkpoint"
+    remedy = "" if code == INVALID_INPUT else f"; `{again}` resumes from the last checkpoint, if one was written"
     return JobFailed(f"{where} {what}{remedy}", code)
 
 

@@ -345,3 +345,8 @@ def test_training_where_only_serving_is_installed_says_what_to_install(folder: P
     assert all(re.search("loading libraries|in progress", line) for line in slow), done.stderr
     assert message.startswith("refract train: lightning is not installed; run pip install 'refract[train]'")
     assert done.returncode == 1
+
+
+def test_an_option_of_torchrun_after_train_is_named(refract: Run) -> None:
+    done = refract("torchrun", "train", "photos.yaml", "--nproc_per_node=2", code=2)
+    assert "--nproc-per-node is an option of torchrun; write it before `train`: refract torchrun" in done.stderr
