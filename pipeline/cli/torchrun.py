@@ -1,5 +1,7 @@
 """`refract torchrun [OPTION OF torchrun …] train CONFIG …`"""
 
+import sys
+
 USAGE = """\
 usage: refract torchrun [OPTION OF torchrun …] train CONFIG.yaml [--section.key value …] [--resume auto]
 
