@@ -82,7 +82,7 @@ def pack(
         _identity(manifest, images, shard_size), manifest.source, asdict(images), manifest.task, manifest.labels,
         len(manifest.samples), shard_size, fingerprint,
     )  # fmt: skip
-    present = read_record(folder)
+    present = read_record(folder) if folder.is_dir() else None
     if present is not None and present.identity == record.identity:
         _verify(folder, present, manifest)
         return Packed(present, 0)

@@ -1,5 +1,6 @@
 """Start the ranks of a training by torchrun's own launcher, and report their failure in one sentence."""
 
+import argparse
 import logging
 import os
 import shlex
@@ -7,7 +8,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from refract.errors import ServiceError
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
 from refract.pipeline.training.rank_failure import CODES
+
+log = logging.getLogger(__name__)
 
 COMMANDS = ("train",)
 """The commands that several ranks can run together."""
@@ -57,7 +60,7 @@ def launch(argv: Sequence[str]) -> int:
         )
     command = [args.training_script, *args.training_script_args]
     temporary = args.log_dir is None
-    ranks = torchrun.determine_local_world_size(args.nproc_per_node)
+    ranks = _ranks(torchrun, args)
     _complete(args, ranks)
     _quiet_torchrun()
     codes = Path(tempfile.mkdtemp(prefix="refract-codes-"))
@@ -87,6 +90,25 @@ def launch(argv: Sequence[str]) -> int:
         shutil.rmtree(codes, ignore_errors=True)
 
 
+def _ranks(torchrun: Any, args: argparse.Namespace) -> int:
+    """Return the number of ranks on this machine. ConfigError for numbers of ranks or machines that cannot be started."""
+    try:
+        ranks = torchrun.determine_local_world_size(args.nproc_per_node)
+    except ValueError as error:
+        raise ConfigError(
+            f"--nproc-per-node: {args.nproc_per_node}: {error}; write a number of 1 or more, or gpu for one rank on each GPU"
+        ) from error
+    if ranks < 1:
+        raise ConfigError(f"--nproc-per-node: {args.nproc_per_node} is not a number of 1 or more")
+    try:
+        fewest, most = torchrun.parse_min_max_nnodes(args.nnodes)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--nnodes: {args.nnodes} is neither a number of machines nor MIN:MAX") from error
+    if not 1 <= fewest <= most:
+        raise ConfigError(f"--nnodes: {args.nnodes} is not a number of 1 or more, nor MIN:MAX with 1 ≤ MIN ≤ MAX")
+    return ranks
+
+
 @contextmanager
 def _restarts_without_invalid_input() -> Iterator[None]:
     """Replace torchrun's agent by one that does not restart the ranks for invalid input. torchrun has no option for that."""
@@ -99,6 +121,12 @@ def _restarts_without_invalid_input() -> Iterator[None]:
             result = super()._monitor_workers(worker_group)
             if any(failure.exitcode == INVALID_INPUT for failure in result.failures.values()):
                 self._remaining_restarts = 0
+            elif result.failures and self._remaining_restarts:
+                log.warning(
+                    "%s; all ranks start again (restarts left: %d)",
+                    _failed(result.failures),
+                    self._remaining_restarts - 1,
+                )
             return result
 
     original, api.LocalElasticAgent = api.LocalElasticAgent, Agent  # type: ignore[misc]  # the name that torchrun reads
@@ -156,19 +184,32 @@ def _quiet_torchrun() -> None:
 
 def _job_failed(error: Any, log_dir: Path, again: str) -> JobFailed:
     """Return the error that names the rank whose failure caused those of the others. error: torchrun's ChildFailedError."""
-    rank, failure = min(error.failures.items(), key=lambda item: (_is_consequence(item[1]), item[1].timestamp))
-    message = failure.message["message"] if isinstance(failure.message, dict) else None
-    if failure.exitcode < 0:
-        what = f"was ended by {failure.signal_name()}"
-        if failure.exitcode == -signal.SIGKILL:
-            what += ", which the kernel sends if memory is short"
-    else:
-        what = f"failed: {message}" if message else f"failed with exit code {failure.exitcode}"
-    log = _log_of(log_dir, failure.local_rank)
-    where = f"rank {rank} on {socket.gethostname()}{'' if log is None else f' (log: {log})'}"
+    rank, failure = _first(error.failures)
+    file = _log_of(log_dir, failure.local_rank)
+    where = f"rank {rank} on {socket.gethostname()}{'' if file is None else f' (log: {file})'}"
+    what = _what(failure)
     code = failure.exitcode if failure.exitcode > 0 else 1
     remedy = "" if code == INVALID_INPUT else f"; `{again}` resumes from the last checkpoint, if one was written"
     return JobFailed(f"{where} {what}{remedy}", code)
+
+
+def _first(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """Return the rank, and torchrun's record, of the failure that caused those of the others."""
+    return min(failures.items(), key=lambda item: (_is_consequence(item[1]), item[1].timestamp))
+
+
+def _failed(failures: Mapping[int, Any]) -> str:
+    rank, failure = _first(failures)
+    return f"rank {rank} {_what(failure)}"
+
+
+def _what(failure: Any) -> str:
+    """Return how a rank failed, in words."""
+    message = failure.message["message"] if isinstance(failure.message, dict) else None
+    if failure.exitcode >= 0:
+        return f"failed: {message}" if message else f"failed with exit code {failure.exitcode}"
+    short = ", which the kernel sends if memory is short" if failure.exitcode == -signal.SIGKILL else ""
+    return f"was ended by {failure.signal_name()}{short}"
 
 
 def _is_consequence(failure: Any) -> bool:

@@ -1,6 +1,7 @@
 """Lightning's strategies for several ranks."""
 
 import atexit
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from refract.pipeline.training.ranks import by_torchrun
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 
 class Replicas(DDPStrategy):
@@ -65,6 +68,8 @@ def strategy_of(ranks: int, mode: str, name: str) -> "Strategy | str":
 def check_ranks(config: Config, val_samples: int, ranks: int) -> None:
     """Raise ConfigError for settings that several ranks exclude, and for fewer validation samples than ranks."""
     if ranks == 1:
+        if config.trainer.strategy == "fsdp":
+            log.warning("trainer.strategy: fsdp has no effect with one rank; start several with `refract torchrun`")
         return
     if config.model.on_embeddings:
         raise ConfigError(

@@ -350,3 +350,16 @@ def test_training_where_only_serving_is_installed_says_what_to_install(folder: P
 def test_an_option_of_torchrun_after_train_is_named(refract: Run) -> None:
     done = refract("torchrun", "train", "photos.yaml", "--nproc_per_node=2", code=2)
     assert "--nproc-per-node is an option of torchrun; write it before `train`: refract torchrun" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--nproc-per-node", "0"], "--nproc-per-node: 0 is not a number of 1 or more"),
+        (["--nproc-per-node", "two"], "--nproc-per-node: two: .*write a number of 1 or more, or gpu"),
+        (["--nnodes", "0"], "--nnodes: 0 is not a number of 1 or more"),
+        (["--nnodes", "x"], "--nnodes: x is neither a number of machines nor MIN:MAX"),
+    ],
+)
+def test_numbers_of_ranks_and_machines_that_cannot_start_are_named(refract: Run, options: list[str], says: str) -> None:
+    assert re.search(says, refract("torchrun", *options, "train", "photos.yaml", code=2).stderr)

@@ -194,6 +194,9 @@ def test_a_folder_with_other_files_or_another_pack_is_refused(folder: Path, tmp_
         packed(folder, tmp_path / "pack", StoredImages(resize=8))
     with pytest.raises(DataError, match="images: exists and is not empty; name a new folder"):
         packed(folder, folder)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file: exists and is not empty; name a new folder"):
+        packed(folder, tmp_path / "file")
     (folder / "red" / "new.jpg").write_bytes((folder / "red" / "00.jpg").read_bytes())
     with pytest.raises(DataError, match="is a pack of other data or settings"):
         packed(folder, tmp_path / "pack")
@@ -236,6 +239,13 @@ def test_an_incomplete_or_damaged_pack_is_refused_with_the_shard(folder: Path, r
     with pytest.raises(DataError, match=r"shard-000001\.tar: has [\d,]+ of [\d,]+ bytes, according to .*copy the pack"):
         load_manifest(tmp_path / "pack")
     shard.unlink()
+    others = {path: path.read_bytes() for path in (tmp_path / "pack").glob("*.tar")}
+    for path in others:
+        path.unlink()
+    with pytest.raises(DataError, match=r"shard-000000\.tar: is missing"):
+        load_manifest(tmp_path / "pack")
+    for path, data in others.items():
+        path.write_bytes(data)
     with pytest.raises(DataError, match=r"shard-000001\.tar: is missing"):
         load_manifest(tmp_path / "pack")
     shard.write_bytes(content[:700] + bytes([content[700] ^ 255]) + content[701:])

@@ -28,8 +28,10 @@ class WebDatasetSource(Source):
     def recognises(cls, name: str) -> bool:
         if suffix_of(name) in (*TARS, *COMPRESSED):
             return has_range(name) or ((is_remote(name) or Path(name).is_file()) and has_samples(name))
+        if is_pack(Path(name)):
+            return complete_record(Path(name)) is not None  # which reports a missing tar
         shards = shards_of_folder(name, TARS[0])
-        return shards is not None and (is_pack(Path(name)) or has_samples(shards.file(shards.files[0])))
+        return shards is not None and has_samples(shards.file(shards.files[0]))
 
     def rows(self, *, labelled: bool) -> Rows:
         """Read the samples in the order of the tars and their members. The fields of `.json` other than label and text are metadata.
