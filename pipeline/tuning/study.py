@@ -69,8 +69,9 @@ def open_study(search: Search, space: Sequence[Dimension], config: Config, folde
             load_if_exists=True,
         )
     except Exception as error:  # the databases' libraries raise many types
+        shared = "; a search needs a database of its own, apart from MLflow's" if "table schema" in str(error) else ""
         raise ConfigError(
-            masked(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}")
+            masked(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}{shared}")
         ) from error
     identity = {"space": repr(space), "config": json.dumps(_searched(config), sort_keys=True)}
     for key, value in identity.items():

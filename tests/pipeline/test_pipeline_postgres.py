@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -215,9 +215,14 @@ def test_two_reviews_share_a_label_history_in_postgres_and_do_not_show_its_passw
 
 
 def test_two_processes_share_a_search_in_postgres(postgres: str, tmp_path: Path, refract: Run) -> None:
-    """As two machines do: each has its folder, and the trials are in the database."""
+    """As two machines do: each has its folder, and the trials are in the database, which is not MLflow's."""
     import optuna
+    import psycopg2
 
+    with closing(psycopg2.connect(postgres.replace("+psycopg2", ""))) as connection:
+        connection.autocommit = True
+        connection.cursor().execute("CREATE DATABASE search")
+    postgres = postgres.rpartition("/")[0] + "/search"
     paint(tmp_path / "images", range(12))
     text = TINY.replace(
         "source: digits, image_size: 16, batch_size: 256", f"source: {tmp_path}/images, image_size: 16, workers: 0"

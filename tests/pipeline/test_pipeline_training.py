@@ -152,7 +152,7 @@ def test_two_ranks_train_like_one(refract: Run, folder: Path) -> None:
     same = (
         "images.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",
         "--trainer.device", "cpu", "--data.workers", 0, "--data.val_fraction", 0.2, "--trainer.max_epochs", 2, "--data.memory", "never",
-        "--evaluation.robustness", "none",
+        "--evaluation.robustness", "none", "--optim.lr", "2e-3",
     )  # fmt: skip
     refract("train", *same, "--data.batch_size", 8, "--trainer.run_name", "one")
     printed = refract("train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "two")
