@@ -69,7 +69,7 @@ def open_study(search: Search, space: Sequence[Dimension], config: Config, folde
             load_if_exists=True,
         )
     except Exception as error:  # the databases' libraries raise many types
-        shared = "; a search needs a database of its own, apart from MLflow's" if "table schema" in str(error) else ""
+        shared = "; a search needs a separate database, not MLflow's" if "table schema" in str(error) else ""
         raise ConfigError(
             masked(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}{shared}")
         ) from error
