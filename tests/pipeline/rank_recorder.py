@@ -26,6 +26,8 @@ def record(name: str) -> None:
 
     def call(self, batch, index):
         global steps
+        if "RECORD" not in os.environ:  # a later test trains in the process that loaded this plugin
+            return original(self, batch, index)
         row = {
             "kind": name,
             "epoch": self.current_epoch,
