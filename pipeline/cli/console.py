@@ -57,11 +57,11 @@ def add_embedding_model_options(parser: argparse.ArgumentParser, *, default: str
     )
 
 
-def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -> int:
+def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = (), resume: str = "") -> int:
     """Load the plugins, run `work` and return its exit code; print an error as one line.
 
-    The code is 2 for invalid input, 1 for a failed service, 75 after SIGTERM and 130 after Ctrl-C. After a signal the line names the
-    command that resumes the run.
+    The code is 2 for invalid input, 1 for a failed service, 75 after SIGTERM and 130 after Ctrl-C. After a signal the line says what
+    resumes the work: `resume`, such as "the same command resumes", or for a training run its command.
     """
     logging.basicConfig(level=logging.WARNING, format=output.log_format("%(message)s"), stream=sys.stderr)
     for package in ("augment", "models", "pipeline", "progress"):
@@ -70,7 +70,7 @@ def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -
         load(plugins)
         return _of_rank(work())
     except Stopped as stopped:
-        return _of_rank(_stopped(command, stopped))
+        return _of_rank(_stopped(command, stopped, resume))
     except RefractError as error:
         return _failed(command, error, error.exit_code)
     except BrokenPipeError:  # `refract predict … | head`: `refract.cli` exits without a message
@@ -104,12 +104,11 @@ _REMEDIES = {
 """Error number → what to do, for the errors of the file system whose text names no cure."""
 
 
-def _stopped(command: str, error: Stopped) -> int:
-    if error.run is not None:  # else another rank prints it
-        resume = f"; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint"
-        if command == "shrink":
-            resume = "; the same command resumes from the checkpoint"
-        print(f"refract {command}: {error}{'' if command == 'retrain' else resume}", file=sys.stderr)
+def _stopped(command: str, error: Stopped, resume: str) -> int:
+    if error.run is not None and not resume and command != "retrain":
+        resume = f"`refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint"
+    if resume or error.run is not None:  # else another rank prints it
+        print(f"refract {command}: {error}{f'; {resume}' if resume else ''}", file=sys.stderr)
     return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
 
 
@@ -127,9 +126,8 @@ def _failed(command: str, error: object, code: int) -> int:
         from refract.pipeline.training.rank_failure import launched, store_error
 
         store_error(error)
-        if (
-            launched() and os.environ["LOCAL_RANK"] == "0"
-        ):  # `refract torchrun` prints the error of the rank that caused the failure
+        # `refract torchrun` prints the error of the rank that caused the failure.
+        if launched() and os.environ["LOCAL_RANK"] == "0":
             return code
     print(masked(f"refract {command}: {error}"), file=sys.stderr)
     return code

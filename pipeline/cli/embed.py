@@ -1,7 +1,6 @@
 """`refract embed DATA --model MODEL -o FEATURES`"""
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
-    return console.run("embed", lambda: _embed(args), plugins=args.plugin)
+    return console.run("embed", lambda: _embed(args), plugins=args.plugin, resume="the same command resumes")
 
 
 def _embed(args: argparse.Namespace) -> int:
@@ -59,7 +58,7 @@ def _embed(args: argparse.Namespace) -> int:
     from refract.pipeline.features.source import samples_of
     from refract.pipeline.features.store import FeatureStore
     from refract.pipeline.files import printable
-    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped, stop_requests
+    from refract.pipeline.training.callbacks.stopping import stop_requests
 
     samples, labels = samples_of(args.data)
     model = open_model(args.model, args.weights, args.image_size)
@@ -70,12 +69,8 @@ def _embed(args: argparse.Namespace) -> int:
         augmenter = Augmenter(args.policy, args.seed, size=size, color_profile=model.preprocess.color_profile)
     options = Options(args.device, args.jobs, args.batch_size, augmenter, args.epochs if augmenter else 0)
     started = time.perf_counter()
-    try:
-        with stop_requests("after this shard; finished shards are kept") as stop:
-            done = embed(model, samples, labels, store, source_name(args.data), options, stop)
-    except Stopped as error:
-        print(f"refract embed: {error}; the same command resumes", file=sys.stderr)
-        return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+    with stop_requests("after this shard; finished shards are kept") as stop:
+        done = embed(model, samples, labels, store, source_name(args.data), options, stop)
     seconds = time.perf_counter() - started
     stored = sum(key is not None for key in done.keys)
     rate = f" in {seconds:.1f} s, {done.computed / seconds:,.0f} a second" if done.computed else ""

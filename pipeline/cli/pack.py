@@ -1,7 +1,6 @@
 """`refract pack SOURCE FOLDER`"""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--quality: {args.quality} is not in 1 to 100")
     if is_remote(args.folder):
         parser.error(f"FOLDER: {masked(args.folder)} is a URL; name a local folder, and copy the finished pack")
-    return console.run("pack", lambda: _pack(args), plugins=args.plugin)
+    return console.run("pack", lambda: _pack(args), plugins=args.plugin, resume="the same command resumes")
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -54,7 +53,7 @@ def _pack(args: argparse.Namespace) -> int:
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.data.pack import StoredImages, pack
     from refract.pipeline.data.prepare import prepare_data
-    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped, stop_requests
+    from refract.pipeline.training.callbacks.stopping import stop_requests
 
     fingerprint, next_step = "", f"set data.source: {args.folder}"
     if Path(args.source).suffix.lower() in (".yaml", ".yml"):
@@ -66,12 +65,8 @@ def _pack(args: argparse.Namespace) -> int:
         manifest = load_manifest(args.source, to_train=False)
     folder = Path(args.folder)
     images = StoredImages(args.resize, args.quality, args.raw)
-    try:
-        with stop_requests("after this shard; finished shards are kept") as stop:
-            record, written = pack(manifest, images, folder, stop, shard_size=args.shard_size, fingerprint=fingerprint)
-    except Stopped as error:
-        print(f"refract pack: {error}; the same command resumes", file=sys.stderr)
-        return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+    with stop_requests("after this shard; finished shards are kept") as stop:
+        record, written = pack(manifest, images, folder, stop, shard_size=args.shard_size, fingerprint=fingerprint)
     kept = sum(shard.kept for shard in record.shards)
     size = sum(shard.bytes for shard in record.shards)
     reused = f"; {len(record.shards) - written:,} of them complete before" if written < len(record.shards) else ""

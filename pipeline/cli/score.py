@@ -67,32 +67,22 @@ def main(argv: list[str]) -> int:
             parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
     if not args.output.endswith(".parquet"):
         parser.error(f"-o: {args.output} does not end in .parquet")
-    return console.run("score", lambda: _score(args), plugins=args.plugin)
+    resume = f"the same command resumes{', without --restart' if args.restart else ''}"
+    return console.run("score", lambda: _score(args), plugins=args.plugin, resume=resume)
 
 
 def _score(args: argparse.Namespace) -> int:
-    import signal
-
     from refract.pipeline.inference.batch_scoring import Options
     from refract.pipeline.inference.remote_output import score_to
-    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
 
     options = Options(
         jobs=args.jobs, batch_size=args.batch_size, shard_size=args.shard_size, tta=args.tta, device=args.device, engine=args.engine,
         embeddings=args.embeddings, overwrite=args.overwrite, restart=args.restart,
     )  # fmt: skip
-    try:
-        summary = score_to(args.bundle, args.source, args.output, options)
-    except Stopped as error:
-        print(f"refract score: {error}; the same command resumes{_without(args)}", file=sys.stderr)
-        return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+    summary = score_to(args.bundle, args.source, args.output, options)
     _report(args, summary)
     output.result({"file": args.output, **vars(summary)})
     return 1 if summary.errors == summary.rows else 0
-
-
-def _without(args: argparse.Namespace) -> str:
-    return ", without --restart" if args.restart else ""
 
 
 def _report(args: argparse.Namespace, summary: "Summary") -> None:

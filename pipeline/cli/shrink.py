@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--budget-ms: {args.budget_ms:g} is not a number of milliseconds above 0")
     if not 0 <= args.max_loss <= 100:
         parser.error(f"--max-loss: {args.max_loss:g} is not in 0…100")
-    return console.run("shrink", lambda: _shrink(args), plugins=args.plugin)
+    return console.run("shrink", lambda: _shrink(args), plugins=args.plugin, resume="the same command resumes")
 
 
 def _shrink(args: argparse.Namespace) -> int:

@@ -46,15 +46,12 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     if args.trials < 1 or args.workers < 1:
         parser.error(f"--trials {args.trials}, --workers {args.workers}: expected at least 1 of each")
-    return console.run("tune", lambda: _tune(args, overrides, argv))
+    return console.run("tune", lambda: _tune(args, overrides, argv), resume="the same command resumes")
 
 
 def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> int:
-    import signal
-
     from refract.pipeline.config.config import load_config
     from refract.pipeline.tracking.address import sqlite_uri
-    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
     from refract.pipeline.tuning.report import write_report
     from refract.pipeline.tuning.space import read_space
     from refract.pipeline.tuning.study import Search, best_config, open_study, run_trials
@@ -77,14 +74,11 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
     ]
     try:
         run_trials(study, search, space, config, folder)
-    except BaseException as error:
+    except BaseException:
         for process in others:
             process.terminate()
         for process in others:
             process.wait()
-        if isinstance(error, Stopped):
-            print(f"refract tune: {error}; repeat the command to resume", file=sys.stderr)
-            return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
         raise
     codes = [process.wait() for process in others]
     if any(codes):

@@ -109,10 +109,8 @@ class Doctor(Callback):
             for name, parameter in pl_module.classifier.named_parameters():
                 if not parameter.requires_grad or parameter.ndim < 2 or parameter.grad is None:
                     continue
-                gradient, weight = (
-                    part_of_rank(parameter.grad),
-                    part_of_rank(parameter),
-                )  # this callback is on rank 0 alone
+                # This callback is on rank 0 alone, so that it cannot collect the parts of the others.
+                gradient, weight = part_of_rank(parameter.grad), part_of_rank(parameter)
                 # A new head starts at zero weights, to which a ratio is meaningless.
                 if name in earlier[0] if earlier else weight.any():
                     ratios[name] = float(gradient.norm() / weight.norm().clamp(min=1e-12))
