@@ -1,7 +1,7 @@
 """Quantise an ONNX network to 8-bit integers."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from refract.models.conversion.onnx import INPUT, runtime
 from refract.models.training_features import TrainingFeatures
 
 MOST_THUMBNAILS = 128
+BATCH = 8
+"""Images in a batch of the calibration, which holds all activations of the network."""
 
 
-def quantise(model: bytes, batches: Iterable[np.ndarray]) -> bytes:
+def quantise(model: bytes, images: np.ndarray) -> bytes:
     """Return the ONNX network in 8-bit integers, with weights of `weight_bits`. ONNX Runtime quantises it.
 
-    Each channel of the weights and each layer's output has its own scale. The outputs' ranges are measured on `batches`, inputs of the
+    Each channel of the weights and each layer's output has its own scale. The outputs' ranges are measured on `images`, inputs of the
     network. What computes probabilities from the logits of a `Deployable` stays in float32.
     OSError, which names the temporary folder, if the disk is full.
     Source: Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342.
@@ -37,7 +39,7 @@ def quantise(model: bytes, batches: Iterable[np.ndarray]) -> bytes:
         # x86's 8-bit instructions multiply unsigned by signed integers, three times as fast as signed by signed.
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(
-            ready, result, _Reader(iter(batches)), per_channel=True, reduce_range=weight_bits() == 7,
+            ready, result, _Reader(images), per_channel=True, reduce_range=weight_bits() == 7,
             nodes_to_exclude=_after_logits(ready), **types,
         )  # fmt: skip
         return result.read_bytes()
@@ -101,8 +103,8 @@ def _naming_folder(folder: str) -> Iterator[None]:
 class _Reader:
     """Feeds calibration batches to ONNX Runtime, which measures the ranges on them."""
 
-    def __init__(self, batches: Iterator[np.ndarray]) -> None:
-        self._batches = batches
+    def __init__(self, images: np.ndarray) -> None:
+        self._batches = (np.ascontiguousarray(images[start : start + BATCH]) for start in range(0, len(images), BATCH))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)

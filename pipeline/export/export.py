@@ -109,7 +109,7 @@ def _write(
     description = description_of(bundle, target)
     examples, calibrated_on = None, None
     if int8 is not None:
-        calibrated = calibration_samples(int8.calibrate, bundle.info)
+        calibrated = calibration_samples(int8, bundle.info)
         tested, of = measured_samples(int8.data, bundle.info, calibrated)
         examples, calibrated_on = calibration(bundle, preprocess, images, int8.calibrate, calibrated)
     stage(f"converting the network to {target.name}")

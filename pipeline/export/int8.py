@@ -28,11 +28,16 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Int8:
-    """The options of `--int8`. calibrate, data: sources of images, None without; max_loss: in percentage points."""
+    """The options of `--int8`.
+
+    calibrate, data: sources of images, None without; max_loss: in percentage points; samples: the training samples of `calibrate`, if the
+    caller has read them.
+    """
 
     calibrate: str | None
     data: str | None
     max_loss: float
+    samples: Sequence[Sample] = ()
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,20 @@ def calibration(
         thumbnails = 0 if training is None else sum(map(bool, training.thumbnails))
         of = "golden samples" + (f" and {min(thumbnails, MOST_THUMBNAILS)} training thumbnails" if thumbnails else "")
         return images, of
-    return np.stack([_prepared(preprocess, sample) for sample in samples]), f"{len(samples)} images of {source}"
+    return np.stack([prepared(preprocess, sample) for sample in samples]), f"{len(samples)} images of {source}"
 
 
-def calibration_samples(source: str | None, info: BundleInfo) -> Sequence[Sample]:
-    """Return up to MOST_CALIBRATION samples of the split train, of all if the data have no splits; none without a source.
+def calibration_samples(options: Int8, info: BundleInfo) -> Sequence[Sample]:
+    """Return up to MOST_CALIBRATION samples of the split train, of all if the data have no splits; none without `--calibrate`.
 
     DataError for a source that cannot be read, without images, or with splits but without a split train.
     """
-    if source is None:
+    if options.calibrate is None:
         return ()
-    samples = [sample for sample in _training_samples(source, info) if sample.has_image]
+    samples = options.samples or _training_samples(options.calibrate, info)
+    samples = [sample for sample in samples if sample.has_image]
     if not samples:
-        raise DataError(f"{source}: has no images; --calibrate needs training images")
+        raise DataError(f"{options.calibrate}: has no images; --calibrate needs training images")
     return samples[:: max(1, -(-len(samples) // MOST_CALIBRATION))]
 
 
@@ -137,7 +143,7 @@ def accuracy(
         expected, got = before(golden_images)[0], after(golden_images)[0]
         same = _labels(got, info) == _labels(expected, info)
         return Accuracy(1.0, float(same.mean()), len(golden_images), of)
-    rows = [(before(batch)[0], after(batch)[0]) for batch in _batches(preprocess, samples)]
+    rows = [(before(batch)[0], after(batch)[0]) for batch in prepared_batches(preprocess, samples)]
     truth = truth_of(samples, info.task, len(info.labels))
     right = [_labels(np.concatenate(each), info) == truth for each in zip(*rows, strict=True)]
     return Accuracy(float(right[0].mean()), float(right[1].mean()), len(samples), of)
@@ -164,13 +170,15 @@ def _labels(probabilities: np.ndarray, info: BundleInfo) -> np.ndarray:
     return probabilities.argmax(axis=1)
 
 
-def _batches(preprocess: Preprocess, samples: list[Sample]) -> Iterator[np.ndarray]:
+def prepared_batches(preprocess: Preprocess, samples: Sequence[Sample]) -> Iterator[np.ndarray]:
+    """Yield the samples as inputs of an export, up to BATCH in each uint8 N×H×W×3. DataError for an unreadable image."""
     starts = range(0, len(samples), BATCH)
     for start in tracked(starts, "measuring 8-bit integers", len(starts), unit="batches"):
-        yield np.stack([_prepared(preprocess, sample) for sample in samples[start : start + BATCH]])
+        yield np.stack([prepared(preprocess, sample) for sample in samples[start : start + BATCH]])
 
 
-def _prepared(preprocess: Preprocess, sample: Sample) -> np.ndarray:
+def prepared(preprocess: Preprocess, sample: Sample) -> np.ndarray:
+    """Return a sample as input of an export, uint8 H×W×3. DataError for an unreadable image."""
     try:
         return preprocess(sample.read())
     except (ImageError, OSError) as err:

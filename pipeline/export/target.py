@@ -1,7 +1,8 @@
 """The interface of an export target: what it writes, and how its own runtime computes it."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,22 +71,15 @@ PIXELS: Mapping[str, Any] = {"name": "images", "dtype": "uint8", "layout": "NHWC
 """The input of a network with normalisation inside."""
 
 
+METADATA = (
+    "name", "task", "labels", "thresholds", "temperature", "abstain_below", "preprocess", "bundle", "created_by",
+)  # fmt: skip
+"""Keys of `preprocess.json` that are also in the model's own metadata."""
+
+
 def metadata(description: Mapping[str, Any]) -> dict[str, str]:
     """Return the entries of a model's metadata, as text: strings as they are, other values as JSON."""
-    import json
-
-    names: Sequence[str] = (
-        "name",
-        "task",
-        "labels",
-        "thresholds",
-        "temperature",
-        "abstain_below",
-        "preprocess",
-        "bundle",
-        "created_by",
-    )
     return {
         name: value if isinstance(value := description[name], str) else json.dumps(value, ensure_ascii=False)
-        for name in names
+        for name in METADATA
     }

@@ -7,21 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from refract.augment import ImageError, Preprocess
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.prediction import predicted_labels
-from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation.evaluate import probabilities_of, truth_of
 from refract.pipeline.evaluation.latency import Latency, bundle_call, latencies
 from refract.pipeline.evaluation.measures import paired_difference
 from refract.pipeline.export.export import DESCRIPTION
+from refract.pipeline.export.int8 import prepared, prepared_batches
 from refract.pipeline.export.target import Run, Target
 from refract.pipeline.inference.scoring import preprocess_of
 from refract.pipeline.shrink.table import Row
-from refract.progress import tracked
-
-BATCH = 16
-"""Images in a batch of an export."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,15 @@ class Contender:
             classifier = self.bundle.classifier(device)
             rows = probabilities_of(classifier, preprocess_of(info), samples, task=task, temperature=info.temperature)
         else:
-            rows = _of_export(self.run(), preprocess_of(info), samples)
+            run = self.run()
+            rows = np.concatenate([run(batch)[0] for batch in prepared_batches(preprocess_of(info), samples)])
         return predicted_labels(rows, task, info.thresholds)
 
     def call(self, sample: Sample) -> Callable[[], object]:
         """Return a call of the network on one preprocessed sample, on the CPU."""
         if self.target is None:
             return bundle_call(self.bundle, sample)
-        run, image = self.run(), _prepared(preprocess_of(self.bundle.info), sample)[None]
+        run, image = self.run(), prepared(preprocess_of(self.bundle.info), sample)[None]
         return lambda: run(image)
 
 
@@ -119,17 +116,3 @@ def _row(
         shortest_ms=latency.shortest,
         median_ms=latency.median,
     )
-
-
-def _of_export(run: Run, preprocess: Preprocess, samples: Sequence[Sample]) -> np.ndarray:
-    starts = range(0, len(samples), BATCH)
-    batches = tracked(starts, "evaluating 8-bit integers", len(starts), unit="batches")
-    rows = [run(np.stack([_prepared(preprocess, s) for s in samples[start : start + BATCH]]))[0] for start in batches]
-    return np.concatenate(rows)
-
-
-def _prepared(preprocess: Preprocess, sample: Sample) -> np.ndarray:
-    try:
-        return preprocess(sample.read())
-    except (ImageError, OSError) as err:
-        raise DataError(f"{sample.path}: cannot be read: {err}") from err

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import io
 import json
 import logging
 import shutil
@@ -82,7 +81,7 @@ def shrink(
     ):
         plan = open_plan(folder, bundle, config, networks, prepared[1]["fingerprint"])
         bundles, failed = _trained(plan.candidates, bundle, config, prepared, folder)
-        contenders, unexported = _contenders(bundle, bundles, config, folder)
+        contenders, unexported = _contenders(bundle, bundles, prepared[0], folder)
         (folder / RESULT).unlink(missing_ok=True)
         with staged("measuring the candidates"):
             samples = prepared[0].of("test")
@@ -135,7 +134,7 @@ def _train(config: Config, run: Path, prepared: Prepared) -> Path:
 
 
 def _contenders(
-    original: Bundle, bundles: dict[str, Path], config: Config, folder: Path
+    original: Bundle, bundles: dict[str, Path], data: Manifest, folder: Path
 ) -> tuple[list[Contender], list[tuple[str, str]]]:
     """Return (the original first, then the trained bundles, and the exports of all in 8-bit integers; (title, reason) of failed ones)."""
     found = [contender(ORIGINAL, original), *(contender(name, path) for name, path in bundles.items())]
@@ -145,7 +144,7 @@ def _contenders(
             path = folder / EXPORTS / f"{each.name}-{target.name}"
             title = f"{each.name} int8 ({target.name})"
             try:
-                _export(each.bundle, target, path, config.data.source)
+                _export(each.bundle, target, path, data)
                 exports.append(Contender(each.name, each.bundle, target, path))
             except RefractError as err:
                 log.warning("%s is skipped: %s", title, err)
@@ -163,15 +162,16 @@ def _targets() -> list[Target]:
     return installed
 
 
-def _export(bundle: Bundle, target: Target, path: Path, source: str) -> None:
+def _export(bundle: Bundle, target: Target, path: Path, data: Manifest) -> None:
     """Export the bundle in 8-bit integers, if the folder has no export: `measure` decides about the accuracy."""
     from refract.pipeline.export.export import DESCRIPTION, export
     from refract.pipeline.export.int8 import Int8
 
     if (path / DESCRIPTION).exists():
         return
-    with staged(f"exporting {path.name}"), contextlib.redirect_stdout(io.StringIO()):
-        export(bundle, target.name, path, Int8(calibrate=source, data=None, max_loss=100.0))
+    options = Int8(calibrate=data.source, data=None, max_loss=100.0, samples=data.of("train"))
+    with staged(f"exporting {path.name}"):
+        export(bundle, target.name, path, options)
 
 
 def _write_chosen(chosen: Row | None, folder: Path) -> None:

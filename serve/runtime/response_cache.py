@@ -74,9 +74,8 @@ def _parts(images: RequestImages) -> Iterator[bytes]:
     yield from (data for data in images.encoded if data is not None)
     if images.pixels is not None:
         yield np.ascontiguousarray(images.pixels).tobytes()
-    yield from (
-        text.encode("utf-8", "surrogatepass") for text in images.texts
-    )  # JSON may contain half a surrogate pair
+    for text in images.texts:  # JSON may contain half a surrogate pair
+        yield text.encode("utf-8", "surrogatepass")
 
 
 def _size(cached: Cached) -> int:

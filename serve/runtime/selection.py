@@ -206,8 +206,10 @@ class _Trial:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # converters warn about their own code
             images = self._images if len(self._images) > 1 else self._images.repeat(2, 1, 1, 1)
-            examples = self._calibration() if BACKENDS[name].int8 else images
-            forward = BACKENDS[name].forward(self._network, examples.contiguous(), self._folder)
+            backend = BACKENDS[name]
+            stored = all((self._folder / file).is_file() for file in backend.files)
+            examples = self._calibration() if backend.int8 and not stored else images
+            forward = backend.forward(self._network, examples.contiguous(), self._folder)
             logits, embedding = forward(self._images)
             predicted = probabilities(logits, **self._options)
         gap = float((predicted - self._expected).abs().max())

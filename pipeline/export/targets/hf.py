@@ -15,6 +15,7 @@ from refract.models.pretrained.catalogues import Timm
 from refract.models.registry import locate
 from refract.pipeline.export.card import model_card
 from refract.pipeline.export.target import Job, Run, Target
+from refract.pipeline.export.targets import TARGETS
 
 MODEL = "model.safetensors"
 INPUT = {"name": "x", "dtype": "float32", "layout": "NCHW", "color": "RGB", "normalised": "(pixels / 255 - mean) / std"}
@@ -22,7 +23,7 @@ INPUT = {"name": "x", "dtype": "float32", "layout": "NCHW", "color": "RGB", "nor
 
 def unfit(bundle: Bundle) -> str | None:
     """Return why timm cannot load the bundle's network, None if it can."""
-    info, others = bundle.info, "use --to onnx, openvino, torch-export, triton or web"
+    info, others = bundle.info, f"use --to {', '.join(name for name in TARGETS if name != 'hf')}"
     if locate(info.network["name"])[0] != "timm":
         return f"the network {info.network['name']} is not one of timm's; {others}"
     if (head := info.network["args"].get("head", "linear")) != "linear":

@@ -12,8 +12,6 @@ from refract.models.conversion.onnx import open_session, to_onnx
 from refract.pipeline.export.target import PIXELS, Job, Run, Target, metadata
 
 MODEL = "model.onnx"
-BATCH = 8
-"""Images in a batch of the calibration, which holds all activations of the network."""
 
 
 def onnx_of(job: Job) -> bytes:
@@ -23,7 +21,7 @@ def onnx_of(job: Job) -> bytes:
         return data
     from refract.models.conversion.int8 import quantise
 
-    return quantise(data, np.array_split(job.calibration, -(-len(job.calibration) // BATCH)))
+    return quantise(data, job.calibration)
 
 
 def write(job: Job, folder: Path) -> None:

@@ -32,10 +32,10 @@ def _always(device: torch.device) -> bool:
 class Backend:
     """One way to compute a network.
 
-    build: (network, example images uint8 N×3×H×W on its device, folder for converted networks) → function. With int8 the examples are
-    those of the calibration. embeds: whether the network is
-    a `FeatureClassifier` and the function a Forward; if not, the network is a `Classifier`, the function returns only logits, and the
-    server has no embeddings.
+    build: (network, example images uint8 N×3×H×W on its device, folder for converted networks) → function. With int8 the network is
+    calibrated on the examples, if it is not in the folder.
+    embeds: whether the network is a `FeatureClassifier` and the function a Forward; if not, the network is a `Classifier`, the function
+    returns only logits, and the server has no embeddings.
     devices: types of `torch.device` that it supports. files: the converted networks that `build` stores in the folder.
     agreed: largest allowed difference of a probability from plain float32. int8: whether it computes in 8-bit integers.
     missing: returns why it cannot run on this machine, None if it can. automatic: returns whether `auto` times it on the device.

@@ -10,8 +10,6 @@ from refract.models.features import FeatureClassifier
 from refract.serve.runtime.backends.storage import store
 
 FILE = "kept.int8.onnx"
-BATCH = 8
-"""Images in a batch of the calibration, which holds all activations of the network."""
 
 
 def quantised(network: FeatureClassifier, images: Tensor, folder: Path) -> bytes:
@@ -19,7 +17,6 @@ def quantised(network: FeatureClassifier, images: Tensor, folder: Path) -> bytes
     file = folder / FILE
     if file.is_file():
         return file.read_bytes()
-    batches = (batch.contiguous().numpy() for batch in images.split(BATCH))
-    data = quantise(to_onnx(network, images), batches)
+    data = quantise(to_onnx(network, images), images.numpy())
     store(folder, FILE.removeprefix("kept."), lambda part: part.write_bytes(data))
     return data
