@@ -140,9 +140,7 @@ class _Entry:
         try:
             return self.file.write(data)
         except OSError as error:
-            error.filename = str(
-                self.root
-            )  # without a name, a full disk would seem to be an error of the converted data
+            error.filename = str(self.root)  # else a full disk would seem to be an error of the converted data
             raise
 
 

@@ -218,9 +218,8 @@ def _fields(sample: Sample, labels: Sequence[str]) -> bytes:
     fields: dict[str, Any] = {**sample.metadata, "label": ";".join(labels[i] for i in sample.labels)}
     if sample.split:
         fields["split"] = sample.split
-    if sample.text or any(
-        name.strip().casefold() == "caption" for name in fields
-    ):  # else that column would be the text
+    captioned = any(name.strip().casefold() == "caption" for name in fields)  # which would be read as the text
+    if sample.text or captioned:
         fields["text"] = sample.text
     fields["path"] = sample.path
     return json.dumps(fields, ensure_ascii=False).encode()

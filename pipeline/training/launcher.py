@@ -15,7 +15,7 @@ from typing import Any
 
 from refract import output
 from refract.cores import cores
-from refract.errors import ServiceError
+from refract.errors import InputError, ServiceError
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
 from refract.pipeline.training.rank_failure import CODES
@@ -28,8 +28,7 @@ COMMANDS = ("train",)
 SHUTDOWN_S = 120
 """Seconds that ranks have after SIGTERM or Ctrl-C to finish their step and write a checkpoint, unless --shutdown-timeout says otherwise."""
 
-
-INVALID_INPUT = 2
+INVALID_INPUT = InputError.exit_code
 """The exit code of a rank whose config or data are invalid."""
 
 
@@ -122,11 +121,9 @@ def _restarts_without_invalid_input() -> Iterator[None]:
             if any(failure.exitcode == INVALID_INPUT for failure in result.failures.values()):
                 self._remaining_restarts = 0
             elif result.failures and self._remaining_restarts:
-                log.warning(
-                    "%s; all ranks start again (restarts left: %d)",
-                    _failed(result.failures),
-                    self._remaining_restarts - 1,
-                )
+                rank, failure = _first(result.failures)
+                left = self._remaining_restarts - 1
+                log.warning("rank %d %s; all ranks start again (restarts left: %d)", rank, _what(failure), left)
             return result
 
     original, api.LocalElasticAgent = api.LocalElasticAgent, Agent  # type: ignore[misc]  # the name that torchrun reads
@@ -187,20 +184,14 @@ def _job_failed(error: Any, log_dir: Path, again: str) -> JobFailed:
     rank, failure = _first(error.failures)
     file = _log_of(log_dir, failure.local_rank)
     where = f"rank {rank} on {socket.gethostname()}{'' if file is None else f' (log: {file})'}"
-    what = _what(failure)
     code = failure.exitcode if failure.exitcode > 0 else 1
     remedy = "" if code == INVALID_INPUT else f"; `{again}` resumes from the last checkpoint, if one was written"
-    return JobFailed(f"{where} {what}{remedy}", code)
+    return JobFailed(f"{where} {_what(failure)}{remedy}", code)
 
 
 def _first(failures: Mapping[int, Any]) -> tuple[int, Any]:
     """Return the rank, and torchrun's record, of the failure that caused those of the others."""
     return min(failures.items(), key=lambda item: (_is_consequence(item[1]), item[1].timestamp))
-
-
-def _failed(failures: Mapping[int, Any]) -> str:
-    rank, failure = _first(failures)
-    return f"rank {rank} {_what(failure)}"
 
 
 def _what(failure: Any) -> str:

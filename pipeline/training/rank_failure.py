@@ -13,13 +13,13 @@ from pathlib import Path
 from refract.errors import ServiceError
 from refract.models.credentials import masked
 from refract.pipeline.files import write_atomically
-from refract.pipeline.training.callbacks.stopping import Stop, stop_requests
+from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stop, stop_requests
 from refract.pipeline.training.ranks import by_torchrun
 
 CODES = "REFRACT_TORCHRUN_CODES"
 """Environment variable of the ranks of `refract torchrun`: the folder where a rank stores an exit code that is not a failure."""
 
-NOT_FAILED = (3, 75, 130)
+NOT_FAILED = (3, ASKED_TO_STOP, 130)
 """Exit codes of a rank that did its work: trained but not registered, stopped by SIGTERM, stopped by Ctrl-C."""
 
 PATIENCE_S = 10.0

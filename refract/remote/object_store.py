@@ -132,9 +132,8 @@ def _google() -> Any:
     from gcsfs.core import GCSFileSystem
 
     class Once(GCSFileSystem):
-        _request = getattr(
-            GCSFileSystem._request, "__wrapped__", GCSFileSystem._request
-        )  # the method without its decorator
+        # The method without its decorator, which repeats it.
+        _request = getattr(GCSFileSystem._request, "__wrapped__", GCSFileSystem._request)
 
     return Once
 

@@ -27,8 +27,8 @@ NEWEST_KEPT = 2
 SYNC_SECONDS, SYNC_STEPS = 2.0, 20
 """Several ranks agree on whether to write a checkpoint after this time, or after so many steps. Each agreement makes a GPU wait."""
 
-PROGRESS, STEPPED = "epoch_loop.batch_progress", "epoch_loop.state_dict"
-"""Lightning's keys of a checkpoint for the batches of the epoch."""
+PROGRESS = "epoch_loop.batch_progress"
+"""Lightning's key of a checkpoint for the batches of the epoch."""
 
 
 class CheckpointError(ServiceError):
