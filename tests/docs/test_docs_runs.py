@@ -86,7 +86,9 @@ class Shell:
         else:
             program = {"python": sys.executable}.get(program, program)
             if shutil.which(program) is None:
-                pytest.skip(f"needs {program} (Debian's package {program})")
+                pytest.skip(
+                    f"the documented command runs {program}, which is not installed (Debian: apt-get install {program})"
+                )
             done = subprocess.run(
                 [program, *arguments],
                 cwd=self.folder,

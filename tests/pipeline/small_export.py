@@ -19,7 +19,9 @@ from refract.pipeline.export.targets import TARGETS
 
 EXTRAS = {"onnx": "onnxruntime", "openvino": "openvino", "triton": "onnxruntime", "web": "onnxruntime"}
 INSTALLED = [name for name in TARGETS if importlib.util.find_spec(EXTRAS.get(name, "torch"))]
-needs_onnx = pytest.mark.skipif("onnx" not in INSTALLED, reason="ONNX Runtime, the extra onnx, quantises")
+needs_onnx = pytest.mark.skipif(
+    "onnx" not in INSTALLED, reason="needs the extra onnx: ONNX Runtime quantises for every target"
+)
 TEMPERATURE = 0.3
 LABELS = tuple(COLORS)
 

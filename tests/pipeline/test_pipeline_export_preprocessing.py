@@ -45,7 +45,7 @@ def settings_of(preprocess: Preprocess) -> dict:
 
 def in_node(images: list[np.ndarray], settings: list[dict]) -> list[list[int]]:
     if shutil.which("node") is None:
-        pytest.skip("needs Node.js (Debian's package nodejs)")
+        pytest.skip("preprocess.js runs in Node.js, which is not installed (Debian: apt-get install nodejs)")
     cases = [
         {
             "image": {"data": image.ravel().tolist(), "width": image.shape[1], "height": image.shape[0]},
