@@ -241,11 +241,13 @@ def _temporary(folder: Path) -> Iterator[Path]:
     part = folder.parent / f"{prefix}{uuid.uuid4().hex}.partial"
     try:
         part.mkdir()
-    except OSError as err:
-        err.filename = str(folder)  # not the temporary folder, which no user knows
-        raise
-    try:
         yield part
+    except OSError as err:
+        # No user knows the temporary folder, and a failed write to an open file names no file. An error without errno is complete.
+        files = [str(name) for name in (err.filename, err.filename2) if name is not None]
+        if err.errno is not None and (not files or any(Path(name).is_relative_to(part) for name in files)):
+            err.filename = str(folder)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """`--to openvino`: model.xml and model.bin, for OpenVINO's runtime."""
 
+import errno
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,10 @@ def write(job: Job, folder: Path) -> None:
         output.get_tensor().set_names({name})
     for name, value in metadata(job.description).items():
         model.set_rt_info(value, ["refract", name])
-    openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+    except RuntimeError as err:  # its streams do not say why a write fails
+        raise OSError(errno.EIO, f"OpenVINO cannot write {MODEL} ({err}); is the disk full?") from err
 
 
 def _quantised(job: Job) -> bytes:

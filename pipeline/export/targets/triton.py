@@ -15,7 +15,7 @@ MODEL = "{name}/1/model.onnx"
 def write(job: Job, folder: Path) -> None:
     """Write the repository; its model is named as the bundle. ExportError for a label that labels.txt cannot hold."""
     info = job.bundle.info
-    with TemporaryDirectory() as temporary:
+    with TemporaryDirectory(dir=folder) as temporary:
         onnx.write(job, Path(temporary))
         try:
             write_model_repository(Path(temporary) / onnx.MODEL, info.labels, folder, name=info.name)
