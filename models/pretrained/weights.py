@@ -3,13 +3,8 @@
 Reads `.safetensors`, and `.pt`/`.pth`/`.bin` without executing code from a pickle. Independent of the networks' names.
 """
 
-import hashlib
-import http.client
 import json
 import logging
-import os
-import re
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +15,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from refract.models.credentials import MASK, masked
 from refract.models.head import class_parameters
 from refract.models.multimodal.former_names import present_name
-
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "weights.safetensors")
-"""Names of the weights in a folder: Hugging Face's two names, and the name in Refract's bundles."""
+from refract.models.pretrained.weights_files import (
+    BUNDLE_RECORD,
+    FOLDER_FILES,
+    PROCESSOR_RECORD,
+    SUFFIXES,
+    TIMM_RECORD,
+    is_web,
+    weights_file,
+    weights_folder,
+)
 
 # Prefixes of keys from torch.compile, DDP, common training modules, and Refract's Classifier and ClassifierModule.
 _PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "classifier.")
@@ -53,8 +52,8 @@ def load_weights(
 
     head_rows: for each class its row in the head of the file, None for a new class, whose row becomes the mean of the file's rows: its
     logit is then the mean of the others, wherever a softmax shifts them. Without head_rows the classes are those of the file.
-    path: a file, a folder with one of FOLDER_FILES, or an http(s) URL of a file, which torch hub's cache stores. If the first convolution
-    has another number of input channels than in the file, its weights are averaged over the channels and repeated (Wightman 2019, timm).
+    path: a file, a folder with one of FOLDER_FILES, or a URL, see `refract.models.pretrained.weights_files`. If the first convolution has
+    another number of input channels than in the file, its weights are averaged over the channels and repeated (Wightman 2019, timm).
     ValueError for another kind of file, an unreadable file, or keys outside the head that do not fit (the message names the first few);
     FileNotFoundError if the file is missing.
     """
@@ -101,7 +100,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     path and errors: as in `load_weights`, for everything that does not concern the network.
     """
-    source, path = str(path), _local(str(path))
+    source, path = str(path), weights_file(str(path))
     if any((path / "bundle" / name).is_file() for name in FOLDER_FILES):
         raise ValueError(f"weights={source!r} is a run's folder; did you mean {str(path / 'bundle')!r}?")
     if path.suffix not in SUFFIXES:
@@ -120,7 +119,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     # torch's readers of old formats raise many kinds of exceptions for damaged files.
     except Exception as err:
-        if _is_url(source):  # an incomplete download: the next attempt downloads the file again
+        if is_web(source):  # an incomplete download: the next attempt downloads the file again
             path.unlink(missing_ok=True)
         raise ValueError(f"weights={str(path)!r} cannot be read as plain tensors: {err}") from err
     for key in ("state_dict", "model"):
@@ -137,11 +136,11 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
     The record is a bundle's `bundle.json`, Hugging Face's `preprocessor_config.json` or timm's `config.json`. A bundle with another
     normalisation than `channel` adds {"normalize"}. None if these files are missing, or have no numbers for each channel.
     """
-    folder = Path(source).parent if Path(source).suffix in SUFFIXES else Path(source)
+    folder = weights_folder(source)
     for name, section, mean, std in (
-        ("bundle.json", "preprocess", "mean", "std"),
-        ("preprocessor_config.json", None, "image_mean", "image_std"),
-        ("config.json", "pretrained_cfg", "mean", "std"),
+        (BUNDLE_RECORD, "preprocess", "mean", "std"),
+        (PROCESSOR_RECORD, None, "image_mean", "image_std"),
+        (TIMM_RECORD, "pretrained_cfg", "mean", "std"),
     ):
         try:
             record: Any = json.loads((folder / name).read_text("utf-8"))
@@ -165,53 +164,6 @@ def folder_arrays(source: str, normalize: str) -> dict[str, Tensor]:
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(f"weights={source!r}: bundle.json says {normalize}, but the array {missing[0]} is missing")
     return {name: weights[name] for name in needed}
-
-
-def _local(source: str) -> Path:
-    """Return the path of the file: in a folder one of FOLDER_FILES, for a URL the copy in torch hub's cache (downloaded if missing)."""
-    if _is_url(source):
-        return _downloaded(source)
-    path = Path(source)
-    inside = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-    return inside[0] if inside else path
-
-
-def _is_url(source: str) -> bool:
-    return re.match(r"https?://", source) is not None
-
-
-def _downloaded(url: str) -> Path:
-    """Download the file unless it is cached. Returns its path. ValueError if the download fails.
-
-    The cached name includes a hash of the URL, so that two files with the same name do not collide. A run stores a URL with its
-    credentials masked. A link from the masked URL to the latest download lets the run resume.
-    """
-    name = Path(urllib.parse.urlparse(url).path).name
-    if Path(name).suffix not in SUFFIXES:
-        raise ValueError(f"weights={masked(url)!r}: expected the URL of a file that ends in {', '.join(SUFFIXES)}")
-    target, masked_target = _cached(url, name), _cached(masked(url), name)
-    if MASK in url and not target.is_file():
-        raise ValueError(
-            f"weights={url!r}: the run did not store the URL's credentials, and the cache has no copy; "
-            "download the file and set weights to its path"
-        )
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # torch hub writes to a temporary file and renames it.
-            torch.hub.download_url_to_file(url, str(target), progress=False)
-        except (OSError, http.client.HTTPException) as err:
-            raise ValueError(f"weights={masked(url)!r} cannot be downloaded: {err}") from err
-    if masked_target != target:
-        link = masked_target.with_name(f".{masked_target.name}.{os.getpid()}")
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(masked_target)
-    return target
-
-
-def _cached(url: str, name: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
 
 
 def _adapt_channels(network: nn.Module, weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -298,10 +250,20 @@ def _check(
 
 
 def _network_hint(path: str | Path) -> str:
-    """Return the end of an error message: the config that builds a bundle's network; "" if `path` is not a bundle."""
+    """Return the end of an error message: the config that builds the network of a bundle or of a folder of timm; "" without a record."""
+    folder = weights_folder(str(path))
     try:
-        network = json.loads((Path(path) / "bundle.json").read_text("utf-8"))["network"]
+        network = json.loads((folder / BUNDLE_RECORD).read_text("utf-8"))["network"]
         args, size = json.dumps(network["args"]), json.dumps(network["image_size"])
         return f"; the bundle's network is model.name: {network['name']}, model.args: {args}, data.image_size: {size}"
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        name = timm_network(folder)
+        return f"; the folder's network is model.name: {name}" if name else ""
+
+
+def timm_network(folder: Path) -> str | None:
+    """Return the network that timm's config.json in the folder names, as model.name; None without one."""
+    try:
+        return f"timm/{json.loads((folder / TIMM_RECORD).read_text('utf-8'))['architecture']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

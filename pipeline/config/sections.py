@@ -114,8 +114,9 @@ class ModelConfig(Checked):
         name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
             name (timm/NAME forces timm), or none for a text-only model.
         weights: initial weights: none (random), default (pretrained: those of the extra `pretrained` if it has the network, else the
-            download of torchvision or timm), a file, a folder that holds one, a URL, or a model: the folder of a bundle or a run,
-            models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/RUN_ID of MLflow.
+            download of torchvision or timm), a file, a folder that holds one, the URL of a file, hf://OWNER/NAME of the Hugging Face Hub,
+            or a model: the folder of a bundle or a run, the URL of a bundle, models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/RUN_ID of
+            MLflow.
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down),
             linear-then-fine-tune (the head first, then all), lora (the head and low-rank adapters of a transformer's attention); or a
             head fitted on stored embeddings: probe (logistic regression), knn or prototype (class means; for one to five images per class).

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.training.source_model import bundle_folder
+from refract.pipeline.training.source_model import bundle_folder, is_remote_bundle
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
     """
     if name is None and weights in (None, "none"):
         return None
-    if weights is not None and weights.startswith(("models:", "runs:")):
+    if weights is not None and (weights.startswith(("models:", "runs:")) or is_remote_bundle(weights)):
         raise ConfigError(
-            f"--model.weights {weights}: init reads no model of MLflow; give the folder of a bundle or a run, and write {weights} to the "
-            "config's model.weights afterwards"
+            f"--model.weights {weights}: init reads no model of MLflow and no bundle at a URL; give the folder of a bundle or a run, "
+            f"and write {weights} to the config's model.weights afterwards"
         )
     folder = bundle_folder(weights or "none")
     weights = weights if folder is None else str(folder)
@@ -49,6 +49,8 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
             )
         args = record["args"]
         start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"))
+    elif name is None and (network := _timm_network(weights or "none")) is not None:
+        start = _named(network, str(weights))
     elif name is None:
         raise ConfigError(
             f"--model.weights {weights}: the network of the weights is missing; add --model.name, such as --model.name resnet18"
@@ -56,6 +58,17 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
     else:
         start = _named(name, weights or "none")
     return _checked(start, classes)
+
+
+def _timm_network(weights: str) -> str | None:
+    """Return the network that config.json next to the weights names, as timm writes it; None without one."""
+    from refract.models.pretrained.weights import timm_network
+    from refract.models.pretrained.weights_files import weights_folder
+
+    try:
+        return None if weights in ("none", "default") else timm_network(weights_folder(weights))
+    except ValueError as error:
+        raise ConfigError(f"--model.weights {weights}: {error}") from error
 
 
 def _named(name: str, weights: str) -> Start:

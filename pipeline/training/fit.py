@@ -36,9 +36,10 @@ holds all embeddings in memory."""
 class Assembly:
     """The data, the module and the device of a training before its first step.
 
-    config: without unset values, with a version in place of an alias in model.weights, and with the last decision in data.labels;
-    identity: see `prepare_data`; precision: Lightning's name; accumulate: batches of a step; text: the bundle's record of the text network,
-    None without one; source: the model that training starts from.
+    config: without unset values, with a version in place of an alias and a commit in place of a branch in model.weights, and with the last
+    decision in data.labels; identity: see `prepare_data`; precision: Lightning's name; accumulate: batches of a step; text: the bundle's
+    record of the text network, None without one; source: the model that training starts from; pinned_from: model.weights before the branch
+    was replaced, None for other weights.
     """
 
     config: Config
@@ -52,11 +53,19 @@ class Assembly:
     text: dict[str, Any] | None = None
     source: SourceModel | None = None
     accumulate: int = 1
+    pinned_from: str | None = None
 
     @property
     def weights(self) -> str:
         """`model.weights`, with the folder on this machine in place of a model's name."""
         return self.config.model.weights if self.source is None else str(self.source.bundle.path)
+
+    @property
+    def start(self) -> dict[str, str]:
+        """The record of the model or of the Hub's weights that training starts from: `source` is model.weights as configured; else {}."""
+        if self.source is not None:
+            return self.source.record
+        return {} if self.pinned_from is None else {"source": self.pinned_from, "weights": self.config.model.weights}
 
 
 def assemble(
@@ -72,6 +81,7 @@ def assemble(
     `source_model`, for a resumed run; ranks_before: number of ranks with which that run started. Raises the errors of `train`.
     """
     from refract.augment import Augmenter
+    from refract.models.pretrained.weights_files import is_on_hub, pinned
     from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
@@ -110,6 +120,9 @@ def assemble(
         color_profile=config.data.color_profile,
     )
     check_recipe(config, augmenter, precision)
+    weights = config.model.weights
+    if is_on_hub(weights):
+        config = config.changed({"model.weights": from_rank_0("weights", lambda: pinned(weights))})
     source, local = source_model(config, source_digest), config
     if source is not None:
         config = config.changed({"model.weights": source.weights})
@@ -137,7 +150,10 @@ def assemble(
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
-    return Assembly(config, manifest, identity, module, data, device, precision, ranks, text, source, accumulate)
+    pinned_from = weights if is_on_hub(weights) else None
+    return Assembly(
+        config, manifest, identity, module, data, device, precision, ranks, text, source, accumulate, pinned_from
+    )
 
 
 def _with_fitted_head(config: Config, module: "ClassifierModule", manifest: "Manifest", asked: int | None) -> Config:

@@ -158,8 +158,8 @@ def _open_run(
     code, diff = code_state()
     fingerprint, hardware = assembly.identity["fingerprint"], machine(assembly.device, assembly.precision)
     record = new_record(assembly.config, name, fingerprint, input_digests, code, hardware, assembly.ranks.count)
-    if assembly.source is not None:
-        record["start"] = assembly.source.record
+    if assembly.start:
+        record["start"] = assembly.start
     policy = assembly.config.augment.policy
     if isinstance(policy, str) and Path(policy).is_file():
         written_out = {"augment.policy": assembly.data.train_set.augmenter.policy.to_spec()}

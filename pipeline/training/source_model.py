@@ -1,4 +1,4 @@
-"""The model that a training starts from: a bundle, a run, a version of MLflow's model registry, or a run of MLflow.
+"""The model that a training starts from: a bundle, also at a URL, a run, a version of MLflow's model registry, or a run of MLflow.
 
 Each is a verified bundle on this machine. Independent of networks.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config, ConfigError
+from refract.remote.address import is_remote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +45,14 @@ class SourceModel:
 
 def names_model(weights: str) -> bool:
     """Whether model.weights names a model: its head has labels, and its batch norms have statistics of a training of Refract."""
-    return _is_in_mlflow(weights) or bundle_folder(weights) is not None
+    return _is_in_mlflow(weights) or is_remote_bundle(weights) or bundle_folder(weights) is not None
+
+
+def is_remote_bundle(weights: str) -> bool:
+    """Whether model.weights is the URL of a bundle: a folder that is not on the Hugging Face Hub, whose repositories have weights."""
+    from refract.models.pretrained.weights_files import SUFFIXES, is_on_hub
+
+    return is_remote(weights) and not is_on_hub(weights) and not weights.partition("?")[0].endswith(SUFFIXES)
 
 
 def bundle_folder(weights: str) -> Path | None:
@@ -64,6 +72,8 @@ def source_model(config: Config, digest: str | None = None) -> SourceModel | Non
     weights = config.model.weights
     if _is_in_mlflow(weights):
         source = _stored(config, digest) or _downloaded(config)
+    elif is_remote_bundle(weights):
+        source = SourceModel(_verified(weights, weights), weights, {})
     elif (folder := bundle_folder(weights)) is not None:
         source = SourceModel(_verified(folder, weights), weights, {})
     else:
@@ -82,7 +92,7 @@ def _is_in_mlflow(weights: str) -> bool:
     return weights.startswith(("models:", "runs:"))
 
 
-def _verified(folder: Path, weights: str) -> "Bundle":
+def _verified(folder: str | Path, weights: str) -> "Bundle":
     from refract.models.bundle.bundle import BundleError, load_bundle
 
     try:

@@ -14,6 +14,7 @@ from refract.errors import ServiceError
 from refract.models.credentials import masked
 from refract.remote.address import checked, scheme_of
 from refract.remote.hub import HubFiles
+from refract.remote.hub import pinned as pinned_once
 from refract.remote.object_store import ObjectStore
 from refract.remote.store import ChangedError, RefusedError, RemoteObject, Store
 from refract.remote.web import WebFiles
@@ -53,6 +54,11 @@ def info(url: str) -> RemoteObject:
     """Look up a file. FileNotFoundError if there is none, RemoteError if that is unknown."""
     checked(url)
     return _repeated(url, lambda: store_of(url).info(url))
+
+
+def pinned(url: str) -> str:
+    """Return a URL of the Hub with the present commit in place of the branch or tag. RemoteError if that is unknown."""
+    return _repeated(url, lambda: pinned_once(checked(url)))
 
 
 def exists(url: str) -> bool:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,15 +32,30 @@ def fetched_folder(url: str, *, again: bool = False) -> Path:
     items = _files_of(url)
     if not items:
         raise RemoteError(f"{url}: no such folder, or it is empty; check the URL")
-    digest = hashlib.sha256("\n".join(f"{item.url} {item.version} {item.size}" for item in items).encode()).hexdigest()
-    root = cache_folder() / FOLDER
-    target = root / digest[:32]
+    return stored(url, versions_of(items), FOLDER, lambda: items, again=again)
+
+
+def versions_of(items: Sequence[RemoteObject]) -> str:
+    """Return a text that differs between versions of the files."""
+    return "\n".join(f"{item.url} {item.version} {item.size}" for item in items)
+
+
+def stored(
+    url: str, version: str, kind: str, files: Callable[[], Sequence[RemoteObject]], *, again: bool = False
+) -> Path:
+    """Return the local copy of files of the folder `url`, which this machine downloads once for each `version`.
+
+    kind: the folder of the cache; files: returns the files, and is called only before a download; again: replace a damaged copy.
+    RemoteError.
+    """
+    root = cache_folder() / kind
+    target = root / hashlib.sha256(version.encode()).hexdigest()[:32]
     try:
         root.mkdir(parents=True, exist_ok=True)
         if again:
             shutil.rmtree(target, ignore_errors=True)
         if not target.is_dir():
-            _download(url, items, target)
+            _download(url, files(), target)
         os.utime(target)
         _remove_unused(root)
     except OSError as error:

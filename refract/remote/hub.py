@@ -1,6 +1,7 @@
 """Files of the Hugging Face Hub: hf://datasets/OWNER/NAME/PATH, and hf://OWNER/NAME/PATH of a model; NAME@REVISION for a revision."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,17 @@ class HubFiles:
 
     def upload(self, path: Path, url: str) -> None:
         raise RefusedError(f"{url}: Refract does not write to the Hub; write to s3://, gs://, az:// or a file")
+
+
+def pinned(url: str) -> str:
+    """Return the URL with the present commit in place of the branch or tag; a URL with a commit as it is. One attempt, as in `Store`."""
+    place = _place(url)
+    if re.fullmatch("[0-9a-f]{40}", place.revision or ""):
+        return url
+    with _errors_of(url):
+        commit = _api().repo_info(place.repository, revision=place.revision, repo_type=place.kind).sha
+    repository = url.removesuffix(place.path).rstrip("/").removesuffix(f"@{place.revision}")
+    return f"{repository}@{commit}/{place.path}".rstrip("/")
 
 
 def _endpoint() -> str | None:

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from refract.models.pretrained.weights import FOLDER_FILES, load_weights, read_weights
+from refract.models.pretrained.weights import load_weights, read_weights
+from refract.models.pretrained.weights_files import FOLDER_FILES
 from refract.models.registry import build, head_of, weights_preprocess
 
 SIZE = (32, 32)
