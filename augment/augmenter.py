@@ -17,6 +17,7 @@ from refract.augment.ops.base import pixels
 from refract.augment.output import Numbers, OutputFormat
 from refract.augment.plan import Plan, Step
 from refract.augment.policy import Policy, PolicySpec, load_policy
+from refract.augment.resize_libraries import REFRACT, check_interpolation
 from refract.augment.targets import move_boxes, move_mask
 from refract.augment.text.ops import run as run_text
 
@@ -43,6 +44,7 @@ class Augmenter:
         mean: Numbers | None = None,
         std: Numbers | None = None,
         color_profile: str = "ignore",
+        interpolation: str = REFRACT,
     ) -> None:
         """Load the policy and check the options. ValueError names a bad option; PolicyError, a ValueError, an invalid policy.
 
@@ -52,6 +54,8 @@ class Augmenter:
         channels: 3 for RGB, 1 for luma.
         mean, std: per channel, in 0…1, for `float32` only; None takes ImageNet's.
         color_profile: `convert` converts encoded and Pillow images to sRGB by their embedded profile; `ignore` does not.
+        interpolation: what resamples crops and scaling inside the image: `refract`, `pillow` or `torchvision`, see
+        `refract.augment.resize_libraries`. Rotations, shears and what shows the border are always Refract's.
         """
         self.policy = load_policy(policy)
         try:
@@ -62,6 +66,8 @@ class Augmenter:
         self.output = OutputFormat(output, channels, mean, std)
         check_color_profile(color_profile)
         self.color_profile = color_profile
+        check_interpolation(interpolation)
+        self.interpolation = interpolation
 
     @property
     def mixes(self) -> bool:
@@ -96,7 +102,8 @@ class Augmenter:
 
     def draw(self, size: tuple[int, int], *, epoch: int, index: int, repeat: int = 0) -> Plan:
         """Draw the plan of the sample `index` in `epoch` for an image of `size` (height, width). repeat: see `__call__`."""
-        return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size, repeat=repeat)
+        plan = self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size, repeat=repeat)
+        return plan if self.interpolation == REFRACT else replace(plan, interpolation=self.interpolation)
 
     def views(self, image: ImageInput, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
         """Return three views of one image for a consistency loss, stacked, by default uint8 3×H×W×3.

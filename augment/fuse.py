@@ -11,6 +11,7 @@ from refract.augment.ops.tone import ToneOp
 from refract.augment.passes import BlendPass, ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
 from refract.augment.plan import Plan, Step
 from refract.augment.registry import OPS
+from refract.augment.resize_libraries import REFRACT
 
 
 def fuse(plan: Plan) -> list[Pass]:
@@ -25,13 +26,14 @@ def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
     """As `fuse`, but return each pass with the steps that it executes."""
     passes: list[tuple[Pass, tuple[Step, ...]]] = []
     size = plan.size
+    default = "bilinear" if plan.interpolation == REFRACT else plan.interpolation
     for step in plan.steps:
         op, args = OPS[step.op], dict(step.args)
         last, fused = passes[-1] if passes else (None, ())
         if issubclass(op, GeometricOp):
             matrix, size = op.geometry(args, size)
             border, fill = args.get("border", "constant"), tuple(args.get("fill", (0, 0, 0)))
-            interpolation = args.get("interpolation", "bilinear")
+            interpolation = args.get("interpolation", default)
             if isinstance(last, WarpPass) and not plan.exact:
                 matrix = product(last.matrix, matrix)
                 border, fill = args.get("border", last.border), tuple(args.get("fill", last.fill))
@@ -54,7 +56,9 @@ def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
                 passes.append((TablePass(((op, args),)), (step,)))
         elif issubclass(op, BlendOp):
             image_weight, chains = op.chains(args)
-            terms = tuple((weight, tuple(fuse(Plan(size, chain)))) for weight, chain in chains)
+            terms = tuple(
+                (weight, tuple(fuse(Plan(size, chain, interpolation=plan.interpolation)))) for weight, chain in chains
+            )
             passes.append((BlendPass(step.op, image_weight, terms), (step,)))
         elif issubclass(op, (PixelOp, ErasingOp)):
             passes.append((OpPass(op, args), (step,)))

@@ -20,6 +20,7 @@ class WarpPass:
     """One resampling.
 
     matrix: maps output points to input points (see `refract.augment.ops.geometric`). size: (height, width) of the output.
+    interpolation: `bilinear`, `bicubic` or a library of `refract.augment.resize_libraries`.
     """
 
     matrix: Matrix
@@ -37,7 +38,7 @@ class WarpPass:
 
         The box may reach beyond the input. Such a warp is a resized crop: it repeats the box's last pixels and does not read beyond them.
         """
-        extent = self._extent()
+        extent = self.extent()
         if extent is None:
             return None
         low, high, near, far = extent
@@ -50,13 +51,13 @@ class WarpPass:
 
         The executors then do not blend the border into the outermost pixels.
         """
-        extent = self._extent()
+        extent = self.extent()
         if extent is None:
             return False, False
         low, high, near, far = extent
         return low > -1e-3 and high < size[0] + 1e-3, near > -1e-3 and far < size[1] + 1e-3
 
-    def _extent(self) -> tuple[float, float, float, float] | None:
+    def extent(self) -> tuple[float, float, float, float] | None:
         """Return (top, bottom, left, right) of the input that the warp shows; None if it is not axis-aligned."""
         a, b, c, d, e, f = self.matrix[:6]
         if self.is_perspective:

@@ -8,6 +8,7 @@ from operator import index as index_of
 from typing import Any
 
 from refract.augment.registry import FORMER_NAMES, OPS
+from refract.augment.resize_libraries import REFRACT, check_interpolation
 
 VERSION = 1
 
@@ -30,17 +31,21 @@ class Plan:
 
     size: (height, width) in pixels of the image that the plan was drawn for.
     exact: whether each step runs separately, rounded and clipped, instead of fused with its neighbours.
+    interpolation: what resamples where a step names no interpolation: `refract`, or a library of `refract.augment.resize_libraries`.
     """
 
     size: tuple[int, int]
     steps: tuple[Step, ...]
     exact: bool = False
+    interpolation: str = REFRACT
 
     def to_json(self) -> str:
         """Return one line of JSON. `Plan.from_json` restores an equal plan, to the last bit."""
         steps = [{"op": step.op, **step.args} for step in self.steps]
-        exact = {"exact": True} if self.exact else {}
-        return json.dumps({"version": VERSION, "size": list(self.size), **exact, "steps": steps})
+        options: dict[str, Any] = {"exact": True} if self.exact else {}
+        if self.interpolation != REFRACT:
+            options["interpolation"] = self.interpolation
+        return json.dumps({"version": VERSION, "size": list(self.size), **options, "steps": steps})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -49,6 +54,8 @@ class Plan:
             data = json.loads(text)
             height, width = (index_of(side) for side in data["size"])
             version, entries, exact = data["version"], data["steps"], bool(data.get("exact", False))
+            interpolation = str(data.get("interpolation", REFRACT))
+            check_interpolation(interpolation)
             steps = []
             for entry in entries:
                 args = dict(entry)
@@ -66,7 +73,7 @@ class Plan:
         unknown = [step.op for step in steps if step.op not in known]
         if unknown:
             raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(known)}")
-        return cls((height, width), tuple(steps), exact)
+        return cls((height, width), tuple(steps), exact, interpolation)
 
 
 def _step(op: str, args: Mapping[str, Any]) -> Step:

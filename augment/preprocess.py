@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from refract.augment.decoding.color_profiles import check_color_profile
-from refract.augment.decoding.decode import image_size
+from refract.augment.decoding.decode import decode, image_size
 from refract.augment.executors import cpu, encoded
 from refract.augment.ops.geometric import matrix
 from refract.augment.passes import WarpPass
+from refract.augment.resize_libraries import LIBRARIES, REFRACT, check_interpolation, resized_centre
 from refract.augment.statistics import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,6 +29,8 @@ class Preprocess:
     this class.
     color_profile: `convert` converts encoded images to sRGB by their embedded profile; `ignore` does not. Bundles without this field
     ignore profiles.
+    interpolation: what resizes: `refract`; `pillow` or `torchvision` as timm's evaluation transform does with them, see
+    `refract.augment.resize_libraries.resized_centre`.
     ValueError names a field that is out of range.
     """
 
@@ -39,6 +42,7 @@ class Preprocess:
     std: tuple[float, float, float] = IMAGENET_STD
     normalize: str = "channel"
     color_profile: str = "ignore"
+    interpolation: str = REFRACT
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -50,11 +54,19 @@ class Preprocess:
         if self.normalize not in KINDS:
             raise ValueError(f"normalize: {self.normalize!r} is not one of {', '.join(KINDS)}")
         check_color_profile(self.color_profile)
+        check_interpolation(self.interpolation)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean, std: {self.mean}, {self.std} are not three numbers each, std positive")
 
     def __call__(self, image: bytes | np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
         """Return the network's input, uint8 height×width×3. image: encoded bytes or uint8 H×W×3. ImageError as `decode`."""
+        if self.interpolation != REFRACT:
+            pixels = (
+                image
+                if isinstance(image, np.ndarray)
+                else decode(image, max_pixels=max_pixels, color_profile=self.color_profile)
+            )
+            return self._by_library(pixels)
         if isinstance(image, np.ndarray):
             return cpu.run([self._warp(image.shape[:2])], image)
         size = image_size(image)
@@ -68,6 +80,12 @@ class Preprocess:
             color_profile=self.color_profile,
         )
 
+    def _by_library(self, pixels: np.ndarray) -> np.ndarray:
+        size = self.height, self.width
+        if self.resize == "squash":
+            return LIBRARIES[self.interpolation](pixels, size, None)
+        return resized_centre(pixels, size, self.crop_ratio, self.interpolation)
+
     def _warp(self, size: tuple[int, ...]) -> WarpPass:
         height, width = size
         if self.resize == "squash":
@@ -79,7 +97,11 @@ class Preprocess:
         return WarpPass(matrix(step, 0, left, 0, step, top), (self.height, self.width), "edge")
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return plain values. `interpolation` is only written for a library: stored embeddings have these values in their key."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.interpolation == REFRACT:
+            del values["interpolation"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":

@@ -10,6 +10,7 @@ import stringzilla
 from refract.augment.ops.geometric import Matrix, product
 from refract.augment.ops.geometric import matrix as matrix_of
 from refract.augment.passes import BlendPass, ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
+from refract.augment.resize_libraries import LIBRARIES
 
 _BORDERS = {
     "constant": cv2.BORDER_CONSTANT,
@@ -114,6 +115,8 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
         top, bottom, left, right = box
         if (bottom - top, right - left) == item.size:
             return _flip(_crop(image, box, item), a < 0, e < 0)
+    if item.interpolation in LIBRARIES:
+        return _warp_by_library(item, image)
     vertical, horizontal = item.shrink()
     interpolation, reach = _FILTERS[item.interpolation]
     if box is not None:
@@ -137,6 +140,21 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     if item.is_perspective:
         return cv2.warpPerspective(image, centred, (width, height), None, flags, _BORDERS[border], item.fill)
     return cv2.warpAffine(image, centred[:2], (width, height), None, flags, _BORDERS[border], item.fill)
+
+
+def _warp_by_library(item: WarpPass, image: np.ndarray) -> np.ndarray:
+    """Resize and flip by the pass's library. A warp that rotates, shears or reaches beyond the image is Refract's."""
+    a, b, c, d, e, f = item.matrix[:6]
+    extent = item.extent()
+    if extent is None or not all(item.inside(image.shape[:2])):
+        return warp(replace(item, interpolation="bilinear"), image)
+    if abs(a) < _CLOSE and abs(e) < _CLOSE:  # rotated by 90°
+        return warp(replace(item, matrix=(d, e, f, a, b, c, 0.0, 0.0, 1.0)), cv2.transpose(image))
+    rows, columns = image.shape[:2]
+    whole = item.shown_box() or extent
+    top, bottom, left, right = np.clip(whole, 0, [rows, rows, columns, columns]).tolist()
+    resized = LIBRARIES[item.interpolation](image, item.size, (top, bottom, left, right))
+    return _flip(resized, a < 0, e < 0)
 
 
 def _crop(image: np.ndarray, box: tuple[int, int, int, int], item: WarpPass) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 from refract.augment.decoding.decode import decode_part
 from refract.augment.executors import cpu
 from refract.augment.passes import Pass, WarpPass
+from refract.augment.resize_libraries import LIBRARIES
 
 LARGEST_SCALE = 8
 
@@ -46,6 +47,6 @@ def decode_for(
         whole = decode_part(data, None, size=size, max_pixels=max_pixels, color_profile=color_profile)
         return list(passes), whole.pixels
     box = first.footprint(size) if cropped else None
-    scale = min(*first.shrink(), LARGEST_SCALE)
+    scale = 1 if first.interpolation in LIBRARIES else min(*first.shrink(), LARGEST_SCALE)
     part = decode_part(data, box, size=size, scale=scale, max_pixels=max_pixels, color_profile=color_profile)
     return [first.on_part(part.scale, part.top, part.left), *passes[1:]], part.pixels

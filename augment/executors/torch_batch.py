@@ -173,7 +173,10 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
 
 
 def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
-    """Run bicubic warps image by image on the CPU: grid_sample cannot repeat a crop's last pixels within a cubic's reach."""
+    """Run bicubic warps, and those of another library, image by image on the CPU.
+
+    grid_sample cannot repeat a crop's last pixels within a cubic's reach.
+    """
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     results = [cpu.run([item], array) for item, array in zip(passes, arrays, strict=True)]
     return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)

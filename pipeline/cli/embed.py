@@ -66,7 +66,10 @@ def _embed(args: argparse.Namespace) -> int:
     augmenter = None
     if args.policy is not None:
         size = (model.preprocess.height, model.preprocess.width)
-        augmenter = Augmenter(args.policy, args.seed, size=size, color_profile=model.preprocess.color_profile)
+        how = model.preprocess
+        augmenter = Augmenter(
+            args.policy, args.seed, size=size, color_profile=how.color_profile, interpolation=how.interpolation
+        )
     options = Options(args.device, args.jobs, args.batch_size, augmenter, args.epochs if augmenter else 0)
     started = time.perf_counter()
     with stop_requests("after this shard; finished shards are kept") as stop:

@@ -40,14 +40,14 @@ def _preview(args: argparse.Namespace) -> int:
     from refract.pipeline.files import write_atomically
     from refract.pipeline.preview import preview_grid
 
-    policy, seed, size, color_profile, images = (
+    policy, seed, size, reading, images = (
         _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_images(args)
     )
     augmenter = Augmenter(
         args.policy or policy,
         seed if args.seed is None else args.seed,
         size=args.size or size,
-        color_profile=color_profile,
+        **reading,
     )
     grid = preview_grid(images, augmenter, variants=args.variants)
     buffer = io.BytesIO()
@@ -72,7 +72,7 @@ def _from_config(args: argparse.Namespace):
         config.augment.policy,
         config.trainer.seed,
         data.sides(),
-        data.color_profile,
+        {"color_profile": data.color_profile, "interpolation": data.interpolation},
         shown_samples(manifest, args.rows),
     )
 
@@ -85,4 +85,4 @@ def _from_images(args: argparse.Namespace):
 
     files = [str(file) for file in listed_images([path_or_url(args.source)])]
     images = [Shown(Path(files[i]).stem, storage.read(files[i]), i) for i in spread(len(files), args.rows)]
-    return "imagenet", 0, 224, "convert", images
+    return "imagenet", 0, 224, {"color_profile": "convert"}, images

@@ -37,6 +37,8 @@ class DataConfig(Checked):
         crop_ratio: fraction of the shorter side that the centre crop keeps; used by resize: crop.
         color_profile: convert transforms images to sRGB by their embedded ICC profile (Display P3, Adobe RGB, CMYK); ignore
             skips that.
+        interpolation: what resizes images: refract, or the library of an existing client, pillow (also for torchvision's transforms of
+            Pillow's images) or torchvision (of tensors); docs/preprocessing.md.
         normalize: input normalisation: fixed (the keys mean and std), data (mean and std of the training images), mean_image
             (subtract the mean training image), or pca or zca whitening (small images only).
         mean: mean of the R, G, B channels in 0…1 for normalize: fixed; null uses the values of the pretrained weights, else ImageNet's.
@@ -65,6 +67,7 @@ class DataConfig(Checked):
     resize: Literal["crop", "squash"] = "crop"
     crop_ratio: float = number(0.875, gt=0, le=1)
     color_profile: Literal["convert", "ignore"] = "convert"
+    interpolation: Literal["refract", "pillow", "torchvision"] = "refract"
     normalize: Literal["fixed", "data", "mean_image", "pca", "zca"] = "fixed"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None

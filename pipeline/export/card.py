@@ -20,6 +20,11 @@ def model_card(info: BundleInfo, digest: str) -> str:
     more = f" and {len(info.labels) - SHOWN_LABELS:,} more" if len(info.labels) > SHOWN_LABELS else ""
     function = "sigmoid()" if info.task == "multilabel" else "softmax(dim=1)"
     decision = ", and thresholds has one limit for each label" if info.task == "multilabel" else ""
+    transform = (
+        "timm's own evaluation transform gives the same pixels as `preprocess.py`."
+        if info.preprocess.get("interpolation") == "pillow"
+        else "timm's own transform resizes to slightly other pixels;\n`preprocess.py` computes those of the training."
+    )
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in info.metrics.items())
     return f"""---
 {json.dumps(front, indent=2)}
@@ -50,8 +55,7 @@ with torch.inference_mode():
 probabilities = (logits / settings["temperature"]).{function}
 ```
 
-`preprocess.json` has the labels and the temperature{decision}. timm's own transform resizes to slightly other pixels;
-`preprocess.py` computes those of the training.
+`preprocess.json` has the labels and the temperature{decision}. {transform}
 
 ## Measured
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refract.augment import Augmenter
+from refract.augment.resize_libraries import REFRACT
 from refract.cores import cores, mapped
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import DataError, Sample
@@ -157,6 +158,8 @@ def _wanted(samples: Sequence[Sample], stored: Sequence[StoredSample], options: 
 def policy_digest(augmenter: Augmenter) -> str:
     """Return the SHA-256 of all that a view depends on besides the image, the epoch and the index, in hexadecimal."""
     facts = [augmenter.policy.to_spec(), augmenter.seed, augmenter.size, augmenter.color_profile]
+    if augmenter.interpolation != REFRACT:  # else the digests of stored views would change
+        facts.append(augmenter.interpolation)
     facts += sorted(plugin.sha256 for plugin in loaded())  # which may have the code of the policy's ops
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -170,6 +170,7 @@ def make_preprocess(config: Config) -> "Preprocess":
         std=config.data.std or tuple(recorded.get("std", IMAGENET_STD)),
         normalize="channel" if config.data.mean else recorded.get("normalize", "channel"),
         color_profile=config.data.color_profile,
+        interpolation=config.data.interpolation,
     )
 
 

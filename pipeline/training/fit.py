@@ -118,6 +118,7 @@ def assemble(
         config.trainer.seed,
         size=config.data.sides(),
         color_profile=config.data.color_profile,
+        interpolation=config.data.interpolation,
     )
     check_recipe(config, augmenter, precision)
     weights = config.model.weights

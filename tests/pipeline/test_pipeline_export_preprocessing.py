@@ -15,6 +15,7 @@ from icc_profiles import icc
 from PIL import Image, ImageCms
 
 from refract.augment.preprocess import Preprocess
+from refract.augment.resize_libraries import LIBRARIES
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "pipeline" / "export" / "reference"
@@ -99,6 +100,19 @@ def test_javascript_returns_the_pixels_of_numpy(reference: ModuleType) -> None:
     settings = [settings_of(preprocess) for _, preprocess in cases]
     for got, (image, _), setting in zip(in_node([image for image, _ in cases], settings), cases, settings, strict=True):
         assert difference(got, reference.preprocess(image, setting)) <= 1  # where a value lies between two levels
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_both_references_resize_as_the_library(library: str, reference: ModuleType) -> None:
+    cases = [(image, replace(preprocess, interpolation=library)) for image, preprocess in drawn()]
+    settings = [settings_of(preprocess) for _, preprocess in cases]
+    bound = 0 if library == "pillow" else PIXEL_BOUND
+    for got, (image, preprocess), setting in zip(
+        in_node([image for image, _ in cases], settings), cases, settings, strict=True
+    ):
+        expected = preprocess(image)
+        assert difference(reference.preprocess(image, setting), expected) <= bound
+        assert difference(got, expected) <= PIXEL_BOUND
 
 
 def test_javascript_lays_transparency_over_white() -> None:

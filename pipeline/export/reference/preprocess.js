@@ -12,8 +12,9 @@
 // image: {data, width, height}, rows from top to bottom, 3 (RGB) or 4 (RGBA) values in 0…255 a pixel; settings: of preprocess.json.
 // Returns a Uint8Array with height × width × 3 values.
 function refractPreprocess(image, settings) {
-  const { height, width, resize, crop_ratio: cropRatio } = settings.preprocess;
+  const { height, width, resize, crop_ratio: cropRatio, interpolation = "refract" } = settings.preprocess;
   let pixels = refractRgb(image), rows = image.height, columns = image.width;
+  if (interpolation !== "refract") return refractByPillow(pixels, rows, columns, settings.preprocess);
   let down, across, top = 0, left = 0;
   if (resize === "squash") { // the whole image
     down = rows / height;
@@ -60,6 +61,54 @@ function refractPreprocess(image, settings) {
     }
   }
   return result;
+}
+
+// The input as Pillow resizes. A pixel may differ by one level: Pillow's releases and torchvision's tensors round in different orders.
+function refractByPillow(pixels, rows, columns, { height, width, resize, crop_ratio: cropRatio }) {
+  let newRows = height, newColumns = width;
+  if (resize !== "squash") {
+    const goalRows = Math.floor(height / cropRatio), goalColumns = Math.floor(width / cropRatio), shorter = Math.min(rows, columns);
+    const ratio = Math.min(rows / goalRows, columns / goalColumns);
+    const scaled = (side) => side === shorter ? goalRows : Math.floor(goalRows * side / shorter);
+    [newRows, newColumns] = [rows, columns].map(goalRows === goalColumns ? scaled : (side) => refractRound(side / ratio));
+  }
+  const across = refractWeights(columns, newColumns, refractRound((newColumns - width) / 2), width);
+  const down = refractWeights(rows, newRows, refractRound((newRows - height) / 2), height);
+  const narrow = refractWeigh(pixels, across, rows, columns * 3, 3, width * 3, 3);
+  return refractWeigh(narrow, down, width, 3, width * 3, 3, width * 3);
+}
+
+// For each of `count` output pixels from `start`: the first input pixel and the weights from there, in units of 2⁻²², as Pillow has them.
+function refractWeights(size, newSize, start, count) {
+  const scale = size / newSize, support = Math.max(scale, 1), factor = 1 / support;
+  return Array.from({ length: count }, (_, index) => {
+    const centre = (start + index + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(centre - support + 0.5)), last = Math.min(size, Math.trunc(centre + support + 0.5));
+    const weights = Array.from({ length: last - first }, (_, at) => Math.max(0, 1 - Math.abs((at + first - centre + 0.5) * factor)));
+    const sum = weights.reduce((total, weight) => total + weight, 0);
+    return [first, weights.map((weight) => Math.trunc(weight / sum * 2 ** 22 + 0.5))];
+  });
+}
+
+// The weighted sums along each of `lines` lines of pixels. The steps are distances in the arrays: between lines, and between pixels of a line.
+function refractWeigh(pixels, weights, lines, lineStep, pixelStep, newLineStep, newPixelStep) {
+  const result = new Uint8Array(lines * weights.length * 3);
+  for (let line = 0; line < lines; line++) {
+    weights.forEach(([first, factors], index) => {
+      for (let channel = 0; channel < 3; channel++) {
+        let sum = 2 ** 21, at = line * lineStep + first * pixelStep + channel;
+        for (const factor of factors) { sum += pixels[at] * factor; at += pixelStep; }
+        result[line * newLineStep + index * newPixelStep + channel] = Math.min(255, Math.floor(sum / 2 ** 22));
+      }
+    });
+  }
+  return result;
+}
+
+// The nearest whole number; of two, the even one.
+function refractRound(value) {
+  const nearest = Math.round(value);
+  return Math.abs(nearest - value) === 0.5 && nearest % 2 !== 0 ? nearest - 1 : nearest;
 }
 
 // The two pixels between which each output pixel lies, and its distance from the first. Pixel i has its centre at i + 0.5.

@@ -14,6 +14,8 @@ def preprocess(image, settings):
     """Return the network's input, uint8 height×width×3. image: a path, an open file, or RGB pixels, uint8 H×W×3."""
     rule = settings["preprocess"]
     pixels = image if isinstance(image, np.ndarray) else decode(image, rule["color_profile"])
+    if rule.get("interpolation", "refract") != "refract":
+        return by_pillow(pixels, rule)
     (rows, columns), height, width = pixels.shape[:2], rule["height"], rule["width"]
     if rule["resize"] == "squash":  # the whole image
         down, across, top, left = rows / height, columns / width, 0.0, 0.0
@@ -40,6 +42,25 @@ def preprocess(image, settings):
     above = levels[upper][:, before] * (1 - x) + levels[upper][:, after] * x
     below = levels[lower][:, before] * (1 - x) + levels[lower][:, after] * x
     return np.floor(above * (1 - y) + below * y + 0.5).astype(np.uint8)
+
+
+def by_pillow(pixels, rule):
+    """Return the input as Pillow resizes. With `torchvision`, which resizes tensors, a pixel of the training may differ by one level."""
+    from PIL import Image
+
+    (rows, columns), height, width = pixels.shape[:2], rule["height"], rule["width"]
+    if rule["resize"] == "squash":
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    goal_rows, goal_columns = int(height / rule["crop_ratio"]), int(width / rule["crop_ratio"])
+    shorter, ratio = min(rows, columns), min(rows / goal_rows, columns / goal_columns)
+    if goal_rows == goal_columns:
+        sides = [goal_rows if side == shorter else int(goal_rows * side / shorter) for side in (rows, columns)]
+    else:
+        sides = [round(rows / ratio), round(columns / ratio)]
+    new_rows, new_columns = sides
+    whole = np.asarray(Image.fromarray(pixels).resize((new_columns, new_rows), Image.Resampling.BILINEAR))
+    top, left = round((new_rows - height) / 2), round((new_columns - width) / 2)
+    return whole[top : top + height, left : left + width]
 
 
 def neighbours(count, step, start, size):
