@@ -2,7 +2,8 @@
 
 The kinds: photos with ImageNet's weights of EfficientNet-Lite0, small colour images without weights, and large grey images without weights.
 Both sides have the same training, validation and test images, network, input size, batch size and number of epochs, which are those that
-`init` proposes; each side chooses everything else. Each training is a separate process, whose processor time is measured.
+`init` proposes; each side chooses everything else. Each training is a separate process, whose processor time is measured. The JSON file
+keeps the kinds that are not measured again.
 
     python -m benchmarks.first_config --photos DIR --small DIR --grey DIR --json benchmarks/results/first_config.json
 """
@@ -100,7 +101,7 @@ def measured(kind: str, data: Path, seed: int) -> dict[str, Any]:
         expert = through_expert(kind, expert_task(kind, config, run, seed, weights))
         after = processor_seconds()
     row = {
-        "seed": seed, "epochs": config["trainer"]["max_epochs"], "network": config["model"]["name"],
+        "seed": seed, "commit": environment()["commit"], "epochs": config["trainer"]["max_epochs"], "network": config["model"]["name"],
         "refract": round(accuracy, 4), "expert": round(expert, 4),
         "refract_processor_seconds": round(between - before, 1), "expert_processor_seconds": round(after - between, 1),
     }  # fmt: skip
@@ -116,12 +117,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {}
+    earlier = json.loads(args.json.read_text("utf-8"))["kinds"] if args.json and args.json.is_file() else {}
     for seed in range(args.seeds):
         for kind in KINDS:
             if (data := getattr(args, kind)) is not None:
                 found.setdefault(kind, []).append(measured(kind, data, seed))
                 if args.json:  # after each training, because trainings take long
-                    write(args.json, {"kinds": found, "environment": environment("refract", "torch", "timm")})
+                    write(args.json, {"kinds": earlier | found, "environment": environment("refract", "torch", "timm")})
     for kind, rows in found.items():
         print(f"{kind:8} refract {mean(r['refract'] for r in rows):.3f}  expert {mean(r['expert'] for r in rows):.3f}")
 
