@@ -218,6 +218,8 @@ class TrainerConfig(Checked):
         compile: compile the network with torch.compile; faster on a GPU and in long runs.
         gradient_checkpointing: store only the inputs of each block and recompute the rest in the backward pass: less memory, a
             third more time.
+        quantization_aware: round weights and activations as 8-bit integers do while training, so that the model loses less by
+            refract export --int8 (docs/export.md).
         start_size: image side in the first epoch as a fraction of data.image_size; it rises to 1 at three quarters
             of the epochs.
         tta: further test metrics named tta_… with test-time augmentation: flip averages the predictions for the image and its
@@ -241,6 +243,7 @@ class TrainerConfig(Checked):
     checkpoint_seconds: float = number(120.0, ge=0, finite=False)
     compile: bool = False
     gradient_checkpointing: bool = False
+    quantization_aware: bool = False
     start_size: float = number(1.0, ge=0.25, le=1)
     tta: Literal["none", "flip", "flip-shift"] = "none"
     runs_dir: str = "runs"

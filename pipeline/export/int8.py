@@ -156,6 +156,9 @@ def check_loss(measured: Accuracy, options: Int8, name: str) -> None:
     remedies = [] if options.calibrate else ["calibrate on training images by --calibrate SOURCE"]
     remedies += [] if options.data else ["measure on test images by --data SOURCE, as golden samples are few"]
     enough = math.ceil(10 * measured.loss - 1e-6) / 10
+    remedies += [
+        "fine-tune the model for 8 bits: refract train CONFIG --model.weights BUNDLE --trainer.quantization_aware true"
+    ]
     remedies += [f"accept more by --max-loss {enough:.1f}", "export without --int8"]
     raise ExportError(
         f"--int8 for {name} loses {measured.loss:.2f} points: {measured.of} {measured.before:.4f} before, {measured.after:.4f} after, "

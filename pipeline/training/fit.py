@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,7 @@ def fit(
 
     from refract.models.training.lightning_imports import EarlyStopping
     from refract.models.training.lora import merge_adapters
+    from refract.models.training.quantization_aware import rounded_forward
     from refract.pipeline.training.callbacks.averaging import WeightAverage, best_weights
     from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint
     from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, StepProgress, quiet_lightning
@@ -237,8 +239,10 @@ def fit(
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
         bad_batch = Reproducer(run_dir, _network_facts(assembly), assembly.data.train_set)
+        rounded = rounded_forward(module.classifier.network) if config.trainer.quantization_aware else nullcontext()
         try:
-            _run_trainer(assembly, run_dir, [*optional, best, *bars, report, resumable, bad_batch], checkpoint)
+            with rounded:
+                _run_trainer(assembly, run_dir, [*optional, best, *bars, report, resumable, bad_batch], checkpoint)
         except RuntimeError as error:
             if (lost := rank_lost(error)) is None:
                 raise

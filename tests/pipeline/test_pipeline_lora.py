@@ -90,6 +90,10 @@ def test_lora_without_a_transformer_or_weights_is_refused(config: Config, tmp_pa
         ConfigError, match=r"model\.mode: lora adapts loaded weights; set model\.weights, or model\.mode"
     ):
         assemble(config.changed({"model.weights": "none"}))
+    with pytest.raises(
+        ConfigError, match="adapts all layers, which model.mode: lora does not train; set model.mode: fine-tune"
+    ):
+        assemble(config.changed({"trainer.quantization_aware": True}))
     save_file(build("resnet20", 3, image_size=(32, 32)).state_dict(), tmp_path / "resnet.safetensors")
     other = {"model.name": "resnet20", "model.args": {}, "model.weights": str(tmp_path / "resnet.safetensors")}
     with pytest.raises(ConfigError, match="ResNet20 has no attention layers that LoRA can adapt"):

@@ -339,6 +339,7 @@ def test_the_labels_of_all_images_are_checked(folder: Path) -> None:
     [
         ({"model.head": "mlp"}, "model.head: mlp cannot be combined with model.mode: probe"),
         ({"trainer.devices": 2}, "fits in one process"),
+        ({"trainer.quantization_aware": True}, "adapts all layers, which model.mode: probe does not train"),
         ({"text.name": "hashing"}, "text.name: none"),
     ],
 )

@@ -73,7 +73,8 @@ def test_a_killed_training_resumes_to_the_same_weights_in_the_same_run(
     refract: Run, work: Path, workers_wanted: int, training: Training
 ) -> None:
     memory = "never" if workers_wanted else "auto"
-    more = ("--data.workers", str(workers_wanted), "--data.memory", memory)
+    rounded = str(bool(workers_wanted)).lower()
+    more = ("--data.workers", str(workers_wanted), "--data.memory", memory, "--trainer.quantization_aware", rounded)
     refract("train", "c.yaml", *more, "--trainer.run_name", "calm")
     with training("c.yaml", *more, "--trainer.run_name", "killed") as process:
         until(process, "epoch 2/")
