@@ -280,6 +280,44 @@ def test_multilabel_shows_each_label_that_reaches_its_threshold(
 
 
 @needs_chromium
+def test_the_page_backs_off_to_the_parents_that_refract_predicts(
+    browser, bundle: Bundle, archive: Path, serving, tmp_path: Path
+) -> None:
+    parents = {"blue": "cold", "green": "cold", "red": "warm", "cold": "all", "warm": "all", "all": None}
+    info = replace(bundle.info, hierarchy={"parents": parents, "threshold": 0.8}, abstain_below=0.7)
+    tree = load_bundle(save_bundle(tmp_path / "bundle", info, bundle.classifier(), bundle.golden_samples))
+    export(tree, "web", tmp_path / "out", runtime=archive)
+    page, errors, _ = opened(browser, serving(tmp_path / "out"))
+    rows = np.random.default_rng(0).dirichlet([0.6] * 3, 300)
+    rows = np.concatenate([rows, [[0.4, 0.4, 0.2], [0.7, 0.1, 0.2], [0.1, 0.3, 0.6]]])
+    expected = [each and (each.label, each.confidence) for each in info.back_offs(rows)]
+    assert 30 < sum(each is not None for each in expected) < 270
+    got = page.evaluate("rows => rows.map(backOff)", rows.tolist())
+    assert [each and each["name"] for each in got] == [each and each[0] for each in expected]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine is None or abs(mine["probability"] - theirs[1]) < 1e-9
+    row = [0.45, 0.45, 0.1]
+    text = page.evaluate("row => show(row)", row)
+    assert text == "blue 45.0 %, abstains; parent cold 90.0 %"
+    assert "cold 90.0 %: this parent is certain enough." in page.inner_text("#prediction")
+    assert "Abstains" in page.evaluate("show([.4, .2, .4]), document.getElementById('prediction').textContent")
+    for no_back_off in ({"abstain_below": 1}, {"abstain_below": None}, {"threshold": 1}):
+        changed = replace(
+            info,
+            abstain_below=no_back_off.get("abstain_below", 0.7),
+            hierarchy={"parents": parents, "threshold": no_back_off.get("threshold", 0.8)},
+        )
+        page.evaluate(
+            "([limit, tree]) => { settings.abstain_below = limit; settings.hierarchy = tree; }",
+            [changed.abstain_below, changed.hierarchy],
+        )
+        expected = [each and each.label for each in changed.back_offs(rows)]
+        assert [each and each["name"] for each in page.evaluate("rows => rows.map(backOff)", rows.tolist())] == expected
+    assert not errors
+    page.close()
+
+
+@needs_chromium
 def test_the_browser_computes_8_bit_integers(browser, bundle: Bundle, archive: Path, serving, tmp_path: Path) -> None:
     export(bundle, "web", tmp_path / "out", Int8(None, None, 100), runtime=archive)
     page, errors, _ = opened(browser, serving(tmp_path / "out"))
