@@ -55,7 +55,7 @@ class Augmenter:
         mean, std: per channel, in 0…1, for `float32` only; None takes ImageNet's.
         color_profile: `convert` converts encoded and Pillow images to sRGB by their embedded profile; `ignore` does not.
         interpolation: what resamples crops and scaling inside the image: `refract`, `pillow` or `torchvision`, see
-        `refract.augment.resize_libraries`. Rotations, shears and what shows the border are always Refract's.
+        `refract.augment.resize_libraries`. Rotations, shears, views that show the border and bicubic ops are always Refract's.
         """
         self.policy = load_policy(policy)
         try:

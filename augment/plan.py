@@ -31,7 +31,7 @@ class Plan:
 
     size: (height, width) in pixels of the image that the plan was drawn for.
     exact: whether each step runs separately, rounded and clipped, instead of fused with its neighbours.
-    interpolation: what resamples where a step names no interpolation: `refract`, or a library of `refract.augment.resize_libraries`.
+    interpolation: what resamples bilinearly: `refract`, or a library of `refract.augment.resize_libraries`.
     """
 
     size: tuple[int, int]

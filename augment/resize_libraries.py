@@ -21,13 +21,17 @@ def with_pillow(image: np.ndarray, size: tuple[int, int], box: Box | None = None
 
     A box on whole pixels is cut out first, as torchvision's crops do. Arguments: as for all functions of LIBRARIES.
     """
-    from PIL import Image
-
     if box is not None and all(edge == round(edge) for edge in box):
         image, box = _cut(image, box), None
+    return _by_pillow(image, size, box)
+
+
+def _by_pillow(image: np.ndarray, size: tuple[int, int], box: Box | None) -> np.ndarray:
+    from PIL import Image
+
     height, width = size
     edges = None if box is None else (box[2], box[0], box[3], box[1])
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, edges))
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, edges))  # writable
 
 
 def with_torchvision(image: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
@@ -70,7 +74,8 @@ def resized_centre(image: np.ndarray, size: tuple[int, int], crop_ratio: float, 
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     if height * width > MOST_PIXELS:
         down, across = rows / height, columns / width
-        return with_pillow(image, size, (top * down, (top + size[0]) * down, left * across, (left + size[1]) * across))
+        box = (top * down, min((top + size[0]) * down, rows), left * across, min((left + size[1]) * across, columns))
+        return _by_pillow(image, size, box)
     whole = LIBRARIES[library](image, (height, width), None)
     return np.ascontiguousarray(whole[top : top + size[0], left : left + size[1]])
 

@@ -7,6 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+_REVISION = r"refs/pr/\d+|a/branch|[^/]+"
+
 TOKEN = "hf_not_a_real_token"
 
 
@@ -59,7 +61,7 @@ class Hub:
         kind = self._repository if self._repository.startswith("datasets/") else f"models/{self._repository}"
         if path == f"/api/{kind}":
             path = f"{path}/revision/main"
-        if found := re.fullmatch(rf"/api/{kind}/(tree|paths-info|revision)/([^/]+)/?(.*)", path):
+        if found := re.fullmatch(rf"/api/{kind}/(tree|paths-info|revision)/({_REVISION})/?(.*)", path):
             action, revision, prefix = found.groups()
             if (files := self._files(revision)) is not None:
                 names = parse_qs(body.decode()).get("paths", [])
@@ -70,7 +72,7 @@ class Hub:
                 }[action]
                 return _send(request, 200, json.dumps(content).encode())
             return _send(request, 404, b'{"error": "not found"}', {"x-error-code": "RevisionNotFound"})
-        if found := re.fullmatch(rf"/{self._repository}/resolve/([^/]+)/(.*)", path):
+        if found := re.fullmatch(rf"/{self._repository}/resolve/({_REVISION})/(.*)", path):
             files = self._files(found[1])
             if files is not None and found[2] in files:
                 return _send(request, 200, files[found[2]])

@@ -23,10 +23,10 @@ from refract.models.pretrained.weights_files import (
     PROCESSOR_RECORD,
     SUFFIXES,
     TIMM_RECORD,
-    is_web,
     weights_file,
     weights_folder,
 )
+from refract.remote.address import is_remote
 
 # Prefixes of keys from torch.compile, DDP, common training modules, and Refract's Classifier and ClassifierModule.
 _PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "classifier.")
@@ -119,7 +119,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     # torch's readers of old formats raise many kinds of exceptions for damaged files.
     except Exception as err:
-        if is_web(source):  # an incomplete download: the next attempt downloads the file again
+        if is_remote(source):  # an incomplete download: the next attempt downloads the file again
             path.unlink(missing_ok=True)
         raise ValueError(f"weights={str(path)!r} cannot be read as plain tensors: {err}") from err
     for key in ("state_dict", "model"):
@@ -134,7 +134,8 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
     """Read {"mean", "std"} of the training of weights, from the folder `source` or the folder of the file `source`.
 
     The record is a bundle's `bundle.json`, Hugging Face's `preprocessor_config.json` or timm's `config.json`. A bundle with another
-    normalisation than `channel` adds {"normalize"}. None if these files are missing, or have no numbers for each channel.
+    normalisation than `channel` adds {"normalize"}; timm's config adds {"image_size": [height, width]}.
+    None if these files are missing, or have no numbers for each channel.
     """
     folder = weights_folder(source)
     for name, section, mean, std in (
@@ -145,11 +146,13 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
         try:
             record: Any = json.loads((folder / name).read_text("utf-8"))
             values = record if section is None else record[section]
-            numbers = {"mean": [float(v) for v in values[mean]], "std": [float(v) for v in values[std]]}
+            numbers: dict[str, Any] = {"mean": [float(v) for v in values[mean]], "std": [float(v) for v in values[std]]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if all(len(channels) == 3 for channels in numbers.values()):
             kind = values.get("normalize", "channel")
+            if name == TIMM_RECORD and len(size := values.get("input_size") or ()) == 3:
+                numbers["image_size"] = [int(side) for side in size[1:]]
             return {**numbers, "normalize": kind} if kind in ("mean_image", "pca", "zca") else numbers
     return None
 

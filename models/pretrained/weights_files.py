@@ -65,7 +65,12 @@ def pinned(url: str) -> str:
     """Return a URL of the Hub with the present commit in place of the branch or tag. RemoteError."""
     from refract.remote import client
 
-    return client.pinned(url)
+    try:
+        return client.pinned(url)
+    except client.RemoteError as error:
+        raise client.RemoteError(
+            f"{error}. Without the Hub, set model.weights to a downloaded file or folder"
+        ) from error
 
 
 def _from_store(url: str) -> Path:
@@ -73,7 +78,7 @@ def _from_store(url: str) -> Path:
     from refract.remote.folders import stored, versions_of
 
     url = pinned(url) if is_on_hub(url) else checked(url)
-    is_file = PurePosixPath(url).suffix in SUFFIXES
+    is_file = PurePosixPath(url.partition("?")[0]).suffix in SUFFIXES
     folder, name = url.rsplit("/", 1) if is_file else (url, "")
 
     def files() -> "list[RemoteObject]":
@@ -81,12 +86,19 @@ def _from_store(url: str) -> Path:
         if not weights:
             missing = "no such file" if is_file else f"the folder has none of {', '.join(FOLDER_FILES)}"
             raise ValueError(f"weights={url!r}: {missing}; check the URL")
-        return weights + _existing(folder, RECORDS)
+        records = _existing(folder, RECORDS)
+        if not is_file and any(record.url.endswith(f"/{BUNDLE_RECORD}") for record in records):
+            raise ValueError(
+                f"weights={url!r}: is a bundle, whose labels only a local folder keeps; download it and name its folder"
+            )
+        return weights + records
 
-    if is_on_hub(url):  # a commit does not change
-        return stored(folder, url, CACHE, files) / name
-    present = files()
-    return stored(folder, versions_of(present), CACHE, lambda: present) / name
+    # A commit does not change. A listing would need the network again.
+    version = url if is_on_hub(url) else versions_of(files())
+    copy = stored(folder, version, CACHE, files)
+    if not any((copy / weights).is_file() for weights in ([name] if is_file else FOLDER_FILES)):  # removed, or damaged
+        copy = stored(folder, version, CACHE, files, again=True)
+    return copy / name
 
 
 def _existing(folder: str, names: Sequence[str]) -> "list[RemoteObject]":

@@ -7,6 +7,7 @@ Source: Jacob et al. 2018, arXiv:1712.05877, section 3; Krishnamoorthi 2018, arX
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +27,52 @@ def rounded_forward(network: nn.Module) -> Iterator[int]:
     """Round the weights and inputs of all LAYERS in the forward passes of the block. Yields their number.
 
     Each output channel of the weights has its own scale, symmetric about 0. Each input has one range, from its smallest to its largest
-    value in the batch, extended to 0. Ranges are not stored, so a resumed training continues exactly.
+    value in the batch, extended to 0. Ranges are not stored, so a resumed training continues exactly. Attention that computes with the
+    weights of its layers instead of calling them, such as PyTorch's and torchvision's, has rounded weights, and inputs in float32.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LAYERS)]
-    for layer in layers:
-        vars(layer)["forward"] = partial(_rounded, layer)
+    patched: list[nn.Module] = []
+    for module in network.modules():
+        weights = _weights_of(module)
+        if isinstance(module, LAYERS):
+            forward: Callable[..., Any] = partial(_run_layer, module, module.forward)
+        elif weights and "forward" not in vars(
+            module
+        ):  # else it recomputes activations, and its layers round their weights themselves
+            forward = partial(_run_with, weights, module.forward)
+        else:
+            continue
+        vars(module)["forward"] = forward
+        patched.append(module)
     try:
         yield len(layers)
     finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+        for module in patched:
+            del vars(module)["forward"]
 
 
-def _rounded(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Run the layer's own forward function on rounded inputs, with rounded weights in place of its parameter."""
-    plain: Callable[[nn.Module, Tensor], Tensor] = type(layer).forward
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    layer._parameters["weight"] = round_weights(weight)  # type: ignore[assignment]
+def _weights_of(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """List the weights that a module may read without a call of the layer: those of its children, and joint projections of attention."""
+    weights = [(child, "weight") for child in module.children() if isinstance(child, LAYERS)]
+    return weights + [(module, name) for name in ("in_proj_weight",) if module._parameters.get(name) is not None]
+
+
+def _run_layer(layer: nn.Module, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    return _run_with([(layer, "weight")], forward, round_activations(inputs))
+
+
+def _run_with(weights: list[tuple[nn.Module, str]], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward function with rounded weights in place of the parameters; those that are rounded already stay."""
+    plain = [(owner, name, owner._parameters[name]) for owner, name in weights]
+    plain = [entry for entry in plain if isinstance(entry[2], nn.Parameter)]
     try:
-        return plain(layer, round_activations(inputs))
+        for owner, name, parameter in plain:
+            assert parameter is not None
+            owner._parameters[name] = round_weights(parameter)  # type: ignore[assignment]
+        return forward(*args, **kwargs)
     finally:
-        layer._parameters["weight"] = weight
+        for owner, name, parameter in plain:
+            owner._parameters[name] = parameter
 
 
 def round_weights(weights: Tensor) -> Tensor:
@@ -56,9 +81,8 @@ def round_weights(weights: Tensor) -> Tensor:
     largest = values.detach().abs().flatten(1).amax(dim=1)
     scale = (largest / WEIGHT_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(values, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS).to(
-        weights.dtype
-    )
+    rounded = torch.fake_quantize_per_channel_affine(values, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS)
+    return rounded.to(weights.dtype)
 
 
 def round_activations(activations: Tensor) -> Tensor:
@@ -68,4 +92,5 @@ def round_activations(activations: Tensor) -> Tensor:
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / ACTIVATION_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
     zero = (-low / scale).round().to(torch.int32)
-    return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, ACTIVATION_LEVELS).to(activations.dtype)
+    rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, ACTIVATION_LEVELS)
+    return rounded.to(activations.dtype)

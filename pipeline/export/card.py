@@ -21,9 +21,10 @@ def model_card(info: BundleInfo, digest: str) -> str:
     function = "sigmoid()" if info.task == "multilabel" else "softmax(dim=1)"
     decision = ", and thresholds has one limit for each label" if info.task == "multilabel" else ""
     transform = (
+        "For RGB images without transparency, orientation or profile,\n"
         "timm's own evaluation transform gives the same pixels as `preprocess.py`."
         if info.preprocess.get("interpolation") == "pillow"
-        else "timm's own transform resizes to slightly other pixels;\n`preprocess.py` computes those of the training."
+        else "timm's own transform resizes to other pixels, which changes probabilities;\n`preprocess.py` computes those of the training."
     )
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in info.metrics.items())
     return f"""---
@@ -41,7 +42,6 @@ Labels: {labels}{more}.
 
 ```python
 import json
-import re
 import timm
 import torch
 from preprocess import preprocess  # preprocess.py of this folder

@@ -63,7 +63,7 @@ def compare(
     for output, gap, allowed in (("probability", largest, bound), ("logit", logits, limit)):
         if not gap <= allowed:  # also for NaN
             raise ExportError(
-                f"--to {name}: the export changes a {output} of the golden samples by {gap:.2g}; at most {allowed:.2g} is allowed. "
+                f"--to {name}: the export changes a {output} of the golden samples by {gap:.3g}; at most {allowed:.3g} is allowed. "
                 f"Nothing was written; {remedy}"
             )
     differing, ties = (

@@ -33,6 +33,7 @@ from refract.pipeline.export.int8 import (
     calibration_samples,
     check_loss,
     measured_samples,
+    training_remedy,
 )
 from refract.pipeline.export.target import ExportError, Job, Run, Target
 from refract.pipeline.export.targets import TARGETS
@@ -124,12 +125,12 @@ def _write(
     measured = None
     if int8 is not None:
         measured = accuracy(bundle, preprocess, images, _runner(network), run, tested, of)
-        check_loss(measured, int8, target.name)
+        check_loss(measured, int8, target.name, bundle.info)
         description["int8"] = {
             "weight_bits": weight_bits(), "calibrated_on": calibrated_on, "measured": measured.of, "samples": measured.samples,
             "before": measured.before, "after": measured.after,
         }  # fmt: skip
-    bound, remedy = (BOUND, "use another target") if int8 is None else (INT8_BOUND, "export without --int8")
+    bound, remedy = (BOUND, "use another target") if int8 is None else (INT8_BOUND, _int8_remedy(int8, bundle))
     outputs = (expected[0][rows], expected[1][rows])
     comparison = compare(
         run, images[rows], outputs, bundle.info, target.name, samples=len(images), bound=bound, remedy=remedy
@@ -143,6 +144,11 @@ def _write(
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     return Exported(folder, sizes, comparison, seconds, measured, calibrated_on)
+
+
+def _int8_remedy(int8: Int8, bundle: Bundle) -> str:
+    remedies = [] if int8.calibrate else ["calibrate on training images by --calibrate SOURCE"]
+    return ", or ".join([*remedies, *training_remedy(bundle.info), "export without --int8"])
 
 
 def golden_images(bundle: Bundle, preprocess: Preprocess) -> np.ndarray:

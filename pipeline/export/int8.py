@@ -25,6 +25,14 @@ MOST_CALIBRATION = 256
 
 BATCH = 16
 
+FEW_SAMPLES = 1000
+"""Of fewer samples, a single one counts visibly in percentage points."""
+
+TRAIN_FOR_8_BITS = (
+    "fine-tune the model for 8 bits: refract train CONFIG --model.weights BUNDLE --trainer.quantization_aware true"
+)
+"""The remedy for a network that 8-bit integers change too much."""
+
 
 @dataclass(frozen=True)
 class Int8:
@@ -93,9 +101,11 @@ def _training_samples(source: str, info: BundleInfo) -> Sequence[Sample]:
         if source != "digits" and not Path(source).exists():
             raise
         return read_data(source, (), multilabel=False, unlabelled=True).samples
-    if not (splits := manifest.splits()):
+    if (
+        "test" not in manifest.splits()
+    ):  # as `labelled_data`: the training drew a test split, perhaps from the split train
         manifest = split_as_trained(info, manifest, "calibrating on its training split")
-    elif "train" not in splits:
+    if (splits := manifest.splits()) and "train" not in splits:
         raise DataError(
             f"{source}: has images of the split {', '.join(splits)}, and none of the split train, which --calibrate needs"
         )
@@ -149,20 +159,24 @@ def accuracy(
     return Accuracy(float(right[0].mean()), float(right[1].mean()), len(samples), of)
 
 
-def check_loss(measured: Accuracy, options: Int8, name: str) -> None:
-    """Raise ExportError if the loss exceeds the accepted one."""
+def training_remedy(info: BundleInfo) -> list[str]:
+    """Return TRAIN_FOR_8_BITS in a list, or [] for a bundle that was trained so."""
+    return [] if info.config.get("trainer", {}).get("quantization_aware") else [TRAIN_FOR_8_BITS]
+
+
+def check_loss(measured: Accuracy, options: Int8, name: str, info: BundleInfo) -> None:
+    """Raise ExportError if the loss exceeds the accepted one. info: of the exported bundle."""
     if measured.loss <= options.max_loss + 1e-9:
         return
     remedies = [] if options.calibrate else ["calibrate on training images by --calibrate SOURCE"]
     remedies += [] if options.data else ["measure on test images by --data SOURCE, as golden samples are few"]
     enough = math.ceil(10 * measured.loss - 1e-6) / 10
-    remedies += [
-        "fine-tune the model for 8 bits: refract train CONFIG --model.weights BUNDLE --trainer.quantization_aware true"
-    ]
+    remedies += training_remedy(info)
     remedies += [f"accept more by --max-loss {enough:.1f}", "export without --int8"]
+    one = f", of which one is {100 / measured.samples:.2f} points" if measured.samples < FEW_SAMPLES else ""
     raise ExportError(
         f"--int8 for {name} loses {measured.loss:.2f} points: {measured.of} {measured.before:.4f} before, {measured.after:.4f} after, "
-        f"{measured.samples:,} samples; at most {options.max_loss:g} are accepted. Nothing was written; {', or '.join(remedies)}"
+        f"{measured.samples:,} samples{one}; at most {options.max_loss:g} are accepted. Nothing was written; {', or '.join(remedies)}"
     )
 
 

@@ -72,7 +72,7 @@ def named_network(survey: Survey, start: Start) -> ProposedNetwork:
     if pretrained and not start.fixed and survey.side < size // 2:
         size = max(min(size, ENLARGED), survey.side // 32 * 32)
     return ProposedNetwork(
-        start.name, "named by --model.name" if not start.args else "the network of the weights", start.weights,
+        start.name, "the network of the weights" if start.is_in_weights else "named by --model.name", start.weights,
         "named by --model.weights" if pretrained else "no weights are named",
         size, _sized(survey, size, trained_at=start.size if pretrained else 0), start.args, start.head,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Choose the values of a first config, each with its reason."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,7 +196,7 @@ def _batch_size(survey: Survey, size: int, *, gpu: bool) -> tuple[int, str]:
         batch = max(8, 1 << max(0, few.bit_length() - 1))
         return (
             batch,
-            f"about {survey.training:,} training samples: {max(1, round(survey.training / batch))} steps per epoch",
+            f"about {survey.training:,} training samples: {max(1, math.ceil(survey.training / batch))} steps per epoch",
         )
     return largest, "usual for a GPU" if gpu else "usual for a CPU"
 
@@ -206,7 +207,7 @@ SMALL_BATCH = 64
 
 def _epochs(survey: Survey, network: ProposedNetwork, batch: int, *, gpu: bool) -> tuple[int, str]:
     """Return (epochs, reason): by optimiser steps for pretrained weights, else by the number of images seen, limited for a short wait."""
-    steps = max(1, round(survey.training / batch))
+    steps = max(1, math.ceil(survey.training / batch))
     if network.pretrained:
         epochs = max(5, min(40, round((1500 if gpu else 500) / steps)))
         return epochs, f"{epochs * steps:,} steps of {batch} images"

@@ -7,6 +7,7 @@ from typing import Any
 
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.training.source_model import bundle_folder, is_remote_bundle
+from refract.remote.address import is_remote
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Start:
     """The network and weights that training starts from.
 
     name, weights, args, head: values of `model.name`, `model.weights`, `model.args` and `model.head`; size: side in pixels of the images
-    that the weights were trained on, 0 if unknown; fixed: whether the network accepts only this size.
+    that the weights were trained on, 0 if unknown; fixed: whether the network accepts only this size; is_in_weights: whether the weights
+    name the network.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Start:
     fixed: bool = False
     args: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"
+    is_in_weights: bool = False
 
 
 def check_start(name: str | None, weights: str | None, classes: int) -> Start | None:
@@ -48,10 +51,12 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
                 "write the config by hand with the bundle's data.image_size"
             )
         args = record["args"]
-        start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"))
+        start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"), is_in_weights=True)
     elif name is None and (network := _timm_network(weights or "none")) is not None:
-        start = _named(network, str(weights))
+        start = replace(_named(network, str(weights)), is_in_weights=True)
     elif name is None:
+        if weights is not None and not is_remote(weights) and not Path(weights).exists() and weights != "default":
+            raise ConfigError(f"--model.weights {weights}: there is no such file or folder; check the path")
         raise ConfigError(
             f"--model.weights {weights}: the network of the weights is missing; add --model.name, such as --model.name resnet18"
         )

@@ -98,7 +98,7 @@ def _check_mode(config: Config) -> None:
         )
     if model.mode == "lora" and not loads_weights(config):
         raise ConfigError("model.mode: lora adapts loaded weights; set model.weights, or model.mode: fine-tune")
-    if config.trainer.quantization_aware and (model.mode == "lora" or model.on_embeddings):
+    if config.trainer.quantization_aware and (model.mode in ("lora", "feature-extract") or model.on_embeddings):
         raise ConfigError(
             f"trainer.quantization_aware: true adapts all layers, which model.mode: {model.mode} does not train; set model.mode: fine-tune"
         )

@@ -239,9 +239,11 @@ def fit(
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
         bad_batch = Reproducer(run_dir, _network_facts(assembly), assembly.data.train_set)
-        rounded = rounded_forward(module.classifier.network) if config.trainer.quantization_aware else nullcontext()
+        rounded = rounded_forward(module.classifier.network) if config.trainer.quantization_aware else nullcontext(0)
         try:
-            with rounded:
+            with rounded as layers:
+                if layers:
+                    log.info("training for 8 bits: the weights and inputs of %d layers are rounded", layers)
                 _run_trainer(assembly, run_dir, [*optional, best, *bars, report, resumable, bad_batch], checkpoint)
         except RuntimeError as error:
             if (lost := rank_lost(error)) is None:
@@ -251,6 +253,9 @@ def fit(
     if not ranks.first:
         return report.history
     module.classifier = classifier  # whole, for the weights of the checkpoint
+    module.classifier.network._compiled_call_impl = (
+        None  # a compiled network would not call the hooks of the evaluation
+    )
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(best_checkpoint))
     merge_adapters(module)

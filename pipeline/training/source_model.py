@@ -8,8 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.remote.address import is_remote
@@ -27,6 +28,7 @@ BUNDLE, RECORD = "bundle", "bundle.json"
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 _MLFLOW_RUN = re.compile(r"runs:/(?P<run>[A-Za-z0-9_-]+)(/bundle)?")
+_HUB_PAGE = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)/?")
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -49,10 +51,16 @@ def names_model(weights: str) -> bool:
 
 
 def is_remote_bundle(weights: str) -> bool:
-    """Whether model.weights is the URL of a bundle: a folder that is not on the Hugging Face Hub, whose repositories have weights."""
-    from refract.models.pretrained.weights_files import SUFFIXES, is_on_hub
+    """Whether model.weights is the URL of a bundle: of a folder that is not on the Hugging Face Hub, whose repositories have weights.
 
-    return is_remote(weights) and not is_on_hub(weights) and not weights.partition("?")[0].endswith(SUFFIXES)
+    On a web server, only a name without a suffix can be a folder.
+    """
+    from refract.models.pretrained.weights_files import SUFFIXES, is_on_hub, is_web
+
+    if not is_remote(weights) or is_on_hub(weights):
+        return False
+    name = PurePosixPath(urlsplit(weights).path)
+    return not name.suffix if is_web(weights) else name.suffix not in SUFFIXES
 
 
 def bundle_folder(weights: str) -> Path | None:
@@ -72,6 +80,8 @@ def source_model(config: Config, digest: str | None = None) -> SourceModel | Non
     weights = config.model.weights
     if _is_in_mlflow(weights):
         source = _stored(config, digest) or _downloaded(config)
+    elif (page := _HUB_PAGE.fullmatch(weights)) is not None:
+        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page[1]}")
     elif is_remote_bundle(weights):
         source = SourceModel(_verified(weights, weights), weights, {})
     elif (folder := bundle_folder(weights)) is not None:

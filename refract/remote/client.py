@@ -58,7 +58,8 @@ def info(url: str) -> RemoteObject:
 
 def pinned(url: str) -> str:
     """Return a URL of the Hub with the present commit in place of the branch or tag. RemoteError if that is unknown."""
-    return _repeated(url, lambda: pinned_once(checked(url)))
+    checked(url)
+    return _repeated(url, lambda: pinned_once(url))
 
 
 def exists(url: str) -> bool:

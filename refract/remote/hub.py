@@ -1,4 +1,7 @@
-"""Files of the Hugging Face Hub: hf://datasets/OWNER/NAME/PATH, and hf://OWNER/NAME/PATH of a model; NAME@REVISION for a revision."""
+"""Files of the Hugging Face Hub: hf://datasets/OWNER/NAME/PATH, and hf://OWNER/NAME/PATH of a model; NAME@REVISION for a revision.
+
+A `/` in a revision is written as `%2F`, except in the Hub's own refs/pr/NUMBER and refs/convert/NAME.
+"""
 
 import os
 import re
@@ -6,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 from refract.remote.address import credentials_of
 from refract.remote.store import RefusedError, RemoteObject
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _KINDS = {"datasets": "dataset", "spaces": "space"}
+_ADDRESS = re.compile(
+    r"hf://((?P<kind>datasets|spaces)/)?(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>refs/(pr/\d+|convert/[^/]+)|[^/]*))?(/(?P<path>.*))?"
+)
 _REFUSED = (
     "RepositoryNotFoundError",
     "GatedRepoError",
@@ -84,8 +91,8 @@ def pinned(url: str) -> str:
         return url
     with _errors_of(url):
         commit = _api().repo_info(place.repository, revision=place.revision, repo_type=place.kind).sha
-    repository = url.removesuffix(place.path).rstrip("/").removesuffix(f"@{place.revision}")
-    return f"{repository}@{commit}/{place.path}".rstrip("/")
+    kind = "" if place.kind == "model" else f"{place.kind}s/"
+    return f"hf://{kind}{place.repository}@{commit}/{place.path}".rstrip("/")
 
 
 def _endpoint() -> str | None:
@@ -101,15 +108,13 @@ def _api() -> "HfApi":
 
 
 def _place(url: str) -> _Place:
-    parts = url.partition("://")[2].split("/")
-    kind = _KINDS.get(parts[0], "model")
-    names = parts[1:] if parts[0] in _KINDS else parts
-    if len(names) < 2:
+    found = _ADDRESS.fullmatch(url)
+    if found is None:
         raise RefusedError(
-            f"{url}: is not a complete URL; write hf://datasets/OWNER/NAME/PATH, or hf://OWNER/NAME/PATH"
+            f"{url}: is not a complete URL; write hf://datasets/OWNER/NAME or hf://OWNER/NAME, for a file with /PATH"
         )
-    name, _, revision = names[1].partition("@")
-    return _Place(kind, f"{names[0]}/{name}", revision or None, "/".join(names[2:]))
+    revision = unquote(found["revision"]) if found["revision"] else None
+    return _Place(_KINDS.get(found["kind"], "model"), found["repository"], revision, found["path"] or "")
 
 
 def _object(url: str, entry: Any) -> RemoteObject:

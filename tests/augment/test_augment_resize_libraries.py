@@ -12,8 +12,10 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
 
-from refract.augment import Augmenter, Plan, Preprocess, decode, image_size
+from refract.augment import Augmenter, Plan, Preprocess, decode, image_size, resize_libraries
 from refract.augment.executors import torch_batch
+from refract.augment.fuse import fuse
+from refract.augment.passes import BlendPass, WarpPass
 from refract.augment.plan import Step
 from refract.augment.resize_libraries import LIBRARIES
 
@@ -79,6 +81,20 @@ def test_a_long_image_takes_little_memory(library: str) -> None:
     assert got.shape == (200, 200, 3) and got.std() > 0
 
 
+@pytest.mark.parametrize("shape", [(4200, 256), (256, 4200), (40_000, 2), (8400, 512)])
+@LIBRARY
+def test_the_centre_of_a_long_image_is_that_of_the_whole(library: str, shape: tuple[int, int]) -> None:
+    side = 32 if 2 in shape else 1024
+    pixels, long = noise(*shape), side * max(shape) // min(shape)
+    size = (side, long) if shape[0] == min(shape) else (long, side)
+    whole = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+    top, left = ((length - side) // 2 for length in size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resize_libraries, "MOST_PIXELS", 0)
+        got = Preprocess(side, side, crop_ratio=1.0, interpolation=library)(pixels)
+    assert np.abs(got - whole[top : top + side, left : left + side]).max() <= 1
+
+
 @LIBRARY
 def test_crops_and_flips_of_a_training_equal_the_librarys(library: str) -> None:
     augmenter = Augmenter([{"RandomResizedCrop": {"size": 40}}, {"HorizontalFlip": {"p": 0.5}}], interpolation=library)
@@ -105,6 +121,15 @@ def test_rotations_and_borders_stay_refracts(library: str) -> None:
     for policy in ([{"Rotate": {"degrees": 30, "p": 1}}], [{"Affine": {"scale": [0.5, 0.6]}}]):
         augmenter, plain = Augmenter(policy, interpolation=library), Augmenter(policy)
         np.testing.assert_array_equal(augmenter(pixels, epoch=0, index=3), plain(pixels, epoch=0, index=3))
+
+
+@LIBRARY
+def test_the_chains_of_augmix_are_resized_by_the_library(library: str) -> None:
+    augmenter = Augmenter(["AugMix"], interpolation=library)
+    passes = [item for index in range(12) for item in fuse(augmenter.draw((60, 80), epoch=0, index=index))]
+    chains = [chain for item in passes if isinstance(item, BlendPass) for _, chain in item.chains]
+    warps = [item for chain in chains for item in chain if isinstance(item, WarpPass)]
+    assert warps and {warp.interpolation for warp in warps} == {library}
 
 
 @LIBRARY

@@ -5,9 +5,10 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+import torch.overrides
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from refract.models.registry import build
 from refract.models.training.quantization_aware import (
@@ -40,6 +41,43 @@ def test_activations_have_256_steps_and_zero_stays_zero(values: list[float]) -> 
     extent = max(0.0, *values) - min(0.0, *values)
     assert (rounded[1:] - torch.tensor(values)).abs().max() <= 1.01 * extent / ACTIVATION_LEVELS + 1e-30
     assert len(rounded.unique()) <= ACTIVATION_LEVELS + 1
+
+
+def test_weights_have_7_bits_and_activations_8() -> None:
+    assert len(round_weights(torch.linspace(-1, 1, 5000)[None]).unique()) == 127
+    assert len(round_activations(torch.linspace(-1, 3, 5000)).unique()) == 256
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(3, 4, 3, padding=1), nn.Conv1d(3, 4, 3)])
+def test_a_layer_computes_with_rounded_weights_and_inputs(layer: nn.Module) -> None:
+    inputs = torch.randn(*{nn.Linear: (5, 6), nn.Conv2d: (2, 3, 8, 8), nn.Conv1d: (2, 3, 8)}[type(layer)])
+    expected_layer = deepcopy(layer)
+    with torch.no_grad():
+        expected_layer.weight.copy_(round_weights(layer.weight))
+        with rounded_forward(layer):
+            got = layer(inputs)
+        torch.testing.assert_close(got, expected_layer(round_activations(inputs)), atol=0, rtol=0)
+        assert not torch.equal(got, expected_layer(inputs)) and not torch.equal(got, layer(inputs))
+
+
+@pytest.mark.parametrize("name", ["torchvision/vit_b_32", "torchvision/swin_t", "timm/test_vit"])
+def test_all_weights_of_a_transformer_are_rounded(name: str) -> None:
+    """Rounding them twice changes nothing: with rounded weights, only the activations are rounded by the block."""
+    torch.manual_seed(0)
+    side = 160 if name.startswith("timm") else 224
+    network = build(name, 5, image_size=(side, side)).eval()
+    read: set[int] = set()
+    plain = {id(parameter) for parameter in network.parameters() if parameter.ndim > 1}
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (nn.functional.linear, nn.functional.conv2d, nn.functional.multi_head_attention_forward):
+                read.update(id(value) for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), rounded_forward(network), Spy():
+        network(torch.randn(1, 3, side, side))
+    assert not plain & read
 
 
 def test_gradients_pass_through_the_rounding() -> None:

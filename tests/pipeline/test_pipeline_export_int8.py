@@ -119,16 +119,21 @@ def test_int8_that_loses_accuracy_is_refused_with_remedies(trained: Bundle, phot
     assert not (tmp_path / "out").exists()
 
 
-def test_the_loss_is_compared_in_points() -> None:
+def test_the_loss_is_compared_in_points(trained: Bundle) -> None:
     measured = Accuracy(0.93, 0.925, 1000, "accuracy on photos (test)")
-    check_loss(measured, Int8(None, "photos", 0.5), "onnx")
+    check_loss(measured, Int8(None, "photos", 0.5), "onnx", trained.info)
     with pytest.raises(
         ExportError,
         match=r"loses 0\.50 points.*; fine-tune .*, or accept more by --max-loss 0\.5, or export without --int8",
     ):
-        check_loss(measured, Int8("photos", "photos", 0.4), "onnx")
+        check_loss(measured, Int8("photos", "photos", 0.4), "onnx", trained.info)
     with pytest.raises(ExportError, match=r"accept more by --max-loss 0\.6, "):  # rounded up, as 0.5 is refused again
-        check_loss(replace(measured, after=0.9248), Int8("photos", "photos", 0.5), "onnx")
+        check_loss(replace(measured, after=0.9248), Int8("photos", "photos", 0.5), "onnx", trained.info)
+    adapted = replace(trained.info, config={"trainer": {"quantization_aware": True}})
+    with pytest.raises(ExportError, match="Nothing was written; accept more"):
+        check_loss(replace(measured, after=0.9), Int8("photos", "photos", 0.5), "onnx", adapted)
+    with pytest.raises(ExportError, match=r"40 samples, of which one is 2\.50 points; at most"):
+        check_loss(replace(measured, after=0.9, samples=40), Int8("photos", "photos", 0.5), "onnx", adapted)
 
 
 def test_data_that_cannot_calibrate_or_measure_are_refused_before_the_conversion(

@@ -115,6 +115,14 @@ def test_both_references_resize_as_the_library(library: str, reference: ModuleTy
         assert difference(got, expected) <= PIXEL_BOUND
 
 
+def test_both_references_cut_the_centre_of_a_long_image(reference: ModuleType) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (3, 30_000, 3), dtype=np.uint8)
+    preprocess = Preprocess(64, 64, crop_ratio=0.875, interpolation="pillow")  # 73 × 730,000 pixels before the crop
+    expected, setting = preprocess(image), settings_of(preprocess)
+    np.testing.assert_array_equal(reference.preprocess(image, setting), expected)
+    assert difference(in_node([image], [setting])[0], expected) <= PIXEL_BOUND
+
+
 def test_javascript_lays_transparency_over_white() -> None:
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = (10, 20, 30, 255)

@@ -29,6 +29,7 @@ from refract.augment.decoding.decode import decode
 from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import probabilities
+from refract.models.hierarchy import Hierarchy
 from refract.pipeline.cli.export import main
 from refract.pipeline.export.browser import runtime
 from refract.pipeline.export.browser.script_check import check_script
@@ -313,6 +314,15 @@ def test_the_page_backs_off_to_the_parents_that_refract_predicts(
         )
         expected = [each and each.label for each in changed.back_offs(rows)]
         assert [each and each["name"] for each in page.evaluate("rows => rows.map(backOff)", rows.tolist())] == expected
+    labels = ("a", "b", "c", "d")
+    ties = {"z": None, "top": None, "deep": "top", "a": "z", "b": "z", "c": "deep", "d": "deep"}
+    forest = Hierarchy(labels, ties)
+    tied = {"labels": labels, "abstain_below": 0.7, "hierarchy": {"parents": ties, "threshold": 0.5}}
+    page.evaluate("tied => Object.assign(settings, tied)", tied)
+    for row in ([0.25, 0.25, 0.25, 0.25], [0.3, 0.2, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125]):
+        (backed_off,) = forest.back_offs(np.array([row]), 0.7, 0.5)
+        assert backed_off is not None
+        assert page.evaluate("row => backOff(row).name", row) == backed_off.label
     assert not errors
     page.close()
 

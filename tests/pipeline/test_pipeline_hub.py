@@ -70,7 +70,7 @@ def test_what_the_hub_refuses_is_reported_without_the_token(hub: Hub, monkeypatc
         RemoteError, match="hf://datasets/acme/others: refused by the Hub .*; check the name, and HF_TOKEN"
     ):
         load_manifest("hf://datasets/acme/others")
-    with pytest.raises(RemoteError, match="hf://photos: is not a complete URL; write hf://datasets/OWNER/NAME/PATH"):
+    with pytest.raises(RemoteError, match="hf://photos: is not a complete URL; write hf://datasets/OWNER/NAME"):
         load_manifest("hf://photos")
     monkeypatch.setenv("HF_TOKEN", "hf_some_other_token")
     with pytest.raises(RemoteError, match="refused by the Hub") as refused:

@@ -46,7 +46,9 @@ def test_timms_own_transform_and_network(refract: Run, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     files, expected = trained(refract, "pillow")
     refract("export", "runs/run/bundle", "--to", "hf", "-o", "hf")
-    assert "timm's own evaluation transform gives the same pixels" in Path("hf/README.md").read_text("utf-8")
+    assert "timm's own evaluation transform gives the same pixels as `preprocess.py`." in Path(
+        "hf/README.md"
+    ).read_text("utf-8")
     network = timm.create_model("local-dir:hf", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
     temperature = json.loads(Path("hf/preprocess.json").read_text("utf-8"))["temperature"]

@@ -19,6 +19,7 @@ from refract.pipeline.training import run as run_module
 from refract.pipeline.training.fit import assemble
 from refract.pipeline.training.run import train
 from refract.pipeline.training.run_directory import read_record, stored_config, unfinished
+from refract.remote.address import AddressError
 from refract.remote.client import RemoteError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("new_cache")]
@@ -71,11 +72,18 @@ def assert_starts_from(bundle: Bundle, config: Config) -> None:
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("url", ["hf://acme/colours", "hf://acme/colours@main/", "hf://acme/colours/model.safetensors"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hf://acme/colours", "hf://acme/colours@main/", "hf://acme/colours@", "hf://acme/colours/model.safetensors",
+        "hf://acme/colours@refs/pr/1", "hf://acme/colours@a%2Fbranch/model.safetensors",
+    ],
+)  # fmt: skip
 def test_a_training_starts_from_the_export_on_the_hub(
     url: str, hub: Hub, bundle: Bundle, images: Path, tmp_path: Path
 ) -> None:
     hub.failures = 2
+    hub.commits["refs/pr/1"] = hub.commits["a/branch"] = hub.files
     assert_starts_from(bundle, configured(images, url, tmp_path))
     fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
     assert fetched == {"model.safetensors", "config.json"}, "what is not needed is not downloaded"
@@ -111,14 +119,28 @@ def test_a_commit_that_main_has_left_is_read(hub: Hub, bundle: Bundle, images: P
     assert_starts_from(bundle, configured(images, f"hf://acme/colours@{commit}", tmp_path))
 
 
-def test_what_cannot_start_a_training_names_the_url(hub: Hub, images: Path, tmp_path: Path) -> None:
+def test_what_cannot_start_a_training_names_the_url(hub: Hub, bundle: Bundle, images: Path, tmp_path: Path) -> None:
     for url, message in {
         "hf://acme/roses": "hf://acme/roses: refused by the Hub .*; check the name, and HF_TOKEN",
         "hf://acme/colours@v9": "hf://acme/colours@v9: refused by the Hub",
         "hf://colours": "hf://colours: is not a complete URL",
+        "hf://acme/colours@refs/pr/9": "hf://acme/colours@refs/pr/9: refused by the Hub .RevisionNotFound",
     }.items():
         with pytest.raises(RemoteError, match=message):
             assemble(configured(images, url, tmp_path))
+    hub.files |= {f"bundle/{file.name}": file.read_bytes() for file in bundle.path.iterdir() if file.is_file()}
+    with pytest.raises(
+        ConfigError, match="hf://acme/colours@.*/bundle': is a bundle, .*; download it and name its folder"
+    ):
+        assemble(configured(images, "hf://acme/colours/bundle", tmp_path))
+    with pytest.raises(AddressError, match="contains a password"):
+        assemble(configured(images, "hf://me:secret@acme/colours", tmp_path))
+    with pytest.raises(ValueError, match=r"model.safetensors\?download=true': no such file; check the URL"):
+        build(NETWORK, 3, image_size=(32, 32), weights="hf://acme/colours/model.safetensors?download=true")
+    with pytest.raises(ConfigError, match="is a page of the Hugging Face Hub; write hf://acme/colours"):
+        assemble(configured(images, "https://huggingface.co/acme/colours", tmp_path))
+    with pytest.raises(ConfigError, match="expected the URL of a file that ends in .safetensors"):
+        assemble(configured(images, "http://127.0.0.1:9/weights.ckpt", tmp_path))
     with pytest.raises(ValueError, match=r"the folder has none of model.safetensors, .*; check the URL"):
         build(NETWORK, 3, image_size=(32, 32), weights="hf://acme/colours/onnx")
     with pytest.raises(ConfigError, match=r"none.safetensors': no such file; check the URL"):
@@ -129,10 +151,26 @@ def test_what_cannot_start_a_training_names_the_url(hub: Hub, images: Path, tmp_
         build("timm/test_vit", 3, image_size=(160, 160), weights="hf://acme/colours")
 
 
+def test_removed_and_damaged_copies_are_downloaded_again(
+    hub: Hub, bundle: Bundle, images: Path, tmp_path: Path
+) -> None:
+    config = configured(images, "hf://acme/colours", tmp_path)
+    for damage in (Path.unlink, lambda file: file.write_bytes(b"no tensors")):
+        assert_starts_from(bundle, config)
+        (stored,) = (tmp_path / "cache" / "weights").glob("*/model.safetensors")
+        damage(stored)
+        if stored.exists():
+            with pytest.raises(ConfigError, match="cannot be read as plain tensors"):
+                assemble(config)
+    assert_starts_from(bundle, config)
+
+
 def test_init_takes_the_network_from_the_repository(hub: Hub, images: Path, refract: Run) -> None:
     refract("init", str(images), "--model.weights", "hf://acme/colours", "-o", "config.yaml")
-    model = yaml.safe_load(Path("config.yaml").read_text("utf-8"))["model"]
-    assert (model["name"], model["weights"]) == (NETWORK, "hf://acme/colours")
+    text = Path("config.yaml").read_text("utf-8")
+    config = yaml.safe_load(text)
+    assert (config["model"]["name"], config["model"]["weights"]) == (NETWORK, "hf://acme/colours")
+    assert config["data"]["image_size"] == 32 and "the network of the weights" in text
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,8 @@ def test_a_named_network_with_weights_is_trained_at_their_size(refract: Run, tmp
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--model.weights", "lost.pth"), "add --model.name"),
+        (("--model.weights", "lost.pth"), "--model.weights lost.pth: there is no such file or folder; check the path"),
+        (("--model.weights", "insects"), "the network of the weights is missing; add --model.name"),
         (("--model.name", "resnet20", "--model.weights", "lost.pth"), "lost.pth"),
         (("--model.name", "resnet0"), "network 'resnet0' is unknown"),
         (("--model.name", "resnet20", "--model.weights", "default"), "resnet20 has no pretrained weights"),
@@ -262,7 +263,7 @@ def test_a_bundle_implies_its_network(tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "bundle" / "weights.safetensors")
     (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({"network": network}))
     start = check_start(None, str(tmp_path / "bundle"), 2)
-    assert start == Start("lenet5", str(tmp_path / "bundle"), 40, True, {}, "cosine")
+    assert start == Start("lenet5", str(tmp_path / "bundle"), 40, True, {}, "cosine", is_in_weights=True)
     survey = take_survey(load_manifest(folder_of(tmp_path / "photos", "a b", photo)))
     proposal = propose(survey, start)
     assert proposal.value("data.image_size") == 40 and proposal.value("model.head") == "cosine"

@@ -58,8 +58,13 @@ def by_pillow(pixels, rule):
     else:
         sides = [round(rows / ratio), round(columns / ratio)]
     new_rows, new_columns = sides
-    whole = np.asarray(Image.fromarray(pixels).resize((new_columns, new_rows), Image.Resampling.BILINEAR))
     top, left = round((new_rows - height) / 2), round((new_columns - width) / 2)
+    if new_rows * new_columns > 16 << 20:  # only the centre, as a long image would fill the memory
+        down, across = rows / new_rows, columns / new_columns
+        right, bottom = min((left + width) * across, columns), min((top + height) * down, rows)
+        box = (left * across, top * down, right, bottom)
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box))
+    whole = np.asarray(Image.fromarray(pixels).resize((new_columns, new_rows), Image.Resampling.BILINEAR))
     return whole[top : top + height, left : left + width]
 
 
