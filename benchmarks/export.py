@@ -12,6 +12,7 @@ network in plain PyTorch in this process. A target or a backend that is not inst
 
 import argparse
 import importlib
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> int:
 
     from refract.models.bundle.bundle import BundleError
     from refract.models.conversion.deployable import Deployable
-    from refract.pipeline.export.export import export
+    from refract.pipeline.export.export import DESCRIPTION, export
     from refract.pipeline.export.int8 import Int8
     from refract.pipeline.export.target import ExportError
     from refract.pipeline.export.targets import TARGETS
@@ -72,7 +73,7 @@ def main() -> int:
                 else:
                     seconds = perf_counter() - started
                     network = sum(size for file, size in done.sizes.items() if file.startswith("model."))
-                    run = target.run(done.folder, {"task": bundle.info.task, "temperature": bundle.info.temperature})
+                    run = target.run(done.folder, json.loads((done.folder / DESCRIPTION).read_text("utf-8")))
                     exports[label] = {
                         "export_s": round(seconds, 1), "network_mb": round(network / 1e6, 2), "files": done.sizes,
                         "largest_difference": float(f"{done.comparison.largest:.2g}"), **_speed(run, images, args.seconds),
