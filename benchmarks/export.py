@@ -72,7 +72,7 @@ def main() -> int:
                     exports[label] = {"refused": str(err)}
                 else:
                     seconds = perf_counter() - started
-                    network = sum(size for file, size in done.sizes.items() if file.startswith("model."))
+                    network = sum(size for file, size in done.sizes.items() if Path(file).name.startswith("model."))
                     run = target.run(done.folder, json.loads((done.folder / DESCRIPTION).read_text("utf-8")))
                     exports[label] = {
                         "export_s": round(seconds, 1), "network_mb": round(network / 1e6, 2), "files": done.sizes,
