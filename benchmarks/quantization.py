@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--weights", default="none", help="model.weights of the first training (default none)")
     parser.add_argument("--size", type=int, default=64, help="side of the input in pixels (default 64)")
     parser.add_argument("--epochs", type=int, default=20, help="epochs of the first training (default 20)")
-    parser.add_argument("--tune-epochs", type=int, default=5, help="epochs of each fine-tuning (default 5)")
+    parser.add_argument("--tune-epochs", type=int, default=5, help="epochs of each fine-tuning (default 5), 0 for none")
     parser.add_argument("--policy", default="cifar", help="augment.policy (default cifar)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="rows of other networks stay in the file")
@@ -36,7 +36,7 @@ def main() -> None:
         folder = Path(temporary)
         first = trained(args, folder, "first", args.weights, args.epochs, aware=False)
         rows.append({"training": "first", "epochs": args.epochs, **first[1], **exported(args, first[0], folder)})
-        for name, aware in (("fine-tuned", False), ("quantization-aware", True)):
+        for name, aware in (("fine-tuned", False), ("quantization-aware", True)) if args.tune_epochs else ():
             bundle, cost = trained(args, folder, name, str(first[0]), args.tune_epochs, aware=aware)
             rows.append({"training": name, "epochs": args.tune_epochs, **cost, **exported(args, bundle, folder)})
     for row in rows:
