@@ -136,7 +136,8 @@ def test_weights_of_the_folder_start_a_training(timm_bundle: Bundle, tmp_path: P
     network = build(name, 3, image_size=(64, 48), weights=weights)
     expected = timm_bundle.classifier().network.state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in network.state_dict().items())
-    assert weights_preprocess(name, weights) == {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+    expected_preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "image_size": [64, 48]}
+    assert weights_preprocess(name, weights) == expected_preprocess
 
 
 def test_other_networks_than_timms_name_the_targets_for_them(bundle: Bundle, tmp_path: Path) -> None:
