@@ -36,9 +36,8 @@ def rounded_forward(network: nn.Module) -> Iterator[int]:
         weights = _weights_of(module)
         if isinstance(module, LAYERS):
             forward: Callable[..., Any] = partial(_run_layer, module, module.forward)
-        elif weights and "forward" not in vars(
-            module
-        ):  # else it recomputes activations, and its layers round their weights themselves
+        # A module with a patched forward function recomputes activations; its layers round their weights themselves.
+        elif weights and "forward" not in vars(module):
             forward = partial(_run_with, weights, module.forward)
         else:
             continue

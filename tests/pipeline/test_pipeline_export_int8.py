@@ -1,6 +1,9 @@
 """`refract export --int8`: calibration, the measured accuracy, and the refusal of a loss."""
 
+import csv
 import json
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,3 +190,26 @@ def test_a_refused_model_is_fine_tuned_for_8_bits(refract: Run, trained: Bundle,
     tuned = load_bundle(tmp_path / "runs" / "tuned" / "bundle")
     done = export(tuned, "onnx", tmp_path / "out", options)
     assert (done.accuracy.before, done.accuracy.after) == (1.0, 1.0)
+
+
+@needs_onnx
+def test_training_data_with_train_and_val_calibrates_on_what_was_trained(
+    refract: Run, photos: Path, tmp_path: Path
+) -> None:
+    """The training drew its test set from `train`: those images measure, and do not calibrate."""
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    (data / "test").rename(data / "val")
+    config = {
+        "data": {"source": str(data), "image_size": 32, "batch_size": 8, "workers": 0},
+        "model": {"name": "lenet5"}, "trainer": {"max_epochs": 1, "run_name": "run", "device": "cpu"},
+        "evaluation": {"robustness": "none"}, "tracking": {"enabled": False},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    refract("train", "config.yaml")
+    with (tmp_path / "runs" / "run" / "splits.csv").open() as file:
+        trained = Counter(row["split"] for row in csv.DictReader(file))
+    options = ("--int8", "--calibrate", data, "--data", data, "--max-loss", "100")
+    done = refract("export", "runs/run/bundle", "--to", "onnx", "-o", "out", *options)
+    assert f"calibrated on {trained['train']} images of {data}: accuracy on {data} (test)" in done.stdout
+    assert f"({trained['test']} samples)" in done.stdout and trained["val"] == 24
