@@ -122,9 +122,9 @@ def assemble(
         interpolation=config.data.interpolation,
     )
     check_recipe(config, augmenter, precision)
-    weights = config.model.weights
-    if is_on_hub(weights):
-        config = config.changed({"model.weights": from_rank_0("weights", lambda: pinned(weights))})
+    pinned_from = config.model.weights if is_on_hub(config.model.weights) else None
+    if pinned_from is not None:
+        config = config.changed({"model.weights": from_rank_0("weights", lambda: pinned(pinned_from))})
     source, local = source_model(config, source_digest), config
     if source is not None:
         config = config.changed({"model.weights": source.weights})
@@ -152,7 +152,6 @@ def assemble(
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
-    pinned_from = weights if is_on_hub(weights) else None
     return Assembly(
         config, manifest, identity, module, data, device, precision, ranks, text, source, accumulate, pinned_from
     )

@@ -63,6 +63,12 @@ def is_remote_bundle(weights: str) -> bool:
     return not name.suffix if is_web(weights) else name.suffix not in SUFFIXES
 
 
+def check_no_hub_page(weights: str) -> None:
+    """Raise ConfigError if model.weights is the address of a repository's page on the Hugging Face Hub."""
+    if (page := _HUB_PAGE.fullmatch(weights)) is not None:
+        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page[1]}")
+
+
 def bundle_folder(weights: str) -> Path | None:
     """Return the bundle's folder if model.weights is the folder of a bundle or of a run; else None."""
     if weights in ("none", "default") or _is_in_mlflow(weights):
@@ -80,9 +86,8 @@ def source_model(config: Config, digest: str | None = None) -> SourceModel | Non
     weights = config.model.weights
     if _is_in_mlflow(weights):
         source = _stored(config, digest) or _downloaded(config)
-    elif (page := _HUB_PAGE.fullmatch(weights)) is not None:
-        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page[1]}")
     elif is_remote_bundle(weights):
+        check_no_hub_page(weights)
         source = SourceModel(_verified(weights, weights), weights, {})
     elif (folder := bundle_folder(weights)) is not None:
         source = SourceModel(_verified(folder, weights), weights, {})

@@ -110,3 +110,20 @@ def training(tmp_path: Path, warm: WarmProcess) -> Training:
         process.wait(60)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def npm_archive() -> Path:
+    """The npm package onnxruntime-web, which npm loads into the cache folder if it is not there."""
+    from refract.pipeline.export.browser import runtime
+    from refract.pipeline.export.target import ExportError
+
+    try:
+        return runtime.cached_archive()
+    except ExportError:
+        if shutil.which("npm") is None:
+            pytest.skip("npm, which loads onnxruntime-web, is not installed (Debian: apt-get install npm)")
+        view = ["npm", "view", "--fetch-retries=0", "onnxruntime-web", "version"]
+        if subprocess.run(view, capture_output=True, check=False).returncode:
+            pytest.skip("the npm registry, which has onnxruntime-web, cannot be reached")
+        raise

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from warm_process import Started
 
 from refract.pipeline.config.config import Config
@@ -115,3 +116,15 @@ def tar_of(path: str, *members: tuple[str, bytes] | tarfile.TarInfo) -> str:
                 entry.size = len(member[1])
                 target.addfile(entry, io.BytesIO(member[1]))
     return path
+
+
+def interrupt_before_first_step(config: Config) -> None:
+    """Start a training, and interrupt it as Ctrl-C does when its run's folder is complete."""
+    from refract.pipeline.training import run
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "fit", interrupted)
+        run.train(config)

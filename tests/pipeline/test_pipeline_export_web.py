@@ -1,15 +1,11 @@
-"""`refract export --to web`: the exported page in a real browser, and where its runtime comes from."""
+"""`refract export --to web`: the exported page in a real browser."""
 
 import base64
 import functools
 import io
-import json
 import logging
-import os
 import re
 import shutil
-import subprocess
-import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,19 +19,16 @@ import torch
 from chromium import needs_chromium
 from icc_profiles import icc
 from PIL import Image
-from small_export import encoded, make_bundle, needs_onnx, stored
+from small_export import make_bundle, needs_onnx, stored
 
 from refract.augment.decoding.decode import decode
 from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import probabilities
 from refract.models.hierarchy import Hierarchy
-from refract.pipeline.cli.export import main
 from refract.pipeline.export.browser import runtime
-from refract.pipeline.export.browser.script_check import check_script
 from refract.pipeline.export.export import export
 from refract.pipeline.export.int8 import Int8
-from refract.pipeline.export.target import ExportError
 
 pytestmark = [pytest.mark.slow, needs_onnx]
 
@@ -57,20 +50,6 @@ REQUEST_ELSEWHERE = """new Promise(resolve => {
   document.addEventListener("securitypolicyviolation", event => resolve(event.effectiveDirective));
   fetch("http://127.0.0.1:9/").catch(() => setTimeout(resolve, 1000, "allowed"));
 })"""
-
-
-@pytest.fixture(scope="module")
-def archive() -> Path:
-    """The npm package, which npm loads into the cache folder if it is not there."""
-    try:
-        return runtime.cached_archive()
-    except ExportError:
-        if shutil.which("npm") is None:
-            pytest.skip("npm, which loads onnxruntime-web, is not installed (Debian: apt-get install npm)")
-        view = ["npm", "view", "--fetch-retries=0", "onnxruntime-web", "version"]
-        if subprocess.run(view, capture_output=True, check=False).returncode:
-            pytest.skip("the npm registry, which has onnxruntime-web, cannot be reached")
-        raise
 
 
 def photo(side: int, form: str, **options: object) -> bytes:
@@ -107,9 +86,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def exported(bundle: Bundle, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(bundle: Bundle, npm_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "web"
-    export(bundle, "web", folder, runtime=archive)
+    export(bundle, "web", folder, runtime=npm_archive)
     return folder
 
 
@@ -258,10 +237,10 @@ def test_a_missing_file_and_a_page_without_a_server_are_explained(
 
 @needs_chromium
 def test_multilabel_shows_each_label_that_reaches_its_threshold(
-    browser, archive: Path, serving, tmp_path: Path
+    browser, npm_archive: Path, serving, tmp_path: Path
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", "lenet5", task="multilabel")
-    export(bundle, "web", tmp_path / "out", runtime=archive)
+    export(bundle, "web", tmp_path / "out", runtime=npm_archive)
     page, errors, _ = opened(browser, serving(tmp_path / "out"))
     several = 0
     for golden in bundle.golden_samples:
@@ -282,12 +261,12 @@ def test_multilabel_shows_each_label_that_reaches_its_threshold(
 
 @needs_chromium
 def test_the_page_backs_off_to_the_parents_that_refract_predicts(
-    browser, bundle: Bundle, archive: Path, serving, tmp_path: Path
+    browser, bundle: Bundle, npm_archive: Path, serving, tmp_path: Path
 ) -> None:
     parents = {"blue": "cold", "green": "cold", "red": "warm", "cold": "all", "warm": "all", "all": None}
     info = replace(bundle.info, hierarchy={"parents": parents, "threshold": 0.8}, abstain_below=0.7)
     tree = load_bundle(save_bundle(tmp_path / "bundle", info, bundle.classifier(), bundle.golden_samples))
-    export(tree, "web", tmp_path / "out", runtime=archive)
+    export(tree, "web", tmp_path / "out", runtime=npm_archive)
     page, errors, _ = opened(browser, serving(tmp_path / "out"))
     rows = np.random.default_rng(0).dirichlet([0.6] * 3, 300)
     rows = np.concatenate([rows, [[0.4, 0.4, 0.2], [0.7, 0.1, 0.2], [0.1, 0.3, 0.6]]])
@@ -328,8 +307,10 @@ def test_the_page_backs_off_to_the_parents_that_refract_predicts(
 
 
 @needs_chromium
-def test_the_browser_computes_8_bit_integers(browser, bundle: Bundle, archive: Path, serving, tmp_path: Path) -> None:
-    export(bundle, "web", tmp_path / "out", Int8(None, None, 100), runtime=archive)
+def test_the_browser_computes_8_bit_integers(
+    browser, bundle: Bundle, npm_archive: Path, serving, tmp_path: Path
+) -> None:
+    export(bundle, "web", tmp_path / "out", Int8(None, None, 100), runtime=npm_archive)
     page, errors, _ = opened(browser, serving(tmp_path / "out"))
     assert "8-bit integers" in page.inner_text("#card")
     for golden in bundle.golden_samples:
@@ -363,96 +344,3 @@ def test_the_browser_decodes_images_as_refract_does(browser, bundle: Bundle, exp
             pixels[name, profiles] = got
     assert np.abs(pixels["P3", "convert"] - pixels["P3", "ignore"]).max() > 10
     page.close()
-
-
-def test_without_npm_the_error_names_the_manual_way(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert main([str(bundle.path), "--to", "web", "-o", str(tmp_path / "out")]) == 2
-    assert (
-        f"--to web needs onnxruntime-web {runtime.VERSION}, and npm is not installed; run `npm pack onnxruntime-web@{runtime.VERSION}` "
-        f"where npm has a network, and add --runtime onnxruntime-web-{runtime.VERSION}.tgz" in capsys.readouterr().err
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def put_npm(folder: Path, script: str) -> None:
-    """Put a program of this name first on the path."""
-    folder.mkdir()
-    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "npm").chmod(0o755)
-
-
-def test_what_npm_says_and_what_it_loads_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    path = os.environ["PATH"]
-    put_npm(tmp_path / "offline", "echo 'npm error code ENOTFOUND\nnpm error network no route' >&2; exit 1")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'offline'}:{path}")
-    with pytest.raises(ExportError, match=r"npm cannot load onnxruntime-web \S+: network no route; run `npm pack"):
-        runtime.cached_archive()
-    put_npm(tmp_path / "other", f"echo other > {runtime.ARCHIVE}")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'other'}:{path}")
-    with pytest.raises(ExportError, match="does not have the SHA-512 of the npm registry"):
-        runtime.cached_archive()
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_damaged_file_in_the_cache_is_loaded_again(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    put_npm(tmp_path / "npm", f"cp {archive} .")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'npm'}:{os.environ['PATH']}")
-    cached = tmp_path / "cache" / "onnxruntime-web" / runtime.ARCHIVE
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(b"half")
-    assert runtime.cached_archive() == cached and cached.read_bytes() == archive.read_bytes()
-
-
-def test_an_unpacked_package_is_accepted_and_others_are_refused(
-    archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with tarfile.open(archive) as tar:
-        members = [tar.getmember(f"package/{name}") for name in ("package.json", *runtime.FILES)]
-        tar.extractall(tmp_path, members, filter="data")
-    package = tmp_path / "package"
-    assert runtime.runtime_files(package) == runtime.runtime_files(archive) and not caplog.records
-    description = json.loads((package / "package.json").read_text())
-    (package / "package.json").write_text(json.dumps({**description, "version": "1.24.3"}))
-    runtime.runtime_files(package)
-    assert f"is version 1.24.3; the page was tested with {runtime.VERSION}" in caplog.text
-    (package / "package.json").write_text(json.dumps({**description, "name": "onnxruntime-node"}))
-    with pytest.raises(ExportError, match="is the npm package onnxruntime-node, not onnxruntime-web"):
-        runtime.runtime_files(package)
-    (package / "package.json").unlink()
-    with pytest.raises(ExportError, match=r"lacks package\.json of onnxruntime-web"):
-        runtime.runtime_files(package)
-    (tmp_path / "notes.tgz").write_text("notes")
-    with pytest.raises(ExportError, match=r"notes\.tgz: cannot be read as an archive of npm"):
-        runtime.runtime_files(tmp_path / "notes.tgz")
-    (tmp_path / runtime.ARCHIVE).write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(ExportError, match="does not have the SHA-512 of the npm registry"):
-        runtime.runtime_files(tmp_path / runtime.ARCHIVE)
-    with pytest.raises(ExportError, match="missing: does not exist"):
-        runtime.runtime_files(tmp_path / "missing")
-
-
-def test_other_targets_refuse_a_runtime(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = [str(bundle.path), "--to", "torch-export", "-o", str(tmp_path / "out"), "--runtime", str(tmp_path)]
-    assert main(arguments) == 2
-    assert "--runtime: torch-export contains no runtime; remove it or use --to web" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js (Debian's package nodejs)")
-def test_a_script_with_other_pixels_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data, preprocess = [encoded("red", 0)], Preprocess(16, 16)
-    assert check_script(SCRIPT, data, preprocess)
-    brighter = SCRIPT.read_text().replace("below * y + 0.5", "below * y + 5.5")
-    (tmp_path / "preprocess.js").write_text(brighter)
-    with pytest.raises(ExportError, match=r"preprocess\.js changes a pixel of a golden sample by 5 grey levels"):
-        check_script(tmp_path / "preprocess.js", data, preprocess)
-    (tmp_path / "preprocess.js").write_text("a newer language")
-    assert not check_script(tmp_path / "preprocess.js", data, preprocess)
-    assert "the JavaScript preprocessing was not checked: Node.js fails" in caplog.text

@@ -8,14 +8,13 @@ import torch
 import yaml
 from hub_server import TOKEN, Hub
 from object_server import ObjectServer
-from small_data import Run, paint
+from small_data import Run, interrupt_before_first_step, paint
 from small_export import make_bundle
 
 from refract.models.bundle.bundle import Bundle
 from refract.models.registry import build
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.export.export import export
-from refract.pipeline.training import run as run_module
 from refract.pipeline.training.fit import assemble
 from refract.pipeline.training.run import train
 from refract.pipeline.training.run_directory import read_record, stored_config, unfinished
@@ -90,17 +89,11 @@ def test_a_training_starts_from_the_export_on_the_hub(
 
 
 def test_a_run_keeps_its_commit_and_resumes_without_the_hub(
-    hub: Hub, bundle: Bundle, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, bundle: Bundle, images: Path, tmp_path: Path
 ) -> None:
     config, commit = configured(images, "hf://acme/colours", tmp_path), hub.commit()
 
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as stop:
-        stop.setattr(run_module, "fit", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    interrupt_before_first_step(config)
     run = tmp_path / "runs" / "first"
     assert stored_config(run).model.weights == f"hf://acme/colours@{commit}"
     assert read_record(run)["start"] == {"source": "hf://acme/colours", "weights": f"hf://acme/colours@{commit}"}

@@ -9,12 +9,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_data import COLORS, make_image, paint, table, write_image
+from small_data import COLORS, interrupt_before_first_step, make_image, paint, table, write_image
 
 from refract.models.bundle.bundle import load_bundle
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.tracking import TrackingError
-from refract.pipeline.training import run as run_module
 from refract.pipeline.training.fit import Assembly, assemble
 from refract.pipeline.training.run import train
 from refract.pipeline.training.run_directory import read_record, stored_config, unfinished
@@ -99,21 +98,13 @@ def test_new_classes_extend_the_head_and_known_ones_keep_their_rows(trained: Tra
     assert all(torch.equal(state[key], trained.weights[key]) for key in others)
 
 
-def test_the_run_names_its_model_and_resumes_without_it(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_names_its_model_and_resumes_without_it(trained: Trained, tmp_path: Path) -> None:
     copied = tmp_path / "other.db"
     shutil.copy(trained.root / "mlflow.db", copied)
     moved = trained._replace(uri=f"sqlite:///{copied}")
     config = configured(moved, tmp_path, "models:/colors@champion").changed({"trainer.run_name": "second"})
 
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as stop:
-        stop.setattr(run_module, "fit", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    interrupt_before_first_step(config)
     run = tmp_path / "runs/second"
     start = read_record(run)["start"]
     assert start["source"] == "models:/colors@champion" and start["weights"] == "models:/colors/1"

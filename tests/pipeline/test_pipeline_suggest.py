@@ -243,6 +243,7 @@ def test_a_named_network_with_weights_is_trained_at_their_size(refract: Run, tmp
         (("--model.weights", "lost.pth"), "--model.weights lost.pth: there is no such file or folder; check the path"),
         (("--model.weights", "insects"), "the network of the weights is missing; add --model.name"),
         (("--model.name", "resnet20", "--model.weights", "lost.pth"), "lost.pth"),
+        (("--model.weights", "https://huggingface.co/timm/resnet18.a1_in1k"), "write hf://timm/resnet18.a1_in1k"),
         (("--model.name", "resnet0"), "network 'resnet0' is unknown"),
         (("--model.name", "resnet20", "--model.weights", "default"), "resnet20 has no pretrained weights"),
     ],
