@@ -16,7 +16,8 @@ from refract.pipeline.retraining.champion_data import ChampionData, champion_dat
 from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.label_checks import label_changes, level_of, moved_by_decisions
 from refract.pipeline.retraining.registry import download, registry_of
-from refract.pipeline.retraining.snapshot import FILES, Snapshot, known_contents
+from refract.pipeline.retraining.snapshot import Snapshot
+from refract.pipeline.retraining.stored_snapshots import FILES, known_contents
 from refract.pipeline.retraining.workspace import Check, CheckedDrift, Workspace, read
 from refract.pipeline.training.build import reads
 

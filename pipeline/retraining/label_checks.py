@@ -17,7 +17,8 @@ from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
 from refract.pipeline.drift.new_data import NewData
 from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
 from refract.pipeline.files import write_atomically
-from refract.pipeline.retraining.snapshot import FILES, Snapshot, decided_contents
+from refract.pipeline.retraining.snapshot import Snapshot
+from refract.pipeline.retraining.stored_snapshots import FILES, decided_contents
 from refract.pipeline.retraining.workspace import Check, read
 
 if TYPE_CHECKING:

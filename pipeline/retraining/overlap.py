@@ -8,7 +8,7 @@ from refract.pipeline.data.manifest import Sample
 from refract.pipeline.retraining.champion_data import champion_data
 from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.gate import Line
-from refract.pipeline.retraining.snapshot import known_contents
+from refract.pipeline.retraining.stored_snapshots import known_contents
 from refract.pipeline.retraining.workspace import Workspace
 
 if TYPE_CHECKING:

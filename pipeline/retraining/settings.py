@@ -65,6 +65,8 @@ class RetrainConfig(Checked):
         disagreement_stop: stops the run from this fraction of contradicted new labels on; null never.
         start_from: initial weights: scratch (those of model.weights), champion, or auto, which trains from both and registers the one with
             the higher accuracy on the validation set.
+        keep_snapshots: number of snapshots that stay in the workspace, the newest; those of the versions with an alias stay as well. null
+            keeps all.
         effect_of_labels: also train without the corrections of labels since the champion, and compare both on the holdout; doubles the
             training time.
         notify: shell command that receives the run's record as JSON on its standard input, for 60 s at most; null disables it.
@@ -82,6 +84,7 @@ class RetrainConfig(Checked):
     disagreement_warn: float | None = number(0.05, gt=0, le=1, nullable=True)
     disagreement_stop: float | None = number(0.25, gt=0, le=1, nullable=True)
     start_from: Literal["scratch", "champion", "auto"] = "scratch"
+    keep_snapshots: int | None = number(30, ge=1, nullable=True)
     effect_of_labels: bool = False
     notify: str | None = None
     webhook: str | None = None

@@ -43,6 +43,15 @@ from refract.pipeline.retraining.holdout_versions import (
     propose,
     record_version,
 )
+from refract.pipeline.retraining.stored_snapshots import (
+    CONTENTS,
+    DECIDED,
+    FILES,
+    PROPOSED,
+    RECORD,
+    TABLE,
+    trained_before,
+)
 from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
@@ -54,11 +63,6 @@ log = logging.getLogger(__name__)
 
 WITHOUT_TABLE = "without_corrections.csv"
 """The table of the data without the corrections since the champion, for `retrain.effect_of_labels`."""
-TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
-DECIDED = "decided"
-"""The key of CONTENTS with the images whose labels the label history sets."""
-PROPOSED = "proposed"
-"""A file in the folder of a snapshot that no run has accepted yet."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def _lacking(
     lacking = set(range(len(data.labels))) - _labels_of(held)
     if held and not lacking:
         return []
-    trained: frozenset[str] = _trained_before(workspace) if held else champion.trained if champion else frozenset()
+    trained: frozenset[str] = trained_before(workspace) if held else champion.trained if champion else frozenset()
     candidates = [sample for sample in data.samples if not held or lacking & set(sample.labels)]
     seen = {sample.key for sample in candidates if trained and trained & contents(sample)}
     fresh = without_copies([sample for sample in candidates if sample.key not in seen], held, scanned, reads(config))
@@ -268,31 +272,11 @@ def _labels_of(samples: Iterable[Sample]) -> set[int]:
     return {label for sample in samples for label in sample.labels}
 
 
-def _trained_before(workspace: Workspace) -> frozenset[str]:
-    """Return the `contents` of the samples in all accepted snapshots."""
-    folders = [folder for folder in (workspace.root / "snapshots").glob("*") if not (folder / PROPOSED).exists()]
-    snapshots = [known_contents(folder) for folder in folders]
-    return frozenset[str]().union(*(trained for trained in snapshots if trained is not None))
-
-
 def accept(workspace: Workspace, snapshot: Snapshot) -> None:
     """Accept the snapshot: its holdout takes effect, and no later holdout gets samples that it trains on."""
     holdout.accept(workspace.holdout, frozen_digest(workspace.holdout, snapshot.holdout))
     record_version(workspace.holdout, snapshot.holdout)
     (snapshot.folder / PROPOSED).unlink(missing_ok=True)
-
-
-def known_contents(folder: Path) -> frozenset[str] | None:
-    """Return the `contents` of the samples that a snapshot trains and validates on; None if it is missing."""
-    for name in (CONTENTS, FILES):  # earlier versions wrote FILES only
-        if (folder / name).exists():
-            return frozenset(read(folder / name).values() if name == FILES else read(folder / name)["contents"])
-    return None
-
-
-def decided_contents(folder: Path) -> frozenset[str]:
-    """Return the SHA-256 of the images with an applied decision in a snapshot."""
-    return frozenset(read(folder / CONTENTS).get(DECIDED, ())) if (folder / CONTENTS).exists() else frozenset()
 
 
 def _fractions(config: Config) -> dict[str, float]:
@@ -382,7 +366,7 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
         "trainer": ("run_name", "runs_dir"),
         # Thresholds of the label checks refuse a run or have no effect. A run that a user accepted is not repeated without them.
         "retrain": (
-            *("folder", "notify", "webhook", "webhook_on"),
+            *("folder", "keep_snapshots", "notify", "webhook", "webhook_on"),
             *("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
         ),
         "data": ("source", "labels"),  # the snapshot has their content

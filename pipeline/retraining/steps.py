@@ -336,6 +336,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     """Report the outcome to the command `retrain.notify` and to the webhook, and record it for the next runs."""
     from refract.pipeline.retraining.notification import name_of, notify
     from refract.pipeline.retraining.report import write_report
+    from refract.pipeline.retraining.stored_snapshots import remove_unused
 
     outcome = record["ends"]
     workspace = workspace_of(config)
@@ -343,6 +344,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
         keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
         kept = {key: record.get(key) for key in keys}
         write(workspace.root / "last.json", kept | {"outcome": outcome})
+        remove_unused(workspace, config, client_of(record["mlflow"]))
     if config.retrain.notify:
         import json
 

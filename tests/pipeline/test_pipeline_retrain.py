@@ -24,6 +24,7 @@ from refract.pipeline.retraining.aliases import aliases, rollback
 from refract.pipeline.retraining.run import ATTEMPTS, begin, note_stop, unfinished, worth_resuming
 from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 from refract.pipeline.retraining.steps import STEPS, Outcome, RetrainingError, run_steps
+from refract.pipeline.retraining.stored_snapshots import trained_before
 from refract.pipeline.retraining.workspace import WorkspaceLocked, read_run, workspace_of, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -244,11 +245,16 @@ def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
 
     shutil.copytree(backup, images, dirs_exist_ok=True)
     shutil.rmtree(workspace.holdout)
-    fourteenth = retraining.run(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
+    trained = trained_before(workspace)
+    fourteenth = retraining.run(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0, "keep_snapshots": 1})
     assert fourteenth["outcome"] == Outcome.NOT_PROMOTED
     assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
     holdout = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "holdout")
     assert not holdout["passed"], "the champion was trained on images of a holdout that is drawn anew"
+    named = [retraining.client.get_model_version("colors", v) for v in aliases(retraining.client, "colors").values()]
+    in_use = {workspace.snapshot(version.tags["snapshot"]) for version in named}
+    assert len(in_use) == 3 and {path for path in (workspace.root / "snapshots").iterdir() if path.is_dir()} == in_use
+    assert trained_before(workspace) >= trained, "images of removed snapshots count, too"
     assert len(retraining.champions) == 15
     assert unfinished(workspace) is None
 

@@ -22,7 +22,7 @@ from refract.pipeline.data.manifest import DataError
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.labels.decisions import LabelDatabaseError, LabelError
 from refract.pipeline.labels.history import LabelHistory
-from refract.pipeline.retraining.snapshot import RECORD, TABLE
+from refract.pipeline.retraining.stored_snapshots import RECORD, TABLE
 from refract.pipeline.review.data import Captured
 from refract.pipeline.review.decisions import Decisions
 from refract.pipeline.review.session import ReviewSession

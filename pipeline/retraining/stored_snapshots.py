@@ -1,0 +1,101 @@
+"""The snapshots in a workspace: what they train on, and the removal of old ones."""
+
+import logging
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refract.errors import RefractError
+from refract.pipeline.config.config import Config
+from refract.pipeline.retraining.workspace import Workspace, read, write
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
+DECIDED = "decided"
+"""The key of CONTENTS with the images whose labels the label history sets."""
+PROPOSED = "proposed"
+"""A file in the folder of a snapshot that no run has accepted yet."""
+REMOVED = "removed.json"
+"""The file next to the snapshots with the contents of removed ones, so that no later holdout gets images that they trained on."""
+_REMOVING = ".removing"
+
+
+def known_contents(folder: Path) -> frozenset[str] | None:
+    """Return the `contents` of the samples that a snapshot trains and validates on; None if it is missing."""
+    for name in (CONTENTS, FILES):  # earlier versions wrote FILES only
+        if (folder / name).exists():
+            return frozenset(read(folder / name).values() if name == FILES else read(folder / name)["contents"])
+    return None
+
+
+def decided_contents(folder: Path) -> frozenset[str]:
+    """Return the SHA-256 of the images with an applied decision in a snapshot."""
+    return frozenset(read(folder / CONTENTS).get(DECIDED, ())) if (folder / CONTENTS).exists() else frozenset()
+
+
+def trained_before(workspace: Workspace) -> frozenset[str]:
+    """Return the `contents` of the samples in all accepted snapshots, also of removed ones."""
+    return _contents_of(_folders(workspace)) | _contents_of_removed(workspace)
+
+
+def remove_unused(workspace: Workspace, config: Config, client: "MlflowClient") -> None:
+    """Remove old snapshots by `retrain.keep_snapshots`. A failure is only logged: the run is complete without it."""
+    from mlflow.exceptions import MlflowException
+
+    from refract.pipeline.retraining.aliases import aliases
+
+    keep, name = config.retrain.keep_snapshots, str(config.tracking.model_name)
+    if keep is None or len(_folders(workspace)) <= keep:
+        return
+    try:
+        versions = [client.get_model_version(name, version) for version in aliases(client, name).values()]
+        in_use = {version.tags["snapshot"] for version in versions if "snapshot" in version.tags}
+        if removed := remove_old(workspace, keep, in_use):
+            log.info("snapshots: removed %d old ones; retrain.keep_snapshots is %d", removed, keep)
+    except (MlflowException, RefractError, OSError) as error:
+        log.warning("snapshots: old ones stay for now: %s", error)
+
+
+def remove_old(workspace: Workspace, keep: int, in_use: Collection[str]) -> int:
+    """Remove all snapshots except the `keep` newest and those with a digest of `in_use`. Returns the number of removed ones.
+
+    The age of a snapshot is that of the last run that took it. A removal that was killed continues at the next call. OSError for files
+    that cannot be deleted.
+    """
+    folders = sorted(_folders(workspace), key=_taken_at)
+    used = {workspace.snapshot(digest) for digest in in_use}
+    old = [folder for folder in folders[:-keep] if folder not in used]
+    if old:
+        contents = _contents_of_removed(workspace) | _contents_of(old)
+        write(workspace.root / "snapshots" / REMOVED, {"contents": sorted(contents)})
+    for folder in old:
+        folder.rename(folder.with_suffix(_REMOVING))
+    for folder in (workspace.root / "snapshots").glob(f"*{_REMOVING}"):
+        shutil.rmtree(folder)
+    return len(old)
+
+
+def _folders(workspace: Workspace) -> list[Path]:
+    folders = (workspace.root / "snapshots").glob("*")
+    return [folder for folder in folders if folder.is_dir() and folder.suffix != _REMOVING]
+
+
+def _taken_at(folder: Path) -> float:
+    record = folder / RECORD
+    return (record if record.exists() else folder).stat().st_mtime
+
+
+def _contents_of(folders: Collection[Path]) -> frozenset[str]:
+    """Return the contents of the accepted ones among the snapshots."""
+    accepted = [known_contents(folder) for folder in folders if not (folder / PROPOSED).exists()]
+    return frozenset[str]().union(*(contents for contents in accepted if contents is not None))
+
+
+def _contents_of_removed(workspace: Workspace) -> frozenset[str]:
+    path = workspace.root / "snapshots" / REMOVED
+    return frozenset(read(path)["contents"]) if path.exists() else frozenset()
