@@ -1,6 +1,9 @@
-"""Draw docs/speed.png from the committed results: the recipes against their peers, and each op against the fastest peer.
+"""Draw the plots of docs/ from the committed results.
 
-python -m benchmarks.plot
+speed.png: the recipes against their peers, and each op against the fastest peer. growth.png: processor time and memory against the
+numbers of samples and classes.
+
+    python -m benchmarks.plot
 """
 
 import json
@@ -10,12 +13,20 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).with_name("results")
-TARGET = Path(__file__).parents[1] / "docs" / "speed.png"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
+    for draw in (speed, growth):
+        target = DOCS / f"{draw.__name__}.png"
+        draw().savefig(target, dpi=90)
+        print(f"wrote {target}")
+
+
+def speed() -> Figure:
     recipes = json.loads((RESULTS / "augment.json").read_text())["cases"]
     ops = json.loads((RESULTS / "augment_ops.json").read_text())["sides"]["224"]
     figure = plt.figure(figsize=(11, 9), layout="constrained")
@@ -43,8 +54,38 @@ def main() -> None:
     axes.set_title("each op at 224 × 224 pixels: red is faster than the fastest peer, orange slower", fontsize=9)
     axes.set_xlabel("images per second, divided by those of the fastest peer (in brackets)", fontsize=8)
     axes.tick_params(labelsize=7)
-    figure.savefig(TARGET, dpi=90)
-    print(f"wrote {TARGET}")
+    return figure
+
+
+def growth() -> Figure:
+    found = json.loads((RESULTS / "growth.json").read_text())
+    lines = {
+        "first step": [(row["samples"], row) for row in found["samples"]],
+        "first step, images checked before": [
+            (row["samples"], {key.removeprefix("again_"): value for key, value in row.items() if "again" in key})
+            for row in found["samples"]
+        ],
+        **{
+            name: [(row["samples"], row[name]) for row in found["commands"]]
+            for name in ("train", "evaluate", "score", "retrain")
+        },
+    }
+    classes = {"evaluation, two samples per class": [(row["classes"], row) for row in found["classes"]]}
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", layout="constrained", width_ratios=(2, 1))
+    for column, (size, each) in enumerate((("samples", lines), ("classes", classes))):
+        for row, (value, title) in enumerate(
+            (("processor_seconds", "processor time, s"), ("peak_mb", "most memory, MB"))
+        ):
+            for name, points in each.items():
+                numbers, values = [number for number, _ in points], [measured[value] for _, measured in points]
+                axes[row, column].loglog(numbers, values, marker="o", markersize=4, linewidth=1.2, label=name)
+            axes[row, column].set_ylabel(title, fontsize=8)
+            axes[row, column].tick_params(labelsize=7)
+            axes[row, column].grid(which="major", linewidth=0.4)
+            axes[row, column].set_ylim(bottom=100 if value == "peak_mb" else 1)
+        axes[0, column].legend(fontsize=7)
+        axes[1, column].set_xlabel(size, fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":

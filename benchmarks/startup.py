@@ -1,7 +1,8 @@
-"""Measure what the start of each command costs: CPU seconds (user and system, all its processes) and peak memory of whole processes.
+"""Measure what the start of each command costs: seconds, CPU seconds (user and system, all its processes) and peak memory.
 
 "torch" imports PyTorch and builds an optimizer, which every training does; it is the lower limit of a training process.
 "train, first step" ends `refract train` at its first optimizer step. "train" and "retrain" train lenet5 on the digits for one epoch.
+"serve" ends with the response to its first prediction; the second time, the choice of the backend is in the cache.
 
     python -m benchmarks.startup --rounds 3 --json benchmarks/results/startup.json
 """
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -35,6 +38,7 @@ sys.exit(main(sys.argv[1:]))
 """
 TORCH = "import torch; torch.optim.AdamW([torch.zeros(1)])"
 BUNDLE = "runs/first/bundle"
+SERVE = ("-m", "refract", "serve", BUNDLE, "--port", "0")
 PYTHON: dict[str, tuple[str, ...]] = {
     "torch": ("-c", TORCH),
     "import lightning": ("-c", f"{TORCH}; import lightning.pytorch"),
@@ -42,7 +46,8 @@ PYTHON: dict[str, tuple[str, ...]] = {
     "train": ("-m", "refract", "train", "config.yaml", "--trainer.run_name", "first"),
     "evaluate": ("-m", "refract", "evaluate", BUNDLE, "digits"),
     "compare": ("-m", "refract", "compare", "runs/first", "runs/first"),
-    "serve": ("-m", "refract", "serve", BUNDLE, "--port", "0"),
+    "serve": SERVE,
+    "serve again": SERVE,
     "retrain": ("-m", "refract", "retrain", "config.yaml", "--tracking.model_name", "digits"),
 }
 """The measured programs, in the order in which they run: the later ones read the files of `train`."""
@@ -53,17 +58,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in PYTHON}
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in PYTHON}
     for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.yaml").write_text(CONFIG)
             for name, arguments in PYTHON.items():
-                taken[name].append(_measure(arguments, Path(folder), until_ready=name == "serve"))
-                seconds, memory = taken[name][-1]
-                print(f"round {number + 1}, {name}: {seconds:.2f} s of CPU, {memory:.0f} MB", flush=True)
+                taken[name].append(_measure(arguments, Path(folder), serves=arguments == SERVE))
+                seconds, cpu, memory = taken[name][-1]
+                print(f"round {number + 1}, {name}: {seconds:.2f} s, {cpu:.2f} s of CPU, {memory:.0f} MB", flush=True)
     result = {
-        "cpu_seconds": {name: round(median(seconds for seconds, _ in runs), 2) for name, runs in taken.items()},
-        "peak_mb": {name: round(max(memory for _, memory in runs)) for name, runs in taken.items()},
+        "seconds": {name: round(median(seconds for seconds, _, _ in runs), 2) for name, runs in taken.items()},
+        "cpu_seconds": {name: round(median(cpu for _, cpu, _ in runs), 2) for name, runs in taken.items()},
+        "peak_mb": {name: round(max(memory for _, _, memory in runs)) for name, runs in taken.items()},
         "rounds": args.rounds,
     }
     print(result)
@@ -72,24 +78,40 @@ def main() -> int:
     return 0
 
 
-def _measure(arguments: Sequence[str], folder: Path, *, until_ready: bool) -> tuple[float, float]:
-    """Run Python with the arguments and return its CPU seconds and its peak memory in MB. until_ready: stop it after its first line."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+def _measure(arguments: Sequence[str], folder: Path, *, serves: bool) -> tuple[float, float, float]:
+    """Run Python with the arguments. Returns seconds, CPU seconds and the peak memory in MB. serves: stop it after its first response."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "REFRACT_CACHE_DIR": str(folder / "cache")}
+    started = time.perf_counter()
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True
         )
         assert process.stdout is not None
-        if until_ready:
-            process.stdout.readline()
+        if serves:
+            _predict(process.stdout.readline())
+        else:
+            process.stdout.read()
+        seconds = time.perf_counter() - started
+        if serves:
             process.send_signal(signal.SIGTERM)
-        process.stdout.read()
+            process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         errors.seek(0)
         if process.returncode:
             raise RuntimeError(f"{arguments} ended with exit code {process.returncode}:\n{errors.read()}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def _predict(line: str) -> None:
+    """Send an image to the server whose first line this is."""
+    import cv2
+    import numpy as np
+
+    image = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
+    request = urllib.request.Request(f"{line.split()[-1]}/v1/predict", image, {"Content-Type": "image/png"})
+    with urllib.request.urlopen(request) as response:
+        assert response.status == 200
 
 
 if __name__ == "__main__":
