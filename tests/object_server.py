@@ -19,11 +19,16 @@ KEYS = {"AWS_ACCESS_KEY_ID": "loopback", "AWS_SECRET_ACCESS_KEY": "not-a-secret-
 
 
 class FaultProxy:
-    """Forwards requests to a server. Every `every`-th read gets the next fault of `faults`; 0 for none. reads: (method, path), in order."""
+    """Forwards requests to a server. Every `every`-th read gets the next fault of `faults`; 0 for none. reads: (method, path), in order.
+
+    writes: the keys that were written or deleted, in order; refuses_writes: answers them with 403.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self.every, self.faults = 0, itertools.cycle(FAULTS)
         self.reads: list[tuple[str, str]] = []
+        self.writes: list[tuple[str, str]] = []
+        self.refuses_writes = False
         self.injected: list[str] = []
         self.authorizations: list[str] = []
         self.released = Event()
@@ -64,7 +69,8 @@ class FaultProxy:
     def fault_of(self, method: str, path: str) -> str:
         with self._lock:
             if method not in ("GET", "HEAD"):
-                return ""
+                self.writes.append((method, path))
+                return "403" if self.refuses_writes else ""
             self.reads.append((method, path))
             if not self.every or len(self.reads) % self.every:
                 return ""

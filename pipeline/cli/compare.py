@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
         description="Compare finished runs: the differences of their configs, their test metrics, and the accuracy of each against the "
         "first run, with a bootstrap interval and McNemar's test, on the images of both test sets.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, two or more")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or their URLs, two or more")
     parser.add_argument("--curves", metavar="FILE", type=Path, help="write the learning curves to this PNG file")
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
@@ -27,8 +27,9 @@ def main(argv: list[str]) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from refract.pipeline.evaluation.compare import against, curves, differences, read_run
+    from refract.remote.address import path_or_url
 
-    runs = [read_run(path) for path in args.runs]
+    runs = [read_run(path_or_url(name)) for name in args.runs]
     comparisons = [(run, *against(runs[0], run)) for run in runs[1:]]
     rows = [(key, [str(value) for value in values]) for key, values in differences(runs).items()]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract sync",
-        description="Deliver the pending entries of runs to MLflow, after its server was unreachable. Exit code 1 if an entry is "
-        "not accepted.",
+        description="Deliver the pending entries of runs to MLflow, after its server was unreachable, and complete the copies of runs with "
+        "trainer.copy_to. Exit code 1 if an entry or a copy is not accepted.",
     )
     parser.add_argument(
         "folder", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of runs (default: runs/)"
@@ -38,7 +39,8 @@ def _sync(folders: list[Path], uri: str | None) -> int:
     from refract.pipeline.training.run_directory import RunLocked, run_lock, stored_config
 
     runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
-    if not runs:
+    copied = _copied(folders)
+    if not runs and not copied:
         raise ConfigError(
             f"no run with a {JOURNAL} in {', '.join(map(str, folders))}; name run folders, such as runs/NAME"
         )
@@ -74,10 +76,47 @@ def _sync(folders: list[Path], uri: str | None) -> int:
                 print(f"{run}: {count} entries delivered to {store.address}, run {journal.delivered['run_id']}")
                 for line in _registered(journal, store.address):
                     print(line)
-    if not delivered and not failed and not skipped:
+    if runs and not delivered and not failed and not skipped:
         print("nothing to deliver: MLflow has all entries")
-    output.result({"runs": len(runs), "delivered": delivered, "failed": failed, "skipped": skipped})
-    return 1 if failed else 0
+    incomplete = sum(not _complete(run, url) for run, url in copied.items())
+    copies = {"copies": len(copied), "incomplete": incomplete} if copied else {}
+    output.result({"runs": len(runs), "delivered": delivered, "failed": failed, "skipped": skipped, **copies})
+    return 1 if failed or incomplete else 0
+
+
+def _copied(folders: list[Path]) -> dict[Path, str]:
+    """Return folder of a run → its `trainer.copy_to`, for the runs that have one."""
+    import yaml
+
+    from refract.pipeline.training.run_directory import CONFIG, RECORD
+
+    found = {}
+    for run in sorted({path.parent for folder in folders for path in folder.rglob(RECORD)}):
+        with suppress(OSError, yaml.YAMLError):
+            values = yaml.safe_load((run / CONFIG).read_text("utf-8"))
+            if isinstance(values, dict) and (url := (values.get("trainer") or {}).get("copy_to")):
+                found[run] = url
+    return found
+
+
+def _complete(run: Path, url: str) -> bool:
+    """Bring the copy of a run up to date. Returns whether it is, or the run's training does it."""
+    from refract.pipeline.training.run_copy import RunCopy
+    from refract.pipeline.training.run_directory import RunLocked, run_lock
+    from refract.remote.client import RemoteError
+
+    copy = RunCopy(run, url)
+    try:
+        with run_lock(run):
+            copy.update()
+    except RunLocked:
+        print(f"{run}: skipped, as its training is in progress and copies it")
+    except RemoteError as error:
+        print(f"{run}: its copy is not complete: {error}", file=sys.stderr)
+        return False
+    else:
+        print(f"{run}: {copy.url} is complete")
+    return True
 
 
 def _register_again(journal: "Journal", store: "Store") -> int:

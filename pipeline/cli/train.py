@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     argv, resume = _extract_option(argv, "--resume")
     if not (argv or resume) or (argv and argv[0] in ("-h", "--help")):
         print("usage: refract train CONFIG.yaml [--section.key value …] [--resume auto]")
-        print("       refract train --resume RUN_DIR\n")
+        print("       refract train --resume RUN_DIR_OR_URL\n")
         print(
             "Train a model from a config. Any key can be set on the command line. The run is written to RUNS_DIR/NAME/,"
         )
@@ -35,8 +35,9 @@ def main(argv: list[str]) -> int:
         print(
             "--resume RUN_DIR resumes an interrupted run from its newest checkpoint and ends with the same weights as an"
         )
+        print("uninterrupted run. --resume auto resumes the newest unfinished run of this config, or starts a new run.")
         print(
-            "uninterrupted run. --resume auto resumes the newest unfinished run of this config, or starts a new run.\n"
+            "--resume URL downloads the copy that --trainer.copy_to made to runs/NAME and resumes it, also on another machine.\n"
         )
         print(
             "Exit codes: 0 done; 1 failed; 2 invalid input; 3 trained, but not registered (refract sync RUN_DIR registers"
@@ -86,7 +87,7 @@ def _train(argv: list[str], resume: str | None) -> int:
     name = Path(argv[0]).stem if argv else "run"
     folder: Path | None
     if resume is not None and resume != "auto":
-        folder = Path(resume)
+        folder = _run_folder(resume)
         config = stored_config(folder)
     else:
         config = load_config(argv[0], argv[1:])
@@ -106,15 +107,30 @@ def _train(argv: list[str], resume: str | None) -> int:
         return run(load_config(argv[0], argv[1:]), name, None)
 
 
+def _run_folder(resume: str) -> "Path":
+    """Return the folder of the run to resume. Rank 0 downloads a run at a URL for all ranks."""
+    from pathlib import Path
+
+    from refract.pipeline.config.sections import TrainerConfig
+    from refract.pipeline.training.ranks import from_rank_0
+    from refract.pipeline.training.run_copy import fetch
+    from refract.remote.address import is_remote
+
+    if not is_remote(resume):
+        return Path(resume)
+    return Path(from_rank_0("resume", lambda: str(fetch(resume, Path(TrainerConfig().runs_dir)))))
+
+
 def _unfinished_of_rank_0(config: "Config", name: str) -> "Path | None":
     """Return the run that all ranks resume, None to start a new one."""
     from pathlib import Path
 
     from refract.pipeline.training.ranks import from_rank_0
+    from refract.pipeline.training.run_copy import fetch_unfinished
     from refract.pipeline.training.run_directory import unfinished
 
     def decide() -> str | None:
-        run = unfinished(config, name)
+        run = unfinished(config, name) or fetch_unfinished(config, name)
         return None if run is None else str(run)
 
     path = from_rank_0("resume", decide)

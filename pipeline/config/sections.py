@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from refract.models.credentials import masked
 from refract.models.fields import Checked, number
-from refract.remote.address import has_credentials, is_remote
+from refract.remote.address import has_credentials, is_object_store, is_remote
 
 LONGEST_TEXT = 4096
 """Upper bound of text.max_length, in words or tokens. A server keeps this many integers in memory for each queued sample."""
@@ -226,6 +226,7 @@ class TrainerConfig(Checked):
             horizontal flip; flip-shift also averages shifts by one pixel.
         runs_dir: folder that contains all runs.
         run_name: name of the run's folder in runs_dir; null builds it from the config's name and the time.
+        copy_to: URL of a folder for copies of runs, such as s3://BUCKET/runs: after each checkpoint what resumes the run, at the end all.
     """
 
     max_epochs: int = number(10, ge=1)
@@ -248,11 +249,24 @@ class TrainerConfig(Checked):
     tta: Literal["none", "flip", "flip-shift"] = "none"
     runs_dir: str = "runs"
     run_name: str | None = None
+    copy_to: str | None = None
 
     def rules(self) -> Rules:
         name = self.run_name
         local = "://" not in self.runs_dir
-        yield "trainer.runs_dir", masked(self.runs_dir), local, "a local folder; copy finished runs to a URL"
+        yield (
+            "trainer.runs_dir",
+            masked(self.runs_dir),
+            local,
+            "a local folder; set trainer.copy_to to copy runs to a URL",
+        )
+        stores = self.copy_to is None or is_object_store(self.copy_to)
+        yield (
+            "trainer.copy_to",
+            masked(self.copy_to or ""),
+            stores,
+            "null, or the URL of a folder at s3://, gs:// or az://",
+        )
         yield "trainer.run_name", name, name is None or _is_name(name), "a plain folder name"
         yield "trainer.folds", self.folds, self.folds == 0 or 2 <= self.folds <= 20, "0, or in 2…20"
         within = self.fold is None or 1 <= self.fold <= self.folds

@@ -36,10 +36,13 @@ class RunPredictions:
         return "subset accuracy" if "subset_accuracy" in self.metrics else "accuracy"
 
 
-def read_run(path: Path) -> RunPredictions:
-    """Read a run's folder. Raises ConfigError if it is not that of a finished run."""
+def read_run(place: Path | str) -> RunPredictions:
+    """Read a run. place: its folder, or the URL of its copy. Raises ConfigError if it is not finished, RemoteError."""
     from refract.models.bundle.bundle import load_bundle
+    from refract.remote.folders import fetched_folder
 
+    path = place if isinstance(place, Path) else fetched_folder(place)
+    name = place.name if isinstance(place, Path) else place.rstrip("/").rpartition("/")[2]
     try:
         with np.load(path / PREDICTIONS, allow_pickle=False) as stored:
             paths, truth, probabilities = (stored[name] for name in ("paths", "truth", "probabilities"))
@@ -55,14 +58,14 @@ def read_run(path: Path) -> RunPredictions:
     named = [tuple(info.labels[i] for i in np.flatnonzero(row)) for row in rows]
     by_path = (dict(zip(paths.tolist(), values, strict=True)) for values in (right.tolist(), named))
     config = with_new_keys(info.config, str(path))
-    return RunPredictions(path.name, config, info.metrics, history, *by_path)
+    return RunPredictions(name, config, info.metrics, history, *by_path)
 
 
 def differences(runs: Sequence[RunPredictions]) -> dict[str, list[Any]]:
     """Return config key → its value in each run, for keys whose values differ. The runs' names and folders are skipped."""
     flat = [dict(flattened(run.config)) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
-    skipped = ("trainer.run_name", "trainer.runs_dir")
+    skipped = ("trainer.run_name", "trainer.runs_dir", "trainer.copy_to")
     rows = {key: [values.get(key) for values in flat] for key in keys if key not in skipped}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 

@@ -363,7 +363,7 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
     values = filled(config).to_dict()
     values.pop("plugins", None)  # `_named` has their content
     for section, keys in {
-        "trainer": ("run_name", "runs_dir"),
+        "trainer": ("run_name", "runs_dir", "copy_to"),
         # Thresholds of the label checks refuse a run or have no effect. A run that a user accepted is not repeated without them.
         "retrain": (
             *("folder", "keep_snapshots", "notify", "webhook", "webhook_on"),

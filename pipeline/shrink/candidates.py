@@ -111,7 +111,7 @@ def config_of(candidate: Candidate, bundle: Bundle, config: Config, runs: str) -
         "data.image_size": candidate.size, "model.name": candidate.network, "model.weights": candidate.weights,
         "model.args": candidate.args, "model.head": candidate.head, "model.mode": "fine-tune", "model.unfreeze_epochs": None,
         "model.frozen_norms": None, "loss.teacher": str(bundle.path.resolve()), "trainer.devices": 1, "trainer.strategy": "ddp",
-        "trainer.runs_dir": runs, "trainer.run_name": candidate.name, "tracking.model_name": None,
+        "trainer.runs_dir": runs, "trainer.run_name": candidate.name, "trainer.copy_to": None, "tracking.model_name": None,
     }  # fmt: skip
     if not (candidate.weights == config.model.weights == "none" and config.model.mode == "fine-tune"):
         changes |= {"optim.lr": None, "optim.head_lr": None}

@@ -13,6 +13,7 @@ from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin
 from refract.pipeline.training.ranks import current_ranks
 from refract.pipeline.training.run import new_record, open_tracker, status_reported, train
+from refract.pipeline.training.run_copy import copied
 from refract.pipeline.training.run_directory import (
     RECORD,
     Run,
@@ -65,7 +66,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
     # The file of a policy may change between two folds.
     config = config.changed({"augment.policy": load_policy(config.augment.policy).to_spec()})
     run = new_run(config, name, record) if resume is None else resume_run(resume, record)
-    with run_lock(run.path):
+    with run_lock(run.path), copied(run, config.trainer.copy_to):
         tracker = _open_tracker(config, run, data)
         with status_reported(run, tracker):
             for fold in range(1, config.trainer.folds + 1):
@@ -116,7 +117,11 @@ def _train_fold(config: Config, run: Run, data: "FoldedData", fold: int, tags: M
         shutil.rmtree(path)  # the process was killed before the first record
     if not path.exists():
         place = {"trainer.fold": fold, "trainer.runs_dir": str(run.path), "trainer.run_name": path.name}
-        train(config.changed({**place, "tracking.model_name": None}), prepared=data.of(fold), tags=tags)
+        train(
+            config.changed({**place, "trainer.copy_to": None, "tracking.model_name": None}),
+            prepared=data.of(fold),
+            tags=tags,
+        )
     elif not read_record(path).get("finished"):
         train(stored_config(path), resume=path, prepared=data.of(fold), tags=tags)
 

@@ -77,6 +77,7 @@ def train(
     from refract.pipeline.tracking.model_card import label_state, read_facts, write_card
     from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
     from refract.pipeline.training.cost import Cost
+    from refract.pipeline.training.run_copy import copied
     from refract.pipeline.training.run_directory import ranks_before, run_lock, source_digest
 
     keep_freed_memory()
@@ -89,7 +90,7 @@ def train(
         return None
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     run, assembly = _open_run(assembly, name, resume, inputs(config))
-    with run_lock(run.path):
+    with run_lock(run.path), copied(run, config.trainer.copy_to):
         _announce(assembly, run, checkpoint)
         from_rank_0("start", lambda: start_of_ranks(assembly, run.path, checkpoint))
         cost = Cost(assembly.device)

@@ -192,5 +192,5 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
 def _comparable(config: Config) -> dict[str, Any]:
     """Return the values that are equal in two configs of the same training."""
     values = filled(config).to_dict()
-    values["trainer"] = {k: v for k, v in values["trainer"].items() if k not in ("runs_dir", "run_name")}
+    values["trainer"] = {k: v for k, v in values["trainer"].items() if k not in ("runs_dir", "run_name", "copy_to")}
     return values | {"plugins": plugin_digests(config.plugins)}

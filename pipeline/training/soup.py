@@ -106,7 +106,12 @@ def make_soup(runs: Sequence[Path], target: Path, method: str = "greedy") -> Sou
     members, score, weights = average(scorer, [(runs[i], bundles[i], scores[i]) for i in order])
     scorer.classifier.load_state_dict(weights)
     averaged = ", ".join(str(member.run) for member in members if member.averaged)
-    place = {"trainer.runs_dir": str(target.parent), "trainer.run_name": target.name, "tracking.model_name": None}
+    place = {
+        "trainer.runs_dir": str(target.parent),
+        "trainer.run_name": target.name,
+        "trainer.copy_to": None,
+        "tracking.model_name": None,
+    }
     config = configs[order[0]].changed(place)
     assembly = _assembly(scorer, config, {**identity, "average of": averaged}, bundles[0])
     target.parent.mkdir(parents=True, exist_ok=True)

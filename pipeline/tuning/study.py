@@ -115,7 +115,7 @@ def _searched(config: Config) -> dict[str, Any]:
     """Return the config's values that influence the scores: all but paths and tracking."""
     values = config.to_dict()
     values.pop("tracking")
-    for key in ("runs_dir", "run_name"):
+    for key in ("runs_dir", "run_name", "copy_to"):
         values["trainer"].pop(key)
     if config.plugins:
         values["plugins"] = plugin_digests(config.plugins)

@@ -32,6 +32,11 @@ def is_remote(name: str) -> bool:
     return _URL.match(name) is not None
 
 
+def is_object_store(url: str) -> bool:
+    """Return whether a URL without credentials names a bucket, or a folder in it."""
+    return re.match(r"(s3|gs|az)://[^/]", url) is not None and not has_credentials(url)
+
+
 def path_or_url(name: str) -> Path | str:
     """Return a URL as it is, and another name as a path, which would lose a slash of a URL."""
     return name if is_remote(name) else Path(name)

@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -140,6 +141,13 @@ def upload(path: Path, url: str) -> None:
     size = info(url).size
     if size != path.stat().st_size:
         raise RemoteError(f"{url}: has {size:,} bytes after the upload of {path.stat().st_size:,}; upload {path} again")
+
+
+def remove(url: str) -> None:
+    """Delete a file, if it exists. RemoteError if it cannot be deleted."""
+    checked(url)
+    with suppress(FileNotFoundError):
+        _repeated(url, lambda: store_of(url).remove(url))
 
 
 def changed(url: str) -> RemoteError:

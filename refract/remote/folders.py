@@ -55,7 +55,7 @@ def stored(
         if again:
             shutil.rmtree(target, ignore_errors=True)
         if not target.is_dir():
-            _download(url, files(), target)
+            download(url, files(), target)
         os.utime(target)
         _remove_unused(root)
     except OSError as error:
@@ -82,8 +82,8 @@ def _files_of(url: str) -> Sequence[RemoteObject]:
         raise RemoteError(f"{error.filename}: is listed in {MANIFEST} but missing; upload the bundle again") from error
 
 
-def _download(url: str, items: Sequence[RemoteObject], target: Path) -> None:
-    """Download to a temporary folder, which is renamed when it is complete."""
+def download(url: str, items: Sequence[RemoteObject], target: Path) -> None:
+    """Download files of the folder `url` to a temporary folder, which is renamed to `target` when it is complete. RemoteError, OSError."""
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         for item in items:

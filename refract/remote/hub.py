@@ -81,6 +81,9 @@ class HubFiles:
         return self._web.content(address, start, {name: token[name] for name in ("authorization",) if name in token})
 
     def upload(self, path: Path, url: str) -> None:
+        self.remove(url)
+
+    def remove(self, url: str) -> None:
         raise RefusedError(f"{url}: Refract does not write to the Hub; write to s3://, gs://, az:// or a file")
 
 

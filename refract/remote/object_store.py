@@ -78,6 +78,10 @@ class ObjectStore:
         with _errors_of(url):
             self._files().put_file(str(path), url, **({"overwrite": True} if self.scheme == "az" else {}))
 
+    def remove(self, url: str) -> None:
+        with _errors_of(url):
+            self._files().rm_file(url)
+
     def _files(self) -> Any:
         if self._pid != os.getpid():  # connections do not survive a fork
             self._filesystem, self._pid = _filesystem(self.scheme), os.getpid()

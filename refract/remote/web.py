@@ -68,6 +68,9 @@ class WebFiles:
                 skipped = max(0, skipped - len(block))
 
     def upload(self, path: Path, url: str) -> None:
+        self.remove(url)
+
+    def remove(self, url: str) -> None:
         raise RefusedError(f"{url}: a web server cannot be written to; use s3://, gs://, az:// or a file")
 
     def _open(self, method: str, url: str, headers: dict[str, str] | None = None) -> Any:
