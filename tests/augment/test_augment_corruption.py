@@ -92,6 +92,16 @@ def test_effects_of_simple_corruptions() -> None:
         assert corrupt(dark, name, 2, seed=0).mean() > 70, "the corruption brightens a dark image"
 
 
+def test_glass_blur_spreads_in_proportion_to_the_side() -> None:
+    spreads = []
+    for side in (224, 448):
+        line = np.zeros((side, side, 3), np.uint8)
+        line[:, side // 2] = 255
+        mass = np.mean([corrupt(line, "glass_blur", 1, seed=seed)[..., 0].sum(0) for seed in range(4)], axis=0)
+        spreads.append(np.sqrt(np.average((np.arange(side) - side // 2) ** 2, weights=mass)))
+    assert spreads[1] == pytest.approx(2 * spreads[0], rel=0.12)
+
+
 def test_op_draws_every_name_and_severity() -> None:
     augmenter = Augmenter(["Corruption"])
     steps = [augmenter.draw((20, 20), epoch=0, index=i).steps[0].args for i in range(600)]

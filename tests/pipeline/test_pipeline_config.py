@@ -333,7 +333,7 @@ def test_a_search_space_may_name_a_former_key(tmp_path: Path) -> None:
     [
         ("data.source", "https://user:hunter2secret@host/a.zip", "a URL without credentials, which runs would store"),
         ("data.source", "https://host/a.zip?sig=hunter2secret", "a URL without credentials"),
-        ("trainer.runs_dir", "s3://bucket/runs", "a local folder; copy finished runs to a URL"),
+        ("trainer.runs_dir", "s3://bucket/runs", "a local folder; set trainer.copy_to to copy runs to a URL"),
     ],
 )
 def test_urls_in_a_config(key: str, value: str, message: str) -> None:
