@@ -241,17 +241,20 @@ def _set_environment(command: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    if command != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
+    if command not in ("serve", "torchrun"):  # a server has shorter waits; torchrun starts other commands
+        # The default waits minutes for an unreachable server.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         prepare_to_compute()
     hide_credentials()
 
 
 def prepare_to_compute() -> None:
-    """Configure OpenMP's waiting and the memory allocator before PyTorch is imported. The server has separate settings."""
+    """Configure OpenMP and the memory allocator before PyTorch is imported. The server has separate settings."""
+    from refract.cores import limit_threads
     from refract.models.allocator import keep_freed_memory
     from refract.models.openmp import let_waiting_threads_sleep
 
+    limit_threads()
     let_waiting_threads_sleep()
     keep_freed_memory()
 

@@ -2,8 +2,9 @@
 
 import math
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -28,23 +29,44 @@ def cores() -> int:
 def quota(control_groups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int | None:
     """Return the smallest CPU quota of the process's control group and its parents, in cores, rounded up; None without a quota.
 
-    It reads cgroup v2, which Docker, Kubernetes and systemd use.
+    It reads cgroup v2, and v1 on older hosts.
     """
     try:
-        name = next(line for line in process.read_text("utf-8").splitlines() if line.startswith("0::"))[3:]
-    except (OSError, StopIteration):
-        name = "/"
-    group = Path(name.lstrip("/"))
-    limits = [_quota(control_groups / folder / "cpu.max") for folder in (group, *group.parents)]
-    return min((limit for limit in limits if limit is not None), default=None)
+        lines = process.read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    folders = {Path(): None}  # a container sees its group as the root
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            group = Path(name.lstrip("/"))
+            folders |= dict.fromkeys((group, *group.parents))
+    limits = [limit for folder in folders for limit in _quotas(control_groups, folder)]
+    return min(limits, default=None)
 
 
-def _quota(file: Path) -> int | None:
-    try:
-        allowed, period = file.read_text("ascii").split()
-        return max(1, math.ceil(int(allowed) / int(period)))
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
-        return None
+def _quotas(control_groups: Path, group: Path) -> Iterator[int]:
+    """Yield the quotas of a control group, by cgroup v2 and by v1."""
+    v1 = control_groups / "cpu" / group
+    for files in ([control_groups / group / "cpu.max"], [v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us"]):
+        try:
+            allowed, period = map(int, " ".join(file.read_text("ascii") for file in files).split())
+            if allowed > 0:  # -1 is no limit
+                yield max(1, math.ceil(allowed / period))
+        except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+            continue
+
+
+def limit_threads() -> None:
+    """Give OpenMP, BLAS and PyTorch as many threads as the CPU quota has cores. They ignore it and take one for each core of the machine.
+
+    OpenMP and BLAS read it when they are imported. `OMP_NUM_THREADS` takes precedence.
+    """
+    if "OMP_NUM_THREADS" in os.environ or quota() is None:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(cores())
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def mapped(

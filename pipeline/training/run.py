@@ -72,6 +72,7 @@ def train(
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for causes that the user can
     fix, and Stopped after SIGTERM or Ctrl-C, when the run can resume.
     """
+    from refract.cores import limit_threads
     from refract.models.allocator import keep_freed_memory
     from refract.pipeline.doctor.run import make_doctor
     from refract.pipeline.tracking.model_card import label_state, read_facts, write_card
@@ -80,6 +81,7 @@ def train(
     from refract.pipeline.training.run_copy import copied
     from refract.pipeline.training.run_directory import ranks_before, run_lock, source_digest
 
+    limit_threads()
     keep_freed_memory()
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from refract import output, progress
-from refract.cores import cores, quota
+from refract.cores import limit_threads
 from refract.models.allocator import keep_freed_memory
 from refract.serve.cli.config import ServeConfig
 from refract.serve.cli.home import ensure_home
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> int:
             signal.signal(number, _exit)
     # resnet18 in float32 on two cores, one connection: 41 images per second, 28 without it.
     keep_freed_memory(at_most=CACHED_MEMORY_BYTES)
-    if quota():  # PyTorch, which is imported later, ignores the CPU quota of a container
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    limit_threads()
     progress.stage("loading libraries")
     try:
         with _listen(config.host, config.port) as bound, _grpc_socket(config) as grpc_socket:

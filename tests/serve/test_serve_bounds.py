@@ -16,7 +16,6 @@ from PIL import Image
 from starlette.requests import Request
 
 from refract.augment.preprocess import Preprocess
-from refract.cores import cores, quota
 from refract.serve.http.app import create_app
 from refract.serve.http.errors import RequestError
 from refract.serve.requests.body import unless_gone
@@ -98,23 +97,6 @@ def test_only_small_baseline_jpegs_are_decoded_on_the_event_loop(make_image) -> 
     progressive = io.BytesIO()
     Image.open(io.BytesIO(small)).save(progressive, "JPEG", progressive=True)
     assert not is_quick("image/jpeg", progressive.getvalue())
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"), [("50000 100000", 1), ("250000 100000", 3), ("max 100000", None), ("", None), (None, None)]
-)
-def test_the_cpu_quota_of_a_container_is_read(text: str | None, wanted: int | None, tmp_path) -> None:
-    if text is not None:
-        (tmp_path / "cpu.max").write_text(text)
-    assert quota(tmp_path, tmp_path / "none") == wanted and cores() >= 1
-
-
-def test_the_smallest_quota_of_a_control_group_and_its_parents_counts(tmp_path) -> None:
-    (tmp_path / "cgroup").write_text("12:cpu:/other\n0::/batch.slice/job.service\n")
-    for folder, allowed in (("", "max"), ("batch.slice", "150000"), ("batch.slice/job.service", "400000")):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "cpu.max").write_text(f"{allowed} 100000")
-    assert quota(tmp_path, tmp_path / "cgroup") == 2
 
 
 def test_incomplete_bodies_do_not_block_an_idle_engine(bundle, serving, make_image):
