@@ -144,12 +144,13 @@ class _Peak:
 
     def _run(self) -> None:
         while True:
-            self._peak = max(self._peak, sum(map(_pss_mb, _tree(self._pid))))
+            self._peak = max(self._peak, sum(map(_pss_mb, process_tree(self._pid))))
             if self._end.wait(0.3):
                 return
 
 
-def _tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
+    """Return the process and its children at any depth."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
