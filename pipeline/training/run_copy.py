@@ -1,17 +1,19 @@
 """A copy of a run at a URL, so that another machine can resume it: kept up to date during the training, and fetched to continue."""
 
 import hashlib
+import json
 import logging
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.plugin_files import FOLDER
+from refract.pipeline.training.fit import CHECKPOINTS
 from refract.pipeline.training.run_directory import CONFIG, RECORD, Run, unfinished
 from refract.remote import client
 from refract.remote.client import RemoteError
@@ -23,11 +25,11 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 """Seconds between two looks for a new checkpoint."""
 
-_CHECKPOINTS, _BUNDLE = "checkpoints", "bundle"
+_BUNDLE = "bundle"
 
 
 class RunCopy:
-    """The copy of the run in `path` in the folder `url`. Not for several processes."""
+    """The copy of the run in `path` in the folder `url`. For one process at a time."""
 
     def __init__(self, path: Path, url: str) -> None:
         self.path, self.url = path, f"{url.rstrip('/')}/{path.name}"
@@ -68,7 +70,7 @@ class RunCopy:
                 return
             if present is not None and _equal(path, present):
                 pass
-            elif name.startswith(f"{_CHECKPOINTS}/"):  # large, and replaced atomically
+            elif name.startswith(f"{CHECKPOINTS}/"):  # large, and replaced atomically
                 client.upload(path, f"{self.url}/{name}")
             else:
                 with tempfile.TemporaryDirectory() as folder:  # a journal may grow meanwhile
@@ -110,9 +112,15 @@ def copied(run: Run, url: str | None) -> Iterator[None]:
 
 def _begin(copy: RunCopy, run: Run) -> None:
     try:
-        if not run.resumed and client.listed(copy.url):
+        items = client.listed(copy.url)
+        if items and not run.resumed:
             raise ConfigError(
                 f"trainer.copy_to: {copy.url} exists already; set another trainer.run_name, or resume it with "
+                f"`refract train --resume {copy.url}`"
+            )
+        if _is_ahead(copy, items):
+            raise ConfigError(
+                f"trainer.copy_to: another machine has continued {copy.url}; move {run.path} away, then resume the copy with "
                 f"`refract train --resume {copy.url}`"
             )
         copy.update()
@@ -122,11 +130,25 @@ def _begin(copy: RunCopy, run: Run) -> None:
         raise
 
 
+def _is_ahead(copy: RunCopy, items: Sequence[RemoteObject]) -> bool:
+    """Return whether the copy is finished, or has a newer checkpoint than the run."""
+    for item in items:
+        if item.url == f"{copy.url}/{RECORD}" and json.loads(client.read(item)).get("finished"):
+            return True
+    here = [path.as_posix() for path in (copy.path / CHECKPOINTS).glob("*.ckpt")]
+    return _newest_step(item.url for item in items) > _newest_step(here)
+
+
+def _newest_step(paths: Iterable[str]) -> int:
+    found = (re.search(rf"/{CHECKPOINTS}/resume-(\d+)\.ckpt$", path) for path in paths)
+    return max((int(match[1]) for match in found if match), default=-1)
+
+
 def _follow(copy: RunCopy, ended: threading.Event) -> None:
     """Update the copy when there is a new checkpoint."""
     seen = set[str]()
     while not ended.wait(POLL_SECONDS):
-        now = {path.name for path in (copy.path / _CHECKPOINTS).glob("*.ckpt")}
+        now = {path.name for path in (copy.path / CHECKPOINTS).glob("*.ckpt")}
         if now - seen and _try_update(copy):
             seen = now
 
@@ -156,7 +178,7 @@ def _equal(path: Path, item: RemoteObject) -> bool:
 
 def _order(name: str) -> tuple[int, str]:
     """Sort the files that make others valid after these."""
-    if name.startswith(f"{_CHECKPOINTS}/"):
+    if name.startswith(f"{CHECKPOINTS}/"):
         return 1, name
     return {f"{_BUNDLE}/{MANIFEST}": 2, RECORD: 3}.get(name, 0), name
 

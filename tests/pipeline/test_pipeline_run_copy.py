@@ -118,6 +118,25 @@ def test_another_machine_resumes_a_killed_run_with_the_same_result(
     assert all(weights[name].equal(value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_older_state_never_replaces_a_newer_copy(
+    finished: bool, server: ObjectServer, warm: WarmProcess, images: Path, tmp_path: Path
+) -> None:
+    killed_after_a_copied_checkpoint(server, warm, images, tmp_path / "one")
+    if finished:
+        server.put("runs/colors/run.json", b'{"finished": true}')
+    else:
+        server.put("runs/colors/checkpoints/resume-00009999.ckpt", b"of another machine")
+    before = keys(server)
+    done = warm.run(["train", "--resume", "runs/colors"], cwd=tmp_path / "one", env=dict(os.environ), seconds=240)
+    assert done.returncode == 2, done.stderr
+    assert (
+        "another machine has continued s3://data/runs/colors; move runs/colors away, then resume the copy"
+        in done.stderr
+    )
+    assert keys(server) == before and (tmp_path / "one/runs/colors/run.json").exists()
+
+
 def test_compare_reads_copies(server: ObjectServer, images: Path, refract: Run) -> None:
     for name, lr in (("slow", 1e-4), ("fast", 1e-2)):
         train(config_from_dict({**settings(images, run_name=name), "optim": {"lr": lr}}))
