@@ -24,7 +24,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "machine": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": COMMIT,
         "versions": {name: _version(name) for name in packages},
     }
 
@@ -38,6 +38,10 @@ def write(path: Path, report: dict[str, Any]) -> None:
 def _commit() -> str | None:
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+COMMIT = _commit()
+"""The commit at the start: a benchmark of an hour must not report one that was made meanwhile."""
 
 
 def _version(name: str) -> str | None:
