@@ -33,8 +33,13 @@ from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.training.callbacks.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_few_images.json"
-TRAINED = {"refract": "fine-tune", "timm": "fine-tune", "fastai": "linear-then-fine-tune"}
-"""The mode of each: of fastai its documented `fine_tune`."""
+TRAINED = {
+    "refract": ("refract", "fine-tune"),
+    "refract, head first": ("refract", "linear-then-fine-tune"),
+    "timm": ("timm", "fine-tune"),
+    "fastai": ("fastai", "linear-then-fine-tune"),
+}
+"""Name → (contender, its mode): of fastai its documented `fine_tune`."""
 EPOCHS = ((1, 12), (5, 8), (10, 6), (50, 3))
 """(most images per class, epochs): three epochs of one image per class would be three steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -111,9 +116,9 @@ def _measured(
     probe: list[float] = []
     for seed in range(args.seeds):
         drawn = _draw(data, images, seed)
-        for name, contender in FITTED.items():
+        for name, fitted in FITTED.items():
             started = time.process_time()
-            accuracy = contender(data, drawn)
+            accuracy = fitted(data, drawn)
             found.setdefault(name, []).append((accuracy, time.process_time() - started))
         if seed < args.trained:
             drawn = drawn._replace(test=_at_most(drawn.test, args.test))
@@ -124,8 +129,10 @@ def _measured(
                 epochs=next((epochs for most, epochs in EPOCHS if images <= most), EPOCHS[-1][1]),
                 batch_size=min(32, len(drawn.fit)),
             )  # fmt: skip
-            for name in [name for name in TRAINED if name != "fastai" or importlib.util.find_spec("fastai")]:
-                outcome = train(name, replace(task, mode=TRAINED[name]))
+            for name, (contender, mode) in TRAINED.items():
+                if contender == "fastai" and not importlib.util.find_spec("fastai"):
+                    continue
+                outcome = train(contender, replace(task, mode=mode))
                 found.setdefault(f"{name}, trained", []).append((outcome.accuracy, outcome.processor_seconds))
     for name, outcomes in found.items():
         accuracies = [accuracy for accuracy, _ in outcomes]
