@@ -66,7 +66,7 @@ def growth() -> Figure:
             for row in found["samples"]
         ],
         **{
-            name: [(row["samples"], row[name]) for row in found["commands"]]
+            name: [(row["samples"], row[name]) for row in found.get("commands", [])]
             for name in ("train", "evaluate", "score", "retrain")
         },
     }

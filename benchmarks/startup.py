@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import cv2
+import numpy as np
+
 from benchmarks.report import environment, write
 
 CONFIG = """
@@ -38,6 +41,7 @@ sys.exit(main(sys.argv[1:]))
 """
 TORCH = "import torch; torch.optim.AdamW([torch.zeros(1)])"
 BUNDLE = "runs/first/bundle"
+IMAGE = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
 SERVE = ("-m", "refract", "serve", BUNDLE, "--port", "0")
 PYTHON: dict[str, tuple[str, ...]] = {
     "torch": ("-c", TORCH),
@@ -105,12 +109,9 @@ def _measure(arguments: Sequence[str], folder: Path, *, serves: bool) -> tuple[f
 
 def _predict(line: str) -> None:
     """Send an image to the server whose first line this is."""
-    import cv2
-    import numpy as np
-
-    image = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
-    request = urllib.request.Request(f"{line.split()[-1]}/v1/predict", image, {"Content-Type": "image/png"})
-    with urllib.request.urlopen(request) as response:
+    url = next(iter(line.split()[-1:]), "http://127.0.0.1:9")  # a server that did not start; its errors are reported
+    request = urllib.request.Request(f"{url}/v1/predict", IMAGE, {"Content-Type": "image/png"})
+    with urllib.request.urlopen(request, timeout=60) as response:
         assert response.status == 200
 
 

@@ -59,21 +59,22 @@ def write_images(folder: Path, count: int) -> None:
 def measure(arguments: list[str], folder: Path, group: Path | None) -> dict[str, float]:
     """Run a command. Returns its seconds, and the numbers of threads that ran or waited for a core: mean, 95th percentile and most."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "refract", *arguments], cwd=folder,
-        env={**os.environ, "REFRACT_CACHE_DIR": str(folder / "cache")}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=None if group is None else lambda: (group / "cgroup.procs").write_text("0") and None,
-    )  # fmt: skip
-    counts = []
-    while process.poll() is None:
-        counts.append(sum(map(_runnable, process_tree(process.pid))))
-        time.sleep(EVERY_S)
-    seconds = time.perf_counter() - started
-    assert process.stderr is not None
-    if process.returncode:
-        raise RuntimeError(
-            f"refract {arguments[0]} ended with exit code {process.returncode}:\n{process.stderr.read()[-2000:]}"
-        )
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "refract", *arguments], cwd=folder,
+            env={**os.environ, "REFRACT_CACHE_DIR": str(folder / "cache")}, stdout=subprocess.DEVNULL, stderr=errors,
+            preexec_fn=None if group is None else lambda: (group / "cgroup.procs").write_text("0") and None,
+        )  # fmt: skip
+        counts = []
+        while process.poll() is None:
+            counts.append(sum(map(_runnable, process_tree(process.pid))))
+            time.sleep(EVERY_S)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(
+                f"refract {arguments[0]} ended with exit code {process.returncode}:\n{errors.read()[-2000:]}"
+            )
     return {
         "seconds": round(seconds, 1), "mean": round(float(np.mean(counts)), 2), "p95": float(np.quantile(counts, 0.95)), "most": max(counts)
     }  # fmt: skip

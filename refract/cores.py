@@ -32,12 +32,12 @@ def quota(control_groups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/
     It reads cgroup v2, and v1 on older hosts.
     """
     try:
-        lines = process.read_text("utf-8").splitlines()
+        lines = process.read_text("utf-8", "replace").splitlines()
     except OSError:
         lines = []
     folders = {Path(): None}  # a container sees its group as the root
     for line in lines:
-        _, controllers, name = line.split(":", 2)
+        controllers, _, name = line.partition(":")[2].partition(":")
         if not controllers or "cpu" in controllers.split(","):
             group = Path(name.lstrip("/"))
             folders |= dict.fromkeys((group, *group.parents))
@@ -57,16 +57,23 @@ def _quotas(control_groups: Path, group: Path) -> Iterator[int]:
             continue
 
 
-def limit_threads() -> None:
+_limited: dict[str, str] = {}
+
+
+def limit_threads(processes: int = 1) -> None:
     """Give OpenMP, BLAS and PyTorch as many threads as the CPU quota has cores. They ignore it and take one for each core of the machine.
 
-    OpenMP and BLAS read it when they are imported. `OMP_NUM_THREADS` takes precedence.
+    OpenMP and BLAS read the environment when they are imported. The user's `OMP_NUM_THREADS` takes precedence. processes: number of
+    processes that compute at a time and share the quota.
     """
-    if "OMP_NUM_THREADS" in os.environ or quota() is None:
+    stored = os.environ.get("OMP_NUM_THREADS")
+    if quota() is None or (stored is not None and stored != _limited.get("OMP_NUM_THREADS")):
         return
-    os.environ["OMP_NUM_THREADS"] = str(cores())
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    threads, torch = max(1, cores() // processes), sys.modules.get("torch")
+    if torch is None or processes > 1:  # a program that has PyTorch keeps its environment
+        os.environ["OMP_NUM_THREADS"] = _limited["OMP_NUM_THREADS"] = str(threads)
+    if torch is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), threads))
 
 
 def mapped(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refract import output
+from refract.errors import RefractError
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -103,7 +104,6 @@ def _complete(run: Path, url: str) -> bool:
     """Bring the copy of a run up to date. Returns whether it is, or the run's training does it."""
     from refract.pipeline.training.run_copy import RunCopy
     from refract.pipeline.training.run_directory import RunLocked, run_lock
-    from refract.remote.client import RemoteError
 
     copy = RunCopy(run, url)
     try:
@@ -111,7 +111,7 @@ def _complete(run: Path, url: str) -> bool:
             copy.update()
     except RunLocked:
         print(f"{run}: skipped, as its training is in progress and copies it")
-    except RemoteError as error:
+    except RefractError as error:
         print(f"{run}: its copy is not complete: {error}", file=sys.stderr)
         return False
     else:

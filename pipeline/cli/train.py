@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from refract.pipeline.config.config import Config
+    from refract.pipeline.training.folds import FoldsResult
     from refract.pipeline.training.run import Result
 
 NOT_REGISTERED = 3
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     argv, resume = _extract_option(argv, "--resume")
     if not (argv or resume) or (argv and argv[0] in ("-h", "--help")):
         print("usage: refract train CONFIG.yaml [--section.key value …] [--resume auto]")
-        print("       refract train --resume RUN_DIR_OR_URL\n")
+        print("       refract train --resume RUN_DIR|URL\n")
         print(
             "Train a model from a config. Any key can be set on the command line. The run is written to RUNS_DIR/NAME/,"
         )
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         )
         print("uninterrupted run. --resume auto resumes the newest unfinished run of this config, or starts a new run.")
         print(
-            "--resume URL downloads the copy that --trainer.copy_to made to runs/NAME and resumes it, also on another machine.\n"
+            "--resume URL downloads a run's copy, made by trainer.copy_to, to runs/NAME and resumes it.\n"
         )
         print(
             "Exit codes: 0 done; 1 failed; 2 invalid input; 3 trained, but not registered (refract sync RUN_DIR registers"
@@ -79,6 +80,7 @@ def _train(argv: list[str], resume: str | None) -> int:
     from refract.pipeline.config.config import load_config
     from refract.pipeline.data.errors import DataChanged, DataError
     from refract.pipeline.training.attempt import restarted
+    from refract.pipeline.training.fetched_run import copy_of, with_copy_at
     from refract.pipeline.training.rank_failure import stop_without_launcher
     from refract.pipeline.training.ranks import by_torchrun
     from refract.pipeline.training.run_directory import stored_config
@@ -88,13 +90,14 @@ def _train(argv: list[str], resume: str | None) -> int:
     folder: Path | None
     if resume is not None and resume != "auto":
         folder = _run_folder(resume)
-        config = stored_config(folder)
+        config = with_copy_at(stored_config(folder), folder, copy_of(resume))
     else:
         config = load_config(argv[0], argv[1:])
         if resume is None and by_torchrun() and restarted():
             resume = "auto"  # torchrun's --max-restarts repeats the command line
         folder = _unfinished_of_rank_0(config, name) if resume == "auto" else None
-        config = config if folder is None else stored_config(folder)
+        if folder is not None:
+            config = with_copy_at(stored_config(folder), folder, config.trainer.copy_to)
     run = _run_folds if config.trainer.folds and config.trainer.fold is None else _run
     try:
         return run(config, name, folder)
@@ -112,8 +115,8 @@ def _run_folder(resume: str) -> "Path":
     from pathlib import Path
 
     from refract.pipeline.config.sections import TrainerConfig
+    from refract.pipeline.training.fetched_run import fetch
     from refract.pipeline.training.ranks import from_rank_0
-    from refract.pipeline.training.run_copy import fetch
     from refract.remote.address import is_remote
 
     if not is_remote(resume):
@@ -125,12 +128,16 @@ def _unfinished_of_rank_0(config: "Config", name: str) -> "Path | None":
     """Return the run that all ranks resume, None to start a new one."""
     from pathlib import Path
 
+    from refract.pipeline.training.fetched_run import fetch_unfinished, up_to_date
     from refract.pipeline.training.ranks import from_rank_0
-    from refract.pipeline.training.run_copy import fetch_unfinished
     from refract.pipeline.training.run_directory import unfinished
 
     def decide() -> str | None:
-        run = unfinished(config, name) or fetch_unfinished(config, name)
+        run = unfinished(config, name)
+        if run is None:
+            run = fetch_unfinished(config, name)
+        elif config.trainer.copy_to is not None:
+            run = up_to_date(run, f"{config.trainer.copy_to.rstrip('/')}/{run.name}")
         return None if run is None else str(run)
 
     path = from_rank_0("resume", decide)
@@ -162,9 +169,11 @@ def _run(config: "Config", name: str, folder: "Path | None") -> int:
             print(f"          {prefix}{command} makes it champion")
     if config.tracking.enabled:
         print(f"MLflow:   {mlflow_hint(config)}")
+    if config.trainer.copy_to is not None:
+        print(f"copy:     {config.trainer.copy_to.rstrip('/')}/{result.run_dir.name}/")
     if not output.is_quiet():
         _print_next_commands(result, config, prefix)
-    return _report_undelivered(result, config)
+    return _report_not_copied(result) or _report_undelivered(result, config)
 
 
 def _run_folds(config: "Config", name: str, folder: "Path | None") -> int:
@@ -195,7 +204,7 @@ def _run_folds(config: "Config", name: str, folder: "Path | None") -> int:
     if result.waiting:
         print(f"NOT TRACKED: MLflow does not have {result.waiting} entries of this run", file=sys.stderr)
         print(f"                {prefix}refract sync {shlex.quote(str(run_dir))} delivers it", file=sys.stderr)
-    return 0
+    return _report_not_copied(result)
 
 
 def _print_next_commands(result: "Result", config: "Config", prefix: str) -> None:
@@ -227,6 +236,18 @@ def _report_undelivered(result: "Result", config: "Config") -> int:
     if unregistered or result.waiting:
         print(f"                {sync} delivers it", file=sys.stderr)
     return NOT_REGISTERED if unregistered else 0
+
+
+def _report_not_copied(result: "Result | FoldsResult") -> int:
+    """Print why the copy of the run is not complete, and return the exit code."""
+    if result.not_copied is None:
+        return 0
+    print(f"NOT COPIED: {result.not_copied}", file=sys.stderr)
+    print(
+        f"            {console.bin_prefix()}refract sync {shlex.quote(str(result.run_dir))} completes it",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _predict_arguments(config: "Config") -> str:

@@ -226,7 +226,7 @@ class TrainerConfig(Checked):
             horizontal flip; flip-shift also averages shifts by one pixel.
         runs_dir: folder that contains all runs.
         run_name: name of the run's folder in runs_dir; null builds it from the config's name and the time.
-        copy_to: URL of a folder for copies of runs, such as s3://BUCKET/runs: after each checkpoint what resumes the run, at the end all.
+        copy_to: URL of a folder for copies of runs, such as s3://BUCKET/runs, from which another machine resumes them; null copies none.
     """
 
     max_epochs: int = number(10, ge=1)

@@ -39,9 +39,8 @@ class RunPredictions:
 def read_run(place: Path | str) -> RunPredictions:
     """Read a run. place: its folder, or the URL of its copy. Raises ConfigError if it is not finished, RemoteError."""
     from refract.models.bundle.bundle import load_bundle
-    from refract.remote.folders import fetched_folder
 
-    path = place if isinstance(place, Path) else fetched_folder(place)
+    path = place if isinstance(place, Path) else _fetched(place)
     name = place.name if isinstance(place, Path) else place.rstrip("/").rpartition("/")[2]
     try:
         with np.load(path / PREDICTIONS, allow_pickle=False) as stored:
@@ -59,6 +58,21 @@ def read_run(place: Path | str) -> RunPredictions:
     by_path = (dict(zip(paths.tolist(), values, strict=True)) for values in (right.tolist(), named))
     config = with_new_keys(info.config, str(path))
     return RunPredictions(name, config, info.metrics, history, *by_path)
+
+
+def _fetched(url: str) -> Path:
+    """Return the local copy of what `read_run` reads of a run at a URL. ConfigError if it is not finished, RemoteError."""
+    from refract.remote import client
+    from refract.remote.address import checked
+    from refract.remote.folders import stored, versions_of
+
+    url = checked(url)
+    items = {item.url.removeprefix(f"{url}/"): item for item in client.listed(url)}
+    for name in (PREDICTIONS, HISTORY):
+        if name not in items:
+            raise ConfigError(f"{url}: not the copy of a finished run: it has no {name}; wait until its training ends")
+    needed = [item for name, item in items.items() if name in (PREDICTIONS, HISTORY) or name.startswith("bundle/")]
+    return stored(url, versions_of(needed), "runs", lambda: needed)
 
 
 def differences(runs: Sequence[RunPredictions]) -> dict[str, list[Any]]:

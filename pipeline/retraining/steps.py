@@ -337,6 +337,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.notification import name_of, notify
     from refract.pipeline.retraining.report import write_report
     from refract.pipeline.retraining.stored_snapshots import remove_unused
+    from refract.pipeline.training.run_copy import complete
 
     outcome = record["ends"]
     workspace = workspace_of(config)
@@ -344,7 +345,8 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
         keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
         kept = {key: record.get(key) for key in keys}
         write(workspace.root / "last.json", kept | {"outcome": outcome})
-        remove_unused(workspace, config, client_of(record["mlflow"]))
+        complete(Path(record["training_run"]), config.trainer.copy_to)
+        remove_unused(workspace, config, record["mlflow"])
     if config.retrain.notify:
         import json
 

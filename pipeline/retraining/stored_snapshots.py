@@ -4,14 +4,9 @@ import logging
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from refract.errors import RefractError
 from refract.pipeline.config.config import Config
-from refract.pipeline.retraining.workspace import Workspace, read, write
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from refract.pipeline.retraining.workspace import Workspace, read, read_run, write
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +38,30 @@ def trained_before(workspace: Workspace) -> frozenset[str]:
     return _contents_of(_folders(workspace)) | _contents_of_removed(workspace)
 
 
-def remove_unused(workspace: Workspace, config: Config, client: "MlflowClient") -> None:
-    """Remove old snapshots by `retrain.keep_snapshots`. A failure is only logged: the run is complete without it."""
-    from mlflow.exceptions import MlflowException
+def remove_unused(workspace: Workspace, config: Config, mlflow: str) -> None:
+    """Remove old snapshots by `retrain.keep_snapshots`. mlflow: address of the registry.
 
+    Snapshots of versions with an alias, of the last accepted run and of unfinished runs stay. A failure is only logged: the run is
+    complete without it.
+    """
     from refract.pipeline.retraining.aliases import aliases
+    from refract.pipeline.retraining.registry import client_of
 
     keep, name = config.retrain.keep_snapshots, str(config.tracking.model_name)
     if keep is None or len(_folders(workspace)) <= keep:
         return
     try:
+        client = client_of(mlflow)
         versions = [client.get_model_version(name, version) for version in aliases(client, name).values()]
-        in_use = {version.tags["snapshot"] for version in versions if "snapshot" in version.tags}
+        records = [read_run(folder) for folder in workspace.runs()]
+        running = [record for record in records if "outcome" not in record]
+        in_use = {
+            record["snapshot"]["digest"] for record in (workspace.last(), *running) if record and "snapshot" in record
+        }
+        in_use |= {version.tags["snapshot"] for version in versions if "snapshot" in version.tags}
         if removed := remove_old(workspace, keep, in_use):
             log.info("snapshots: removed %d old ones; retrain.keep_snapshots is %d", removed, keep)
-    except (MlflowException, RefractError, OSError) as error:
+    except Exception as error:  # MLflow and the libraries below it raise many types for a database that cannot be read
         log.warning("snapshots: old ones stay for now: %s", error)
 
 
@@ -73,10 +77,10 @@ def remove_old(workspace: Workspace, keep: int, in_use: Collection[str]) -> int:
     if old:
         contents = _contents_of_removed(workspace) | _contents_of(old)
         write(workspace.root / "snapshots" / REMOVED, {"contents": sorted(contents)})
+    for rest in (workspace.root / "snapshots").glob(f"*{_REMOVING}"):
+        shutil.rmtree(rest)
     for folder in old:
-        folder.rename(folder.with_suffix(_REMOVING))
-    for folder in (workspace.root / "snapshots").glob(f"*{_REMOVING}"):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.rename(folder.with_suffix(_REMOVING)))
     return len(old)
 
 

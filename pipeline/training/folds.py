@@ -35,11 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoldsResult:
-    """run_dir: the folder with the runs fold-1, fold-2 …; waiting: number of entries that MLflow has not received."""
+    """run_dir: the folder with the runs fold-1, fold-2 …; waiting: number of entries that MLflow has not received; not_copied: why the
+    copy at trainer.copy_to is not complete, None if it is."""
 
     run_dir: Path
     assessment: "FoldsAssessment"
     waiting: int = 0
+    not_copied: str | None = None
 
 
 def train_folds(config: Config, *, name: str = "run", resume: Path | None = None) -> FoldsResult:
@@ -66,7 +68,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
     # The file of a policy may change between two folds.
     config = config.changed({"augment.policy": load_policy(config.augment.policy).to_spec()})
     run = new_run(config, name, record) if resume is None else resume_run(resume, record)
-    with run_lock(run.path), copied(run, config.trainer.copy_to):
+    with run_lock(run.path), copied(run, config.trainer.copy_to) as not_copied:
         tracker = _open_tracker(config, run, data)
         with status_reported(run, tracker):
             for fold in range(1, config.trainer.folds + 1):
@@ -81,7 +83,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
                 )
         run.finish()
     waiting = 0 if tracker is None else sum(1 for _ in tracker.journal.waiting())
-    return FoldsResult(run.path, assessment, waiting)
+    return FoldsResult(run.path, assessment, waiting, next(iter(not_copied), None))
 
 
 def _refuse_ranks(config: Config, device: str) -> None:

@@ -42,7 +42,8 @@ class Result:
 
     run_dir: folder of the run; bundle: path of its bundle; metrics: on the test set; version: the version of the registered model, None
     without registration; alias: the alias of that version; champion: version of the model's champion at the registration; waiting: number
-    of entries that MLflow has not received; refused: MLflow's reason for refusing the registration.
+    of entries that MLflow has not received; refused: MLflow's reason for refusing the registration; not_copied: why the copy at
+    trainer.copy_to is not complete, None if it is.
     """
 
     run_dir: Path
@@ -53,6 +54,7 @@ class Result:
     champion: str | None = None
     waiting: int = 0
     refused: str | None = None
+    not_copied: str | None = None
 
 
 def train(
@@ -81,7 +83,7 @@ def train(
     from refract.pipeline.training.run_copy import copied
     from refract.pipeline.training.run_directory import ranks_before, run_lock, source_digest
 
-    limit_threads()
+    limit_threads(config.trainer.devices)
     keep_freed_memory()
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
@@ -92,7 +94,7 @@ def train(
         return None
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     run, assembly = _open_run(assembly, name, resume, inputs(config))
-    with run_lock(run.path), copied(run, config.trainer.copy_to):
+    with run_lock(run.path), copied(run, config.trainer.copy_to) as not_copied:
         _announce(assembly, run, checkpoint)
         from_rank_0("start", lambda: start_of_ranks(assembly, run.path, checkpoint))
         cost = Cost(assembly.device)
@@ -123,7 +125,7 @@ def train(
                         tracker.register(config.tracking.model_name, config.tracking.alias, facts)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
-    return _result(run, tracker, metrics)
+    return _result(run, tracker, metrics, not_copied)
 
 
 def new_record(
@@ -396,13 +398,14 @@ def _upload(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") ->
     tracker.log_files(files, run.path / "bundle", [errors] if errors.is_dir() else [])
 
 
-def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float]) -> Result:
-    """Return the result, with what MLflow reported about the registration."""
+def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float], not_copied: Sequence[str]) -> Result:
+    """Return the result, with what MLflow reported about the registration. not_copied: the error of the last copy, if it failed."""
+    error = next(iter(not_copied), None)
     if tracker is None:
-        return Result(run.path, run.path / "bundle", metrics, version=None)
+        return Result(run.path, run.path / "bundle", metrics, version=None, not_copied=error)
     delivered, waiting = tracker.journal.delivered, sum(1 for _ in tracker.journal.waiting())
     registered = {key: delivered.get(key) for key in ("version", "alias", "champion", "refused")}
-    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, **registered)
+    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, not_copied=error, **registered)
 
 
 def _note(assembly: Assembly, assessment: "Assessment") -> str:

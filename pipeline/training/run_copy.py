@@ -1,221 +1,291 @@
-"""A copy of a run at a URL, so that another machine can resume it: kept up to date during the training, and fetched to continue."""
+"""A copy of a run at a URL that is kept up to date during the training, so that another machine can resume it (`fetched_run.py`)."""
 
-import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.config.plugin_files import FOLDER
+from refract.errors import RefractError
+from refract.pipeline.config.config import ConfigError
+from refract.pipeline.files import write_atomically
+from refract.pipeline.tracking.journal import DELIVERED
+from refract.pipeline.training.callbacks.checkpoints import newest
 from refract.pipeline.training.fit import CHECKPOINTS
-from refract.pipeline.training.run_directory import CONFIG, RECORD, Run, unfinished
+from refract.pipeline.training.run_directory import RECORD, Run
 from refract.remote import client
 from refract.remote.client import RemoteError
-from refract.remote.folders import MANIFEST, download
+from refract.remote.folders import MANIFEST
 from refract.remote.store import RemoteObject
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 """Seconds between two looks for a new checkpoint."""
+LAST_SECONDS = 60
+"""Time for the last update of a training that was stopped or failed: a store that does not respond must not delay its end further."""
+UPLOADED = ".copy.json"
+"""The file of a run with the URL of its copy, and what that has."""
+_RESUME = re.compile(rf"(.*/)?{CHECKPOINTS}/resume-(\d+)\.ckpt")
 
-_BUNDLE = "bundle"
+
+class Uploaded(NamedTuple):
+    """The time of the last change (ns) and the size of a file when it was uploaded, and the version of the object."""
+
+    changed: int
+    size: int
+    version: str
 
 
 class RunCopy:
-    """The copy of the run in `path` in the folder `url`. For one process at a time."""
+    """The copy of the run in `path` in the folder `url`, whose name is that of the run."""
 
     def __init__(self, path: Path, url: str) -> None:
         self.path, self.url = path, f"{url.rstrip('/')}/{path.name}"
-        self._stored: dict[str, tuple[int, int]] = {}
-        self._known: dict[str, RemoteObject | None] | None = None
+        self._uploaded: dict[str, Uploaded] | None = None
+        self._old: set[str] = set()  # checkpoints of the copy
         self._updating = threading.Lock()
 
     def update(self) -> None:
-        """Upload new and changed files, and remove those that the run no longer has. RemoteError.
+        """Upload new and changed files, and remove the checkpoints that the run has removed.
 
         A copy is valid at any moment: a checkpoint follows the files that it belongs to, and the records of a bundle and of a finished run
-        follow the rest.
+        follow the rest. RemoteError if the store refuses it. ConfigError if another machine has continued the copy.
         """
         with self._updating:
-            if self._known is None:
-                self._known = {item.url.removeprefix(f"{self.url}/"): item for item in client.listed(self.url)}
-            names = sorted(self._names(), key=_order)
-            for name in names:
-                self._upload(name, self._known.get(name))
-            for name in self._known.keys() - set(names):
-                client.remove(f"{self.url}/{name}")
-            self._known = dict.fromkeys(names)
+            if self._uploaded is None:
+                self._uploaded = self._compared()
+            try:
+                with _frozen(self.path, self._uploaded) as (folder, names, changed):
+                    for name in sorted(changed, key=order):
+                        item = client.upload(folder / name, f"{self.url}/{name}")
+                        self._uploaded[name] = changed[name]._replace(version=item.version)
+                    for name in (self._old | self._uploaded.keys()) - names:
+                        client.remove(f"{self.url}/{name}")
+                        self._uploaded.pop(name, None)
+                    self._old.clear()
+            finally:
+                if self.path.is_dir():
+                    write_uploaded(self.path, self.url, self._uploaded)
 
-    def _names(self) -> Iterator[str]:
-        for path in self.path.rglob("*"):
-            name = path.relative_to(self.path).as_posix()
-            if path.is_file() and not any(
-                part.startswith(".") for part in name.split("/")
-            ):  # locks and unfinished files
-                yield name
+    def items(self) -> dict[str, RemoteObject]:
+        """Return name → object of the copy. RemoteError."""
+        return {item.url.removeprefix(f"{self.url}/"): item for item in client.listed(self.url)}
 
-    def _upload(self, name: str, present: RemoteObject | None) -> None:
-        path = self.path / name
-        try:
-            status = path.stat()
-            version = status.st_mtime_ns, status.st_size
-            if self._stored.get(name) == version:
-                return
-            if present is not None and _equal(path, present):
-                pass
-            elif name.startswith(f"{CHECKPOINTS}/"):  # large, and replaced atomically
-                client.upload(path, f"{self.url}/{name}")
-            else:
-                with tempfile.TemporaryDirectory() as folder:  # a journal may grow meanwhile
-                    client.upload(Path(shutil.copyfile(path, Path(folder) / path.name)), f"{self.url}/{name}")
-        except FileNotFoundError:  # a newer checkpoint has replaced it
-            return
-        self._stored[name] = version
+    def is_ahead(self, items: Mapping[str, RemoteObject]) -> bool:
+        """Return whether the copy is finished, or has a newer checkpoint than the run. RemoteError."""
+        paths = [path for path in self.path.rglob("*") if path.suffix != ".ckpt"]
+        folders = [path for path in paths if path.name == CHECKPOINTS]
+        paths += [checkpoint for folder in folders if (checkpoint := newest(folder))]  # an intact one
+        names = [path.relative_to(self.path).as_posix() for path in paths]
+        here = _progress(names, lambda name: (self.path / name).read_bytes())
+        there = _progress(items, lambda name: client.read(items[name]))
+        return any(step > here.get(folder, -1) for folder, step in there.items())
+
+    def _compared(self) -> dict[str, Uploaded]:
+        """Return what the copy has of the run, by its record of uploads."""
+        items = self.items()
+        if self.is_ahead(items):
+            raise ConfigError(
+                f"trainer.copy_to: another machine has continued {self.url}; move {self.path} away, then resume the copy with "
+                f"`refract train --resume {self.url}`"
+            )
+        self._old = {name for name in items if _RESUME.fullmatch(name)}
+        stored = read_uploaded(self.path, self.url)
+        return {name: one for name, one in stored.items() if name in items and items[name].version == one.version}
 
 
 @contextmanager
-def copied(run: Run, url: str | None) -> Iterator[None]:
+def copied(run: Run, url: str | None) -> Iterator[list[str]]:
     """Keep a copy of the run in the folder `url` during the block, and complete it at its end. None does nothing.
 
-    An update that fails during the training is repeated with the next checkpoint. RemoteError if the first one or, after a finished
-    training, the last one fails. ConfigError if another run has the name.
+    An update that fails during the training is repeated with the next checkpoint. The yielded list gets the error of the last update.
+    RemoteError if the first one fails. ConfigError if the copy is another run's, or if another machine has continued it.
     """
+    failed: list[str] = []
     if url is None:
-        yield
+        yield failed
         return
     copy = RunCopy(run.path, url)
+    log.info("copying the run to %s", copy.url)
     _begin(copy, run)
-    ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(copy, ended), name="run copy", daemon=True)
-    thread.start()
+    follower = _Follower(copy)
+    follower.start()
     try:
-        yield
+        yield failed
     except BaseException:
-        _end(thread, ended)
-        _try_update(copy)
+        log.info("completing the copy at %s, for at most %s s", copy.url, LAST_SECONDS)
+        if error := follower.end(LAST_SECONDS):
+            log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
         raise
-    _end(thread, ended)
-    try:
-        copy.update()
-    except RemoteError as error:
-        raise RemoteError(
-            f"the run in {run.path} is complete, but its copy is not: {error}; then complete it with `refract sync {run.path}`"
-        ) from error
+    if error := follower.end():
+        failed.append(f"the run in {run.path} is complete, but its copy is not: {error}")
+        log.warning("trainer.copy_to: %s", failed[0])
 
 
 def _begin(copy: RunCopy, run: Run) -> None:
     try:
-        items = client.listed(copy.url)
-        if items and not run.resumed:
+        if "?" in run.path.name:
             raise ConfigError(
-                f"trainer.copy_to: {copy.url} exists already; set another trainer.run_name, or resume it with "
-                f"`refract train --resume {copy.url}`"
+                f"trainer.run_name: {run.path.name!r} has a question mark, which a URL cannot have; rename it"
             )
-        if _is_ahead(copy, items):
-            raise ConfigError(
-                f"trainer.copy_to: another machine has continued {copy.url}; move {run.path} away, then resume the copy with "
-                f"`refract train --resume {copy.url}`"
-            )
-        copy.update()
-    except (ConfigError, RemoteError):
+        items = [] if run.resumed else client.listed(copy.url)
+        if items:
+            is_run = any(item.url == f"{copy.url}/{RECORD}" for item in items)
+            hint = f"resume it with `refract train --resume {copy.url}`" if is_run else "remove it, as it is not a run"
+            raise ConfigError(f"trainer.copy_to: {copy.url} exists already; set another trainer.run_name, or {hint}")
+        try:
+            copy.update()
+        except RefractError:
+            if not run.resumed:
+                shutil.rmtree(run.path)
+                with suppress(RefractError):
+                    copy.update()  # removes what it has uploaded
+            raise
+    except RefractError:
         if not run.resumed:
-            shutil.rmtree(run.path)  # so that its name becomes free again
+            shutil.rmtree(run.path, ignore_errors=True)  # so that its name becomes free again
         raise
 
 
-def _is_ahead(copy: RunCopy, items: Sequence[RemoteObject]) -> bool:
-    """Return whether the copy is finished, or has a newer checkpoint than the run."""
-    for item in items:
-        if item.url == f"{copy.url}/{RECORD}" and json.loads(client.read(item)).get("finished"):
-            return True
-    here = [path.as_posix() for path in (copy.path / CHECKPOINTS).glob("*.ckpt")]
-    return _newest_step(item.url for item in items) > _newest_step(here)
+class _Follower(threading.Thread):
+    """Updates a copy when there is a new checkpoint, and at the end."""
 
+    def __init__(self, copy: RunCopy) -> None:
+        super().__init__(name="run copy", daemon=True)
+        self._copy, self._ended = copy, threading.Event()
+        self._error: Exception | None = None
 
-def _newest_step(paths: Iterable[str]) -> int:
-    found = (re.search(rf"/{CHECKPOINTS}/resume-(\d+)\.ckpt$", path) for path in paths)
-    return max((int(match[1]) for match in found if match), default=-1)
-
-
-def _follow(copy: RunCopy, ended: threading.Event) -> None:
-    """Update the copy when there is a new checkpoint."""
-    seen = set[str]()
-    while not ended.wait(POLL_SECONDS):
-        now = {path.name for path in (copy.path / CHECKPOINTS).glob("*.ckpt")}
-        if now - seen and _try_update(copy):
+    def run(self) -> None:
+        seen: set[str] = set()
+        failed = False
+        while not self._ended.wait(POLL_SECONDS):
+            now = {str(path) for path in self._copy.path.rglob(f"{CHECKPOINTS}/resume-*.ckpt")}
+            if now - seen:
+                error = self._update()
+                if error:
+                    log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
+                elif failed:
+                    log.info("trainer.copy_to: the copy of the run is up to date again")
+                failed = error is not None
             seen = now
+        self._error = self._update()
 
-
-def _end(thread: threading.Thread, ended: threading.Event) -> None:
-    ended.set()
-    thread.join()
-
-
-def _try_update(copy: RunCopy) -> bool:
-    try:
-        copy.update()
-        return True
-    except (RemoteError, OSError) as error:
-        log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
-        return False
-
-
-def _equal(path: Path, item: RemoteObject) -> bool:
-    """Return whether the file has the content of the object, as far as its size and its MD5 show."""
-    kind, _, digest = item.checksum.partition(":")
-    if kind != "md5" or path.stat().st_size != item.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == digest
-
-
-def _order(name: str) -> tuple[int, str]:
-    """Sort the files that make others valid after these."""
-    if name.startswith(f"{CHECKPOINTS}/"):
-        return 1, name
-    return {f"{_BUNDLE}/{MANIFEST}": 2, RECORD: 3}.get(name, 0), name
-
-
-def fetch(url: str, runs_dir: Path) -> Path:
-    """Download the copy of a run to its folder in `runs_dir`, to resume it there.
-
-    RemoteError if there is none. ConfigError if the folder exists.
-    """
-    url = url.rstrip("/")
-    path = runs_dir / url.rpartition("/")[2]
-    if path.exists():
-        raise ConfigError(
-            f"--resume: {url}: {path} exists; resume it with `refract train --resume {path}`, or move it away"
-        )
-    items = client.listed(url)
-    names = {item.url.removeprefix(f"{url}/") for item in items}
-    if RECORD not in names:
-        raise ConfigError(f"--resume: {url} is not a run: it has no {RECORD}")
-    if f"{_BUNDLE}/{MANIFEST}" not in names:  # an unfinished bundle
-        items = [item for item in items if not item.url.startswith(f"{url}/{_BUNDLE}/")]
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    download(url, items, path)
-    return path
-
-
-def fetch_unfinished(config: Config, name: str) -> Path | None:
-    """Download the newest unfinished run with this config from `trainer.copy_to`, if it has one. Raises as `fetch`."""
-    folder = (config.trainer.copy_to or "").rstrip("/")
-    if not folder:
+    def _update(self) -> Exception | None:
+        try:
+            self._copy.update()
+        except Exception as error:  # the training continues, whatever the store's library raises
+            return error
         return None
-    with tempfile.TemporaryDirectory() as temporary:
-        for item in client.listed(folder):
-            place = item.url.removeprefix(f"{folder}/")
-            if re.fullmatch(rf"[^/]+/({RECORD}|{CONFIG}|{FOLDER}/[^/]+\.py)", place):
-                path = Path(temporary) / place
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(client.read(item))
-        found = unfinished(config.changed({"trainer.runs_dir": temporary}), name)
-    return None if found is None else fetch(f"{folder}/{found.name}", Path(config.trainer.runs_dir))
+
+    def end(self, seconds: float | None = None) -> Exception | None:
+        """Wait for the last update, for so many seconds or as long as it takes. Returns its error."""
+        self._ended.set()
+        self.join(seconds)
+        return TimeoutError(f"{self._copy.url} was not reached in {seconds} s") if self.is_alive() else self._error
+
+
+@contextmanager
+def _frozen(path: Path, uploaded: dict[str, Uploaded]) -> Iterator[tuple[Path, set[str], dict[str, Uploaded]]]:
+    """Yield (a folder with the state of the run's changed files at this moment, the names of all files, the changed ones)."""
+    if not path.is_dir():  # of a run that could not start
+        yield path, set(), {}
+        return
+    for rest in path.glob(".copy-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".copy-") as temporary:
+        folder, names, changed = Path(temporary), set[str](), dict[str, Uploaded]()
+        present = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        for name in sorted(present, key=order, reverse=True):  # so that a journal has what its mark counts
+            file = path / name
+            if any(part.startswith(".") for part in name.split("/")):  # locks, unfinished files
+                continue
+            with suppress(FileNotFoundError):  # a newer checkpoint has replaced it
+                status = file.stat()
+                state = Uploaded(status.st_mtime_ns, status.st_size, "")
+                if name not in uploaded or uploaded[name]._replace(version="") != state:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    _freeze(file, folder / name)
+                    changed[name] = state
+                names.add(name)
+        yield folder, names, changed
+
+
+def _freeze(file: Path, target: Path) -> None:
+    """Link large files, which are replaced as a whole. Copy others: lines are added to the journal."""
+    if file.parent.name in (CHECKPOINTS, "bundle"):
+        with suppress(PermissionError, NotImplementedError):
+            os.link(file, target)
+            return
+    shutil.copyfile(file, target)
+
+
+def order(name: str) -> tuple[int, str]:
+    """Sort the files that make others valid after these."""
+    folder, _, file = name.rpartition("/")
+    if folder.endswith(CHECKPOINTS):
+        return 2, name
+    last = {DELIVERED: 1, MANIFEST: 3, RECORD: 4 if folder else 5}
+    return last.get(file, 0), name
+
+
+def _progress(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, float]:
+    """Return folder of the run or of a fold → step of its newest checkpoint, infinite once it is finished. RemoteError."""
+    found: dict[str, float] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if match := _RESUME.fullmatch(name):
+            place = (match[1] or "").rstrip("/")
+            found[place] = max(found.get(place, -1), int(match[2]))
+        elif file == RECORD and "/" not in folder:
+            try:
+                if json.loads(read(name)).get("finished"):
+                    found[folder] = float("inf")
+            except (ValueError, AttributeError, FileNotFoundError) as error:
+                raise RemoteError(
+                    f"{name} of the copy or of the run cannot be read ({error}); move that one away"
+                ) from error
+    return found
+
+
+def complete(path: Path, url: str | None) -> None:
+    """Bring the copy of a finished run up to date after a change of its files. An error is only logged. url: None does nothing."""
+    if url is not None:
+        try:
+            RunCopy(path, url).update()
+        except RefractError as error:
+            log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
+
+
+def is_copied_to(path: Path, url: str) -> bool:
+    """Return whether the copy of a run's folder is at this URL."""
+    try:
+        return json.loads((path / UPLOADED).read_text("utf-8"))["url"] == url
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read_uploaded(path: Path, url: str) -> dict[str, Uploaded]:
+    """Return what the run's file UPLOADED lists for this URL; nothing if it is missing or damaged."""
+    try:
+        stored = json.loads((path / UPLOADED).read_text("utf-8"))
+        return {name: Uploaded(*one) for name, one in stored["files"].items()} if stored["url"] == url else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_uploaded(path: Path, url: str, files: dict[str, Uploaded]) -> None:
+    """Write the run's file UPLOADED. OSError."""
+    write_atomically(path / UPLOADED, json.dumps({"url": url, "files": files}).encode())
+
+
+def uploaded_state(file: Path, item: RemoteObject) -> Uploaded:
+    """Return the state of a file that has the content of an object."""
+    status = file.stat()
+    return Uploaded(status.st_mtime_ns, status.st_size, item.version)

@@ -134,13 +134,21 @@ def read(item: RemoteObject) -> bytes:
     return b"".join(parts)
 
 
-def upload(path: Path, url: str) -> None:
+def upload(path: Path, url: str) -> RemoteObject:
     """Write a local file to a URL. RemoteError if it cannot be written."""
     checked(url)
-    _repeated(url, lambda: store_of(url).upload(path, url))
-    size = info(url).size
-    if size != path.stat().st_size:
-        raise RemoteError(f"{url}: has {size:,} bytes after the upload of {path.stat().st_size:,}; upload {path} again")
+    try:
+        _repeated(url, lambda: store_of(url).upload(path, url))
+        item = info(url)
+    except FileNotFoundError as error:
+        if not path.exists():
+            raise
+        raise RemoteError(f"{url}: there is no such bucket; check the URL, or create the bucket") from error
+    if item.size != path.stat().st_size:
+        raise RemoteError(
+            f"{url}: has {item.size:,} bytes after the upload of {path.stat().st_size:,}; upload {path} again"
+        )
+    return item
 
 
 def remove(url: str) -> None:
@@ -176,7 +184,7 @@ def _wait_or_raise(url: str, error: Exception, attempt: int) -> None:
     cause = masked(str(error)) or type(error).__name__
     if attempt >= ATTEMPTS:
         raise RemoteError(
-            f"{masked(url)}: failed {attempt} times, at last with {type(error).__name__}: {cause}; check the network, then run the command "
+            f"{masked(url)}: failed {attempt} times, at last with {type(error).__name__}: {cause}; check the network, then try "
             "again"
         ) from error
     delay = min(FIRST_DELAY_S * 2 ** (attempt - 1), LONGEST_DELAY_S) * random.uniform(0.8, 1.2)

@@ -139,6 +139,20 @@ def test_a_process_with_a_quota_computes_with_as_many_threads(one_core: Path) ->
     assert in_group(one_core, f"{start}; {threads}", {"OMP_NUM_THREADS": "2"}) == "2", "the user decides"
 
 
+@pytest.mark.parametrize(("imported", "wanted"), [("os", "4 2"), ("torch", "None 2")])
+def test_ranks_share_the_quota(imported: str, wanted: str) -> None:
+    """Lightning divides the cores by the ranks only without OMP_NUM_THREADS. A program that has PyTorch keeps its environment."""
+    code = (
+        f"import os, {imported}, refract.cores as cores\n"
+        "cores.quota = cores.cores = lambda: 4\n"
+        "cores.limit_threads(); print(os.environ.get('OMP_NUM_THREADS'), end=' ')\n"
+        "cores.limit_threads(2); print(os.environ['OMP_NUM_THREADS'])"
+    )
+    environ = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=True)
+    assert done.stdout.strip() == wanted
+
+
 def test_without_a_quota_the_threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("refract.cores.quota", lambda: None)

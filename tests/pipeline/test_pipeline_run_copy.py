@@ -1,11 +1,16 @@
 """Copies of runs in an object store: what they hold at each moment, and how another machine resumes from them."""
 
+import itertools
 import json
 import logging
 import os
+import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from object_server import ObjectServer
@@ -13,11 +18,20 @@ from safetensors.torch import load_file
 from small_data import Run, paint
 from warm_process import WarmProcess
 
+from refract.cli import main as refract_main
+from refract.models.bundle.bundle import load_bundle
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
-from refract.pipeline.training import run_copy
+from refract.pipeline.files import write_atomically
+from refract.pipeline.tracking.journal import Journal
+from refract.pipeline.training import folds, run_copy
+from refract.pipeline.training.callbacks.checkpoints import newest
+from refract.pipeline.training.fetched_run import fetch
 from refract.pipeline.training.run import train
-from refract.pipeline.training.run_copy import RunCopy, fetch
+from refract.pipeline.training.run_copy import RunCopy
+from refract.pipeline.training.run_directory import RECORD
+from refract.remote import client
 from refract.remote.client import RemoteError
+from refract.remote.store import RemoteObject
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("new_cache")]
 
@@ -71,15 +85,22 @@ def files(run: Path) -> set[str]:
     return {name for name in names if "/." not in name}
 
 
-def until_checkpoint(server: ObjectServer) -> None:
+def newest_step(server: ObjectServer) -> int:
+    return max((int(key[-13:-5]) for key in keys(server) if "/checkpoints/resume-" in key), default=-1)
+
+
+def until_newer(server: ObjectServer, step: int) -> None:
+    """Wait until the copy has a checkpoint after this step."""
     deadline = time.monotonic() + 60
-    while not any("/checkpoints/resume-" in key for key in keys(server)):
+    while newest_step(server) <= step:
         assert time.monotonic() < deadline, keys(server)
         time.sleep(0.02)
 
 
-def killed_after_a_copied_checkpoint(server: ObjectServer, warm: WarmProcess, images: Path, machine: Path) -> None:
-    """Start a training in the folder `machine`, and kill it once its copy has a checkpoint."""
+def killed_after_a_copied_checkpoint(
+    server: ObjectServer, warm: WarmProcess, images: Path, machine: Path, *arguments: str
+) -> None:
+    """Start a training in the folder `machine`, and kill it once its copy has a new checkpoint."""
     machine.mkdir()
     (machine / "colors.yaml").write_text(json.dumps(settings(images, max_epochs=30)))
     code = (
@@ -87,33 +108,46 @@ def killed_after_a_copied_checkpoint(server: ObjectServer, warm: WarmProcess, im
         "run_copy.POLL_SECONDS = 0.05\n"
         "import refract.cli; sys.exit(refract.cli.main(sys.argv[1:]))"
     )
-    started = warm.popen(["train", "colors.yaml"], cwd=machine, code=code)
-    until_checkpoint(server)
+    local = [int(path.stem[-8:]) for path in machine.parent.glob("*/runs/colors/checkpoints/resume-*.ckpt")]
+    step = max([newest_step(server), *local])
+    started = warm.popen(["train", "colors.yaml", *arguments], cwd=machine, code=code)
+    until_newer(server, step)
     started.kill()
     started.communicate()
     assert not (machine / "runs/colors/bundle").exists()
 
 
-@pytest.mark.parametrize("by_url", [True, False])
+@pytest.mark.parametrize("way", ["url", "auto", "back"])
 def test_another_machine_resumes_a_killed_run_with_the_same_result(
-    by_url: bool, server: ObjectServer, warm: WarmProcess, images: Path, tmp_path: Path
+    way: str, server: ObjectServer, warm: WarmProcess, images: Path, tmp_path: Path
 ) -> None:
+    """back: the first machine continues what a second one did, with its older files in the way."""
     killed_after_a_copied_checkpoint(server, warm, images, tmp_path / "one")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "colors.yaml").write_text(json.dumps(settings(images, max_epochs=30)))
-    arguments = ["--resume", "s3://data/runs/colors"] if by_url else ["colors.yaml", "--resume", "auto"]
-    done = warm.run(["train", *arguments], cwd=other, env=dict(os.environ), seconds=240)
+    machine = tmp_path / "other"
+    if way == "back":
+        killed_after_a_copied_checkpoint(server, warm, images, machine, "--resume", "auto")
+        machine = tmp_path / "one"
+        (machine / "runs/colors/notes.txt").write_text("of the user")
+    else:
+        machine.mkdir()
+        (machine / "colors.yaml").write_text(json.dumps(settings(images, max_epochs=30)))
+    arguments = ["--resume", "s3://data/runs/colors"] if way == "url" else ["colors.yaml", "--resume", "auto"]
+    done = warm.run(["train", *arguments], cwd=machine, env=dict(os.environ), seconds=240)
     assert done.returncode == 0, done.stderr
     assert "resuming from runs/colors/checkpoints/resume-" in done.stderr
-    assert keys(server) == files(other / "runs/colors"), (
+    assert f"downloading s3://data/runs/colors to runs/{'.colors.' if way == 'back' else 'colors'}" in done.stderr
+    assert "copy:     s3://data/runs/colors/" in done.stdout
+    assert (machine / "runs/colors/notes.txt").exists() == (way == "back")
+    assert keys(server) == files(machine / "runs/colors"), (
         "the copy is complete, and has no checkpoint that the run has removed"
     )
     assert json.loads(server.client.get_object(Bucket="data", Key="runs/colors/run.json")["Body"].read())["finished"]
+    again = warm.run(["train", "--resume", "s3://data/runs/colors"], cwd=machine, env=dict(os.environ), seconds=60)
+    assert again.returncode == 2 and "runs/colors is finished already" in again.stderr
 
     undisturbed = train(config_of(images, max_epochs=30, run_name="undisturbed", copy_to=None, runs_dir=str(tmp_path)))
     assert undisturbed is not None
-    weights = load_file(other / "runs/colors/bundle/weights.safetensors")
+    weights = load_file(machine / "runs/colors/bundle/weights.safetensors")
     expected = load_file(undisturbed.bundle / "weights.safetensors")
     assert all(weights[name].equal(value) for name, value in expected.items())
 
@@ -135,6 +169,9 @@ def test_an_older_state_never_replaces_a_newer_copy(
         in done.stderr
     )
     assert keys(server) == before and (tmp_path / "one/runs/colors/run.json").exists()
+    done = warm.run(["sync", "runs/colors"], cwd=tmp_path / "one", env=dict(os.environ), seconds=60)
+    assert done.returncode == 1 and "another machine has continued s3://data/runs/colors" in done.stderr
+    assert keys(server) == before
 
 
 def test_compare_reads_copies(server: ObjectServer, images: Path, refract: Run) -> None:
@@ -143,6 +180,68 @@ def test_compare_reads_copies(server: ObjectServer, images: Path, refract: Run) 
     done = refract("compare", "s3://data/runs/slow", "s3://data/runs/fast/")
     assert "fast against slow on " in done.stdout
     assert "copy_to" not in done.stdout and "optim.lr" in done.stdout
+    server.client.delete_object(Bucket="data", Key="runs/slow/holdout.npz")
+    done = refract("compare", "s3://data/runs/slow", "s3://data/runs/fast", code=2)
+    assert "s3://data/runs/slow: not the copy of a finished run: it has no holdout.npz" in done.stderr
+
+
+def test_a_copy_can_be_resumed_from_each_state(
+    server: ObjectServer, images: Path, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetch the copy after each upload, as if the machine had been taken away then."""
+    shutil.copy(new_tracking, tmp_path)
+    upload, states = client.upload, list[set[str]]()
+
+    def uploaded(path: Path, url: str) -> RemoteObject:
+        item = upload(path, url)
+        if f"colors/{RECORD}" in keys(server):
+            runs = tmp_path / f"state-{len(states)}"
+            run = fetch("s3://data/runs/colors", runs)
+            Journal(run)
+            assert newest(run / "checkpoints") or not list(run.glob("checkpoints/resume-*"))
+            if (run / "bundle").exists():
+                load_bundle(run / "bundle")
+            states.append(files(run))
+            shutil.rmtree(runs)
+        return item
+
+    monkeypatch.setattr(run_copy, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(client, "upload", uploaded)
+    values = settings(images, max_epochs=3) | {"tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
+    train(config_from_dict(values))
+    assert any("colors/bundle/manifest.json" in state for state in states)
+    assert any("colors/journal.delivered.json" in state for state in states)
+    assert any("/resume-" in name for state in states for name in state)
+
+
+def test_a_slow_upload_never_leaves_the_copy_without_a_checkpoint(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload takes longer than the training needs for two checkpoints."""
+    run, upload, step = tmp_path / "colors", client.upload, itertools.count()
+    (run / "checkpoints").mkdir(parents=True)
+    (run / RECORD).write_text("{}")
+
+    def write_checkpoint() -> None:
+        number = next(step)
+        write_atomically(run / "checkpoints/best.ckpt", bytes(1000 + number))
+        write_atomically(run / f"checkpoints/resume-{number:08}.ckpt", b"weights")
+        (run / f"checkpoints/resume-{number - 2:08}.ckpt").unlink(missing_ok=True)
+
+    def slow(path: Path, url: str) -> RemoteObject:
+        for _ in range(3):
+            write_checkpoint()
+        return upload(path, url)
+
+    write_checkpoint()
+    monkeypatch.setattr(client, "upload", slow)
+    copy = RunCopy(run, "s3://data/runs")
+    before = ""
+    for _ in range(3):
+        copy.update()
+        kept = sorted(key for key in keys(server) if "/resume-" in key)
+        assert 1 <= len(kept) <= 2 and kept[-1] > before, "and it is a newer one"
+        before = kept[-1]
 
 
 def test_a_checkpoint_follows_its_files_and_the_record_of_a_finished_run_is_last(
@@ -168,6 +267,99 @@ def test_a_run_with_the_name_of_another_copy_does_not_start(server: ObjectServer
     assert keys(server) == {"colors/run.json"}
 
 
+@pytest.mark.parametrize("name", ["colors?versionId=3", "colors?token=x"])
+def test_a_name_that_a_url_cannot_have_is_refused(name: str, server: ObjectServer, images: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.run_name: .* has a question mark"):
+        train(config_of(images, run_name=name))
+    assert not Path("runs", name).exists() and not keys(server)
+
+
+def test_a_missing_bucket_is_named_before_the_training(server: ObjectServer, images: Path) -> None:
+    with pytest.raises(
+        RemoteError, match=r"s3://typo/runs/colors/config\.yaml: there is no such bucket; check the URL"
+    ):
+        train(config_of(images, copy_to="s3://typo/runs"))
+    assert not Path("runs/colors").exists()
+
+
+def test_a_first_copy_that_fails_halfway_leaves_nothing(
+    server: ObjectServer, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = client.upload
+
+    def broken(path: Path, url: str) -> RemoteObject:
+        if url.endswith(RECORD):
+            raise RemoteError("the network is gone")
+        return upload(path, url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "upload", broken)
+        with pytest.raises(RemoteError, match="the network is gone"):
+            train(config_of(images))
+    assert not Path("runs/colors").exists() and not keys(server), "the name is free on both sides"
+    train(config_of(images))
+
+
+def test_a_stopped_training_does_not_wait_for_a_store_that_hangs(
+    server: ObjectServer, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released, update = Event(), RunCopy.update
+
+    def hanging(copy: RunCopy) -> None:
+        if copy._uploaded is not None:
+            released.wait(60)
+        update(copy)
+
+    monkeypatch.setattr(RunCopy, "update", hanging)
+    monkeypatch.setattr(run_copy, "LAST_SECONDS", 0.2)
+    monkeypatch.setattr("refract.pipeline.training.run.evaluate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING):
+        train(config_of(images))
+    assert "the copy of the run is not up to date: s3://data/runs/colors was not reached in 0.2 s" in caplog.text
+    released.set()
+
+
+def test_an_outage_warns_once_for_each_checkpoint(
+    server: ObjectServer, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = RunCopy.update
+
+    def refused_later(copy: RunCopy) -> None:
+        if copy._uploaded is not None:
+            raise RemoteError("the network is gone")
+        update(copy)
+
+    monkeypatch.setattr(RunCopy, "update", refused_later)
+    monkeypatch.setattr(run_copy, "POLL_SECONDS", 0.01)
+    with caplog.at_level(logging.WARNING):
+        result = train(config_of(images, checkpoint_seconds=900))  # one checkpoint, at the end of the last epoch
+    assert result is not None and result.not_copied is not None and "the network is gone" in result.not_copied
+    assert caplog.text.count("the copy of the run is not up to date: the network is gone") == 1
+
+
+def test_folds_are_copied_as_they_are_trained_and_resumed(
+    server: ObjectServer, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refract: Run
+) -> None:
+    train_fold = folds._train_fold
+    monkeypatch.setattr(run_copy, "POLL_SECONDS", 0.02)
+
+    def stopped(*arguments: Any) -> None:
+        train_fold(*arguments)
+        if arguments[3] == 1:
+            until_newer(server, -1)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folds, "_train_fold", stopped)
+        folds.train_folds(config_of(images, folds=2), name="colors")
+    assert "colors/fold-1/bundle/manifest.json" in keys(server) and "colors/fold-2/run.json" not in keys(server)
+    shutil.move("runs", "taken")
+    done = refract("train", "--resume", "s3://data/runs/colors")
+    assert "fold 2 of 2" in done.stderr and "epoch 1/2" in done.stderr
+    assert {name for name in keys(server) if "resume-" not in name} == files(Path("runs/colors"))
+    assert Path("runs/colors/fold-1/run.json").read_bytes() == Path("taken/colors/fold-1/run.json").read_bytes()
+
+
 def test_a_store_that_cannot_be_written_is_named_before_the_training(server: ObjectServer, images: Path) -> None:
     server.proxy.refuses_writes = True
     with pytest.raises(RemoteError, match=r"s3://data/runs/colors/config\.yaml.*access denied"):
@@ -176,8 +368,9 @@ def test_a_store_that_cannot_be_written_is_named_before_the_training(server: Obj
 
 
 def test_a_copy_that_failed_is_completed_by_sync(
-    server: ObjectServer, images: Path, refract: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    server: ObjectServer, images: Path, refract: Run, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     update = RunCopy.update
 
     def refused_later(copy: RunCopy) -> None:
@@ -187,16 +380,20 @@ def test_a_copy_that_failed_is_completed_by_sync(
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(RunCopy, "update", refused_later)
         patch.setattr(run_copy, "POLL_SECONDS", 0.05)
-        with pytest.raises(
-            RemoteError, match=r"the run in runs/colors is complete, but its copy is not.*`refract sync runs/colors`"
-        ):
-            train(config_of(images))
+        Path("colors.yaml").write_text(json.dumps(settings(images)))
+        assert refract_main(["train", "colors.yaml"]) == 1
+    printed = capsys.readouterr()
+    assert "bundle:   runs/colors/bundle" in printed.out, "the training itself is complete"
+    assert "NOT COPIED: the run in runs/colors is complete, but its copy is not: s3://data/runs/colors/" in printed.err
+    assert "refract sync runs/colors completes it" in printed.err
     assert "trainer.copy_to: the copy of the run is not up to date" in caplog.text
     assert keys(server) == {"colors/config.yaml", "colors/run.json"}
     done = refract("sync", "runs/colors", code=1)
     assert "runs/colors: its copy is not complete" in done.stderr
 
     server.proxy.refuses_writes = False
+    again = refract("train", "--resume", "s3://data/runs/colors", code=2)
+    assert "runs/colors is finished already; `refract sync runs/colors` completes its copy" in again.stderr
     done = refract("sync", "runs/colors")
     assert "runs/colors: s3://data/runs/colors is complete" in done.stdout
     assert keys(server) == files(Path("runs/colors"))
@@ -230,7 +427,10 @@ def test_a_copy_never_replaces_a_folder(server: ObjectServer, tmp_path: Path, re
     server.put("runs/colors/run.json", b"{}")
     (tmp_path / "runs/colors").mkdir(parents=True)
     done = refract("train", "--resume", "s3://data/runs/colors/", code=2)
-    assert "runs/colors exists; resume it with `refract train --resume runs/colors`, or move it away" in done.stderr
+    assert (
+        "runs/colors is another run; move it away, or resume it with `refract train --resume runs/colors`"
+        in done.stderr
+    )
     done = refract("train", "--resume", "s3://data/runs/nothing", code=2)
     assert "s3://data/runs/nothing is not a run: it has no run.json" in done.stderr
 

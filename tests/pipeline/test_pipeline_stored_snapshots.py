@@ -14,7 +14,7 @@ from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 from refract.pipeline.retraining.stored_snapshots import RECORD, remove_old, remove_unused, trained_before
-from refract.pipeline.retraining.workspace import workspace_of
+from refract.pipeline.retraining.workspace import workspace_of, write, write_run
 
 
 def config_at(root: Path, keep: int | None = 1) -> Config:
@@ -87,7 +87,7 @@ def test_snapshots_of_versions_with_an_alias_stay(
         client.create_model_version("colors", str(tmp_path), tags={"snapshot": snapshot.digest})
     client.set_registered_model_alias("colors", "champion", "1")
     with caplog.at_level(logging.INFO):
-        remove_unused(workspace_of(config), config, client)
+        remove_unused(workspace_of(config), config, str(config.tracking.uri))
     assert stored(config) == names([first, third])
     assert "snapshots: removed 1 old ones; retrain.keep_snapshots is 1" in caplog.text
 
@@ -95,16 +95,37 @@ def test_snapshots_of_versions_with_an_alias_stay(
 def test_null_keeps_all_snapshots(tmp_path: Path) -> None:
     config = config_at(tmp_path, keep=None)
     snapshots = three(tmp_path, config)
-    remove_unused(workspace_of(config), config, MlflowClient("sqlite:///does/not/exist.db"))
+    remove_unused(workspace_of(config), config, "sqlite:///does/not/exist.db")
     assert stored(config) == names(snapshots)
 
 
-def test_without_mlflow_nothing_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_snapshots_of_unfinished_runs_and_of_the_last_accepted_one_stay(tmp_path: Path, new_tracking: Path) -> None:
+    shutil.copy(new_tracking, tmp_path)
+    config = config_at(tmp_path)
+    workspace = workspace_of(config)
+    snapshots = three(tmp_path, config)
+    MlflowClient(config.tracking.uri, config.tracking.uri).create_registered_model("colors")
+    write(workspace.root / "last.json", {"snapshot": snapshots[0].record()})
+    for number, (snapshot, ended) in enumerate(zip(snapshots, ({"outcome": 0}, {}, {"outcome": 0}), strict=True)):
+        (workspace.root / "runs" / f"{number}").mkdir(parents=True)
+        write_run(workspace.root / "runs" / f"{number}", {"snapshot": snapshot.record(), **ended})  # type: ignore[typeddict-item]
+    remove_unused(workspace, config, str(config.tracking.uri))
+    assert stored(config) == names(snapshots), "the first is the last accepted one, and the second is in use"
+    write(workspace.root / "last.json", {"snapshot": snapshots[2].record()})
+    remove_unused(workspace, config, str(config.tracking.uri))
+    assert stored(config) == names(snapshots[1:])
+
+
+@pytest.mark.parametrize("content", [None, b"no database at all" * 100])
+def test_without_mlflow_nothing_is_removed(
+    content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = config_at(tmp_path)
     snapshots = three(tmp_path, config)
-    uri = f"sqlite:///{tmp_path}/empty.db"
+    if content is not None:
+        (tmp_path / "mlflow.db").write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        remove_unused(workspace_of(config), config, MlflowClient(uri, uri))
+        remove_unused(workspace_of(config), config, f"sqlite:///{tmp_path}/mlflow.db")
     assert stored(config) == names(snapshots)
     assert "snapshots: old ones stay for now: " in caplog.text
 
