@@ -192,6 +192,7 @@ def test_an_export_that_was_annotated_in_label_studio_names_images_by_content(
     assert main(["labels", "export", "labels.db", "out.json", "--prefix", "/data/local-files/?d="]) == 0
     tasks = json.loads(Path("out.json").read_text())
     assert tasks[0]["data"]["image"] == "/data/local-files/?d=images/red/001.png"
+    assert [task["id"] for task in tasks] == list(range(1, len(tasks) + 1))
     result = [{"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": ["green"]}}]
     tasks[0]["annotations"] = [{"result": result, "completed_by": 3, "updated_at": "2026-04-01T00:00:00Z"}]
     tasks[0]["data"]["image"] = "/data/upload/1/deadbeef-whatever.png"  # only the content identifies it now

@@ -125,6 +125,14 @@ def test_a_server_that_fails_gets_the_events_later_in_their_order(
     assert "127.0.0.1 responded with status 503" in caplog.text and "/hook" not in caplog.text
 
 
+@pytest.mark.parametrize("status", [408, 425, 429])
+def test_a_busy_server_gets_the_events_later(box: Outbox, receiver: Receiver, status: int) -> None:
+    receiver.statuses = [status]
+    for number in range(2):
+        box.add({"number": number}, NOON + timedelta(microseconds=number))
+    assert box.deliver(NOON + timedelta(seconds=1)) == 0 and len(receiver.requests) == 1, "the second one waits"
+
+
 @pytest.mark.parametrize("status", [400, 302])
 def test_an_event_that_is_refused_does_not_block_the_others(box: Outbox, receiver: Receiver, status: int) -> None:
     receiver.statuses = [status]
