@@ -276,6 +276,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.overlap import holdout_line
     from refract.pipeline.retraining.verdict_tags import store_verdict
     from refract.pipeline.tracking.model_card import Gate, read_facts, write_card
+    from refract.pipeline.training.run_copy import complete
 
     name, client, workspace = str(config.tracking.model_name), client_of(record["mlflow"]), workspace_of(config)
     champion = aliases(client, name).get(CHAMPION)
@@ -307,6 +308,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     )
     client.log_artifact(record["mlflow_run"], str(write_card(Path(record["training_run"]), facts)))
     add_gate(client, name, record["version"], facts)
+    complete(Path(record["training_run"]), config.trainer.copy_to)  # with the model card and the journal
     return {"champion": champion, "gate": verdict.to_dict(), **effects}
 
 
@@ -337,7 +339,6 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.notification import name_of, notify
     from refract.pipeline.retraining.report import write_report
     from refract.pipeline.retraining.stored_snapshots import remove_unused
-    from refract.pipeline.training.run_copy import complete
 
     outcome = record["ends"]
     workspace = workspace_of(config)
@@ -345,7 +346,6 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
         keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
         kept = {key: record.get(key) for key in keys}
         write(workspace.root / "last.json", kept | {"outcome": outcome})
-        complete(Path(record["training_run"]), config.trainer.copy_to)
         remove_unused(workspace, config, record["mlflow"])
     if config.retrain.notify:
         import json

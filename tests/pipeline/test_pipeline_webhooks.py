@@ -236,7 +236,7 @@ def free_port() -> int:
 def ends(config: Config, outcome: Outcome, **record: Any) -> Path:
     """Do the last step of a run with this outcome."""
     folder = begin(config, force=False)
-    ended: Any = read_run(folder) | {"ends": int(outcome), "why": "because", **record}
+    ended: Any = read_run(folder) | {"ends": int(outcome), "why": "because", "mlflow": "sqlite://", **record}
     write_run(folder, ended)
     STEPS[-1](folder)
     assert read_run(folder)["outcome"] == outcome
