@@ -37,9 +37,7 @@ def main(argv: list[str]) -> int:
             "--resume RUN_DIR resumes an interrupted run from its newest checkpoint and ends with the same weights as an"
         )
         print("uninterrupted run. --resume auto resumes the newest unfinished run of this config, or starts a new run.")
-        print(
-            "--resume URL downloads a run's copy, made by trainer.copy_to, to runs/NAME and resumes it.\n"
-        )
+        print("--resume URL downloads a run's copy, made by trainer.copy_to, to runs/NAME and resumes it.\n")
         print(
             "Exit codes: 0 done; 1 failed; 2 invalid input; 3 trained, but not registered (refract sync RUN_DIR registers"
         )

@@ -320,7 +320,13 @@ def _plain_words(message: str) -> str:
         (r"Expected an? one of", "Expected one of"),
     ):
         message = re.sub(pattern, words, message)
-    return message
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value type: \w+ Given value:"
+    return re.sub(union, lambda match: f"Expected {_of_union(match[1])}. Got value:", message)
+
+
+def _of_union(types: str) -> str:
+    """Return the types of a union in words: `int or null`."""
+    return " or ".join(re.split(r", (?![^\[]*\])", types.replace("NoneType", "null")))
 
 
 def _plain(value: Any) -> Any:

@@ -265,7 +265,7 @@ class TrainerConfig(Checked):
             "trainer.copy_to",
             masked(self.copy_to or ""),
             stores,
-            "null, or the URL of a folder at s3://, gs:// or az://",
+            "a folder's URL at s3://, gs:// or az:// without credentials, or null",
         )
         yield "trainer.run_name", name, name is None or _is_name(name), "a plain folder name"
         yield "trainer.folds", self.folds, self.folds == 0 or 2 <= self.folds <= 20, "0, or in 2…20"

@@ -60,13 +60,13 @@ def remove_unused(workspace: Workspace, config: Config, mlflow: str) -> None:
         }
         in_use |= {version.tags["snapshot"] for version in versions if "snapshot" in version.tags}
         if removed := remove_old(workspace, keep, in_use):
-            log.info("snapshots: removed %d old ones; retrain.keep_snapshots is %d", removed, keep)
+            log.info("snapshots: removed %s; retrain.keep_snapshots is %d", ", ".join(removed), keep)
     except Exception as error:  # MLflow and the libraries below it raise many types for a database that cannot be read
         log.warning("snapshots: old ones stay for now: %s", error)
 
 
-def remove_old(workspace: Workspace, keep: int, in_use: Collection[str]) -> int:
-    """Remove all snapshots except the `keep` newest and those with a digest of `in_use`. Returns the number of removed ones.
+def remove_old(workspace: Workspace, keep: int, in_use: Collection[str]) -> list[str]:
+    """Remove all snapshots except the `keep` newest and those with a digest of `in_use`. Returns the names of the removed ones.
 
     The age of a snapshot is that of the last run that took it. A removal that was killed continues at the next call. OSError for files
     that cannot be deleted.
@@ -81,7 +81,7 @@ def remove_old(workspace: Workspace, keep: int, in_use: Collection[str]) -> int:
         shutil.rmtree(rest)
     for folder in old:
         shutil.rmtree(folder.rename(folder.with_suffix(_REMOVING)))
-    return len(old)
+    return [folder.name for folder in old]
 
 
 def _folders(workspace: Workspace) -> list[Path]:

@@ -147,5 +147,5 @@ def _download(url: str, items: Mapping[str, RemoteObject], path: Path) -> None:
     log.info("downloading %s to %s: %d files, %.1f MB", url, path, len(items), size / 1e6)
     try:
         download(url, list(items.values()), path)
-    except FileNotFoundError as error:  # its training goes on
+    except FileNotFoundError as error:  # its training continues
         raise client.changed(url) from error

@@ -148,9 +148,11 @@ def _begin(copy: RunCopy, run: Run) -> None:
                 with suppress(RefractError):
                     copy.update()  # removes what it has uploaded
             raise
-    except RefractError:
+    except RefractError as error:
         if not run.resumed:
             shutil.rmtree(run.path, ignore_errors=True)  # so that its name becomes free again
+        if isinstance(error, RemoteError):
+            raise RemoteError(f"trainer.copy_to: {error}") from error
         raise
 
 

@@ -329,6 +329,19 @@ def test_a_search_space_may_name_a_former_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--retrain.keep_snapshots=text", "retrain.keep_snapshots: Expected int or null. Got value: text"),
+        ("--data.image_size=a", "data.image_size: Expected int or tuple[int, int]. Got value: a"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_the_types(option: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [option])
+    assert message in str(refused.value) and "Union" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("data.source", "https://user:hunter2secret@host/a.zip", "a URL without credentials, which runs would store"),

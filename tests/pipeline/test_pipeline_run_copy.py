@@ -438,7 +438,7 @@ def test_a_copy_never_replaces_a_folder(server: ObjectServer, tmp_path: Path, re
 @pytest.mark.parametrize("url", ["runs", "https://host/runs", "s3://", "s3://user:secret@data/runs", "hf://owner/name"])
 def test_copies_need_an_object_store(url: str, images: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"trainer\.copy_to: .* is not null, or the URL of a folder at s3://"
+        ConfigError, match=r"trainer\.copy_to: .* is not a folder's URL at s3://, gs:// or az:// without credentials"
     ) as error:
         config_of(images, copy_to=url)
     assert "secret" not in str(error.value)
