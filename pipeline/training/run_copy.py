@@ -16,7 +16,6 @@ from refract.errors import RefractError
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.journal import DELIVERED
-from refract.pipeline.training.callbacks.checkpoints import newest
 from refract.pipeline.training.fit import CHECKPOINTS
 from refract.pipeline.training.run_directory import RECORD, Run
 from refract.remote import client
@@ -80,6 +79,8 @@ class RunCopy:
 
     def is_ahead(self, items: Mapping[str, RemoteObject]) -> bool:
         """Return whether the copy is finished, or has a newer checkpoint than the run. RemoteError."""
+        from refract.pipeline.training.callbacks.checkpoints import newest  # imports Lightning
+
         paths = [path for path in self.path.rglob("*") if path.suffix != ".ckpt"]
         folders = [path for path in paths if path.name == CHECKPOINTS]
         paths += [checkpoint for folder in folders if (checkpoint := newest(folder))]  # an intact one
