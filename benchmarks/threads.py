@@ -104,6 +104,8 @@ def quota_group(count: int) -> Iterator[Path]:
             (group / "cpu.max").write_text(f"{count * 100000} 100000")
         yield group
     finally:
+        while (group / "cgroup.procs").read_text():  # a process of a pool ends a moment later
+            time.sleep(0.1)
         group.rmdir()
 
 

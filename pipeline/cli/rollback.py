@@ -26,5 +26,5 @@ def _rollback(args: argparse.Namespace) -> int:
     try_to_load(client, args.name, expected[1])
     restored, replaced = rollback(client, args.name, expected=expected)
     output.result({"model": args.name, "champion": restored, "before": replaced})
-    print(f"models:/{args.name}@champion is version {restored} again, before version {replaced}")
+    print(f"models:/{args.name}@champion is version {restored} again; it was version {replaced}")
     return 0
