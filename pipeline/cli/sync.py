@@ -39,7 +39,7 @@ def _sync(folders: list[Path], uri: str | None) -> int:
     from refract.pipeline.tracking.tracker import deliver_one
     from refract.pipeline.training.run_directory import RunLocked, run_lock, stored_config
 
-    runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
+    runs = _folders_with(JOURNAL, folders)
     copied = _copied(folders)
     if not runs and not copied:
         raise ConfigError(
@@ -89,15 +89,23 @@ def _copied(folders: list[Path]) -> dict[Path, str]:
     """Return folder of a run → its `trainer.copy_to`, for the runs that have one."""
     import yaml
 
-    from refract.pipeline.training.run_directory import CONFIG, RECORD
+    from refract.pipeline.config.config import ConfigError
+    from refract.pipeline.training.run_directory import CONFIG, RECORD, read_record
 
     found = {}
-    for run in sorted({path.parent for folder in folders for path in folder.rglob(RECORD)}):
-        with suppress(OSError, yaml.YAMLError):
+    for run in _folders_with(RECORD, folders):
+        with suppress(OSError, yaml.YAMLError, ConfigError):
+            read_record(run)  # not that of a retraining
             values = yaml.safe_load((run / CONFIG).read_text("utf-8"))
             if isinstance(values, dict) and (url := (values.get("trainer") or {}).get("copy_to")):
                 found[run] = url
     return found
+
+
+def _folders_with(name: str, folders: list[Path]) -> list[Path]:
+    """Return the folders that have a file of this name, but unfinished ones."""
+    below = ((path, path.relative_to(folder)) for folder in folders for path in folder.rglob(name))
+    return sorted({path.parent for path, place in below if not any(part.startswith(".") for part in place.parts)})
 
 
 def _complete(run: Path, url: str) -> bool:
@@ -111,7 +119,7 @@ def _complete(run: Path, url: str) -> bool:
             copy.update()
     except RunLocked:
         print(f"{run}: skipped, as its training is in progress and copies it")
-    except RefractError as error:
+    except (RefractError, OSError) as error:
         print(f"{run}: its copy is not complete: {error}", file=sys.stderr)
         return False
     else:

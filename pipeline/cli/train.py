@@ -132,10 +132,11 @@ def _unfinished_of_rank_0(config: "Config", name: str) -> "Path | None":
 
     def decide() -> str | None:
         run = unfinished(config, name)
+        if run is not None and config.trainer.copy_to is not None:
+            up_to_date(run, f"{config.trainer.copy_to.rstrip('/')}/{run.name}")
+            run = unfinished(config, name)  # another machine may have finished it
         if run is None:
             run = fetch_unfinished(config, name)
-        elif config.trainer.copy_to is not None:
-            run = up_to_date(run, f"{config.trainer.copy_to.rstrip('/')}/{run.name}")
         return None if run is None else str(run)
 
     path = from_rank_0("resume", decide)

@@ -68,7 +68,7 @@ def _fetched(url: str) -> Path:
 
     url = checked(url)
     items = {item.url.removeprefix(f"{url}/"): item for item in client.listed(url)}
-    for name in (PREDICTIONS, HISTORY):
+    for name in (PREDICTIONS, HISTORY, "bundle/manifest.json"):
         if name not in items:
             raise ConfigError(f"{url}: not the copy of a finished run: it has no {name}; wait until its training ends")
     needed = [item for name, item in items.items() if name in (PREDICTIONS, HISTORY) or name.startswith("bundle/")]

@@ -12,8 +12,16 @@ from pathlib import Path
 from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.plugin_files import FOLDER
+from refract.pipeline.tracking.journal import DELIVERED
 from refract.pipeline.training.fit import CHECKPOINTS
-from refract.pipeline.training.run_copy import RunCopy, is_copied_to, order, uploaded_state, write_uploaded
+from refract.pipeline.training.run_copy import (
+    RunCopy,
+    is_copied_to,
+    order,
+    parsed_record,
+    uploaded_state,
+    write_uploaded,
+)
 from refract.pipeline.training.run_directory import CONFIG, RECORD, read_record, run_lock, unfinished, write_config
 from refract.remote import client
 from refract.remote.address import checked, is_object_store, is_remote
@@ -49,6 +57,8 @@ def fetch(url: str, runs_dir: Path) -> Path:
     items = _complete_items({item.url.removeprefix(f"{url}/"): item for item in client.listed(url)})
     if RECORD not in items:
         raise ConfigError(f"--resume: {url} is not a run: it has no {RECORD}; name the folder of a run's copy")
+    if parsed_record(url, client.read(items[RECORD])).get("finished"):
+        raise ConfigError(f"--resume: {url} is finished already; its bundle is {url}/{_BUNDLE}")
     runs_dir.mkdir(parents=True, exist_ok=True)
     _download(url, items, path)
     write_uploaded(path, url, {name: uploaded_state(path / name, item) for name, item in items.items()})
@@ -62,6 +72,7 @@ def up_to_date(path: Path, url: str) -> Path:
     """
     copy = RunCopy(path, url.rpartition("/")[0])
     items = copy.items()
+    copy.check_same(items)
     if not copy.is_ahead(items):
         return path
     log.info("another machine has continued %s", url)
@@ -72,6 +83,8 @@ def up_to_date(path: Path, url: str) -> Path:
         for name in sorted(items, key=order):  # as the copy, the folder is valid at any moment
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (downloaded / name).replace(path / name)
+        if DELIVERED not in items:  # of a journal that is not the copy's
+            (path / DELIVERED).unlink(missing_ok=True)
         for old in path.rglob(f"{CHECKPOINTS}/resume-*.ckpt"):
             if old.relative_to(path).as_posix() not in items:
                 old.unlink()
@@ -108,7 +121,7 @@ def fetch_unfinished(config: Config, name: str) -> Path | None:
             runs.setdefault(run, {})[place] = item
     with tempfile.TemporaryDirectory() as temporary:
         for run, items in runs.items():
-            if RECORD in items and not _is_finished(items):
+            if RECORD in items and (config.trainer.run_name or not _is_finished(items)):
                 _fetch_config(items, Path(temporary) / run)
         found = unfinished(config.changed({"trainer.runs_dir": temporary}), name)
     return None if found is None else fetch(f"{folder}/{found.name}", Path(config.trainer.runs_dir))

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ from threading import Event
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from object_server import ObjectServer
 from safetensors.torch import load_file
 from small_data import Run, paint
 from warm_process import WarmProcess
 
 from refract.cli import main as refract_main
+from refract.errors import RefractError
 from refract.models.bundle.bundle import load_bundle
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.files import write_atomically
@@ -85,6 +88,11 @@ def files(run: Path) -> set[str]:
     return {name for name in names if "/." not in name}
 
 
+def is_finished(server: ObjectServer) -> bool:
+    record = server.client.get_object(Bucket="data", Key="runs/colors/run.json")["Body"].read()
+    return bool(json.loads(record).get("finished"))
+
+
 def newest_step(server: ObjectServer) -> int:
     return max((int(key[-13:-5]) for key in keys(server) if "/checkpoints/resume-" in key), default=-1)
 
@@ -141,7 +149,7 @@ def test_another_machine_resumes_a_killed_run_with_the_same_result(
     assert keys(server) == files(machine / "runs/colors"), (
         "the copy is complete, and has no checkpoint that the run has removed"
     )
-    assert json.loads(server.client.get_object(Bucket="data", Key="runs/colors/run.json")["Body"].read())["finished"]
+    assert is_finished(server)
     again = warm.run(["train", "--resume", "s3://data/runs/colors"], cwd=machine, env=dict(os.environ), seconds=60)
     assert again.returncode == 2 and "runs/colors is finished already" in again.stderr
 
@@ -158,16 +166,15 @@ def test_an_older_state_never_replaces_a_newer_copy(
 ) -> None:
     killed_after_a_copied_checkpoint(server, warm, images, tmp_path / "one")
     if finished:
-        server.put("runs/colors/run.json", b'{"finished": true}')
+        record = json.loads((tmp_path / "one/runs/colors/run.json").read_text())
+        server.put("runs/colors/run.json", json.dumps({**record, "finished": True}).encode())
     else:
         server.put("runs/colors/checkpoints/resume-00009999.ckpt", b"of another machine")
     before = keys(server)
     done = warm.run(["train", "--resume", "runs/colors"], cwd=tmp_path / "one", env=dict(os.environ), seconds=240)
     assert done.returncode == 2, done.stderr
-    assert (
-        "another machine has continued s3://data/runs/colors; move runs/colors away, then resume the copy"
-        in done.stderr
-    )
+    assert "another machine has continued s3://data/runs/colors; move " in done.stderr
+    assert "runs/colors away, then resume the copy with `refract train --resume s3://data/runs/colors`" in done.stderr
     assert keys(server) == before and (tmp_path / "one/runs/colors/run.json").exists()
     done = warm.run(["sync", "runs/colors"], cwd=tmp_path / "one", env=dict(os.environ), seconds=60)
     assert done.returncode == 1 and "another machine has continued s3://data/runs/colors" in done.stderr
@@ -186,15 +193,16 @@ def test_compare_reads_copies(server: ObjectServer, images: Path, refract: Run) 
 
 
 def test_a_copy_can_be_resumed_from_each_state(
-    server: ObjectServer, images: Path, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    server: ObjectServer, images: Path, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Fetch the copy after each upload, as if the machine had been taken away then."""
     shutil.copy(new_tracking, tmp_path)
     upload, states = client.upload, list[set[str]]()
 
     def uploaded(path: Path, url: str) -> RemoteObject:
         item = upload(path, url)
-        if f"colors/{RECORD}" in keys(server):
+        if f"colors/{RECORD}" in keys(server) and not is_finished(server):
             runs = tmp_path / f"state-{len(states)}"
             run = fetch("s3://data/runs/colors", runs)
             Journal(run)
@@ -208,7 +216,10 @@ def test_a_copy_can_be_resumed_from_each_state(
     monkeypatch.setattr(run_copy, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(client, "upload", uploaded)
     values = settings(images, max_epochs=3) | {"tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
-    train(config_from_dict(values))
+    with caplog.at_level(logging.WARNING):
+        result = train(config_from_dict(values))
+    assert result is not None and result.not_copied is None, result
+    assert "not up to date" not in caplog.text, "the assertions above run in the thread that copies"
     assert any("colors/bundle/manifest.json" in state for state in states)
     assert any("colors/journal.delivered.json" in state for state in states)
     assert any("/resume-" in name for state in states for name in state)
@@ -317,6 +328,91 @@ def test_a_stopped_training_does_not_wait_for_a_store_that_hangs(
         train(config_of(images))
     assert "the copy of the run is not up to date: s3://data/runs/colors was not reached in 0.2 s" in caplog.text
     released.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "run copy"]:
+        thread.join(30)
+
+
+def test_files_that_the_user_deletes_stay_in_the_copy(server: ObjectServer, images: Path, refract: Run) -> None:
+    train(config_of(images))
+    before = keys(server)
+    shutil.rmtree("runs/colors/bundle")
+    refract("sync", "runs/colors")
+    assert keys(server) == before
+
+
+def test_a_training_that_mlflow_refuses_leaves_no_copy(
+    server: ObjectServer, images: Path, tmp_path: Path, new_tracking: Path
+) -> None:
+    shutil.copy(new_tracking, tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    experiments = MlflowClient(uri, uri)
+    experiments.delete_experiment(experiments.create_experiment("deleted"))
+    values = settings(images) | {"tracking": {"uri": uri, "experiment": "deleted"}}
+    with pytest.raises(RefractError, match="deleted"):
+        train(config_from_dict(values))
+    assert not Path("runs/colors").exists() and not keys(server), "the name is free on both sides"
+
+
+@pytest.mark.parametrize("arguments", [["--resume", "runs/colors"], ["colors.yaml", "--resume", "auto"]])
+def test_the_copy_of_another_run_is_never_touched(
+    arguments: list[str], server: ObjectServer, images: Path, warm: WarmProcess, tmp_path: Path
+) -> None:
+    """Of the same name, whether it is ahead or behind."""
+    killed_after_a_copied_checkpoint(server, warm, images, tmp_path / "one")
+    for finished in (True, False):
+        record = {"created": "2026-01-01", "fingerprint": "of other data", "finished": finished}
+        server.put("runs/colors/run.json", json.dumps(record).encode())
+        before, local = keys(server), files(tmp_path / "one/runs/colors")
+        done = warm.run(["train", *arguments], cwd=tmp_path / "one", env=dict(os.environ), seconds=60)
+        assert done.returncode == 2 and "s3://data/runs/colors has something else than a copy of" in done.stderr
+        assert keys(server) == before and files(tmp_path / "one/runs/colors") == local
+
+
+@pytest.mark.parametrize("lost", ["the folder", "its files"])
+def test_the_copy_of_a_lost_folder_stays(lost: str, server: ObjectServer, tmp_path: Path) -> None:
+    run = tmp_path / "colors"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / RECORD).write_text("{}")
+    copy = RunCopy(run, "s3://data/runs")
+    for step in (1, 2):
+        write_atomically(run / f"checkpoints/resume-{step:08}.ckpt", b"weights")
+        copy.update()
+    before = keys(server)
+    shutil.rmtree(run)
+    if lost == "its files":
+        run.mkdir()
+        copy.update()
+    else:
+        with pytest.raises(FileNotFoundError):
+            copy.update()
+    copy.remove_unstarted()
+    assert keys(server) == before
+
+
+def test_two_machines_that_train_the_same_run_do_not_mix_its_copy(server: ObjectServer, tmp_path: Path) -> None:
+    record = json.dumps({"created": "now", "fingerprint": "x"})
+    for machine in ("one", "other"):
+        (tmp_path / machine / "colors").mkdir(parents=True)
+        (tmp_path / machine / "colors" / RECORD).write_text(record)
+    one, other = (RunCopy(tmp_path / machine / "colors", "s3://data/runs") for machine in ("one", "other"))
+    one.update()
+    (tmp_path / "other/colors/notes.txt").write_text("of the other one")
+    other.update()
+    (tmp_path / "one/colors/notes.txt").write_text("of the first one")
+    one.update()
+    (tmp_path / "other/colors/notes.txt").write_text("again")
+    with pytest.raises(ConfigError, match="another machine writes s3://data/runs/colors, as notes.txt has changed"):
+        other.update()
+
+
+def test_a_copy_whose_objects_were_lost_is_completed(server: ObjectServer, tmp_path: Path) -> None:
+    (tmp_path / "colors").mkdir()
+    (tmp_path / "colors" / RECORD).write_text("{}")
+    copy = RunCopy(tmp_path / "colors", "s3://data/runs")
+    copy.update()
+    server.client.delete_object(Bucket="data", Key=f"runs/colors/{RECORD}")
+    copy.update()
+    assert keys(server) == {f"colors/{RECORD}"}
 
 
 def test_an_outage_warns_once_for_each_checkpoint(
@@ -417,7 +513,7 @@ def test_a_stop_copies_the_last_checkpoint(
 
 def test_an_unfinished_bundle_of_a_copy_is_not_fetched(server: ObjectServer, tmp_path: Path) -> None:
     for name in ("run.json", "config.yaml", "checkpoints/resume-00000002.ckpt", "bundle/weights.safetensors"):
-        server.put(f"runs/colors/{name}", name.encode())
+        server.put(f"runs/colors/{name}", b"{}")
     assert files(fetch("s3://data/runs/colors", tmp_path / "runs")) == {
         "colors/run.json", "colors/config.yaml", "colors/checkpoints/resume-00000002.ckpt"
     }  # fmt: skip
