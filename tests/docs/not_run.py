@@ -49,7 +49,7 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "--trainer.run_name large": "the bundle of `refract shrink runs/large/bundle`, which does not run",
         "refract train --resume runs/five": "as runs/nightly, which runs; test_pipeline_folds_training.py resumes folds",
         "refract train --resume s3://bucket/runs/NAME": "needs an object store; see test_pipeline_run_copy.py",
-        "refract train photos.yaml --trainer.copy_to s3://bucket/runs --resume auto": "the same",
+        "refract train photos.yaml --trainer.copy_to s3://bucket/runs --resume auto": "needs an object store; see the same tests",
         "refract train --resume runs/NAME": "the same as for runs/nightly, which runs",
         "refract train photos.yaml --data.labels postgresql://ann@db.example.com/labels": "needs a PostgreSQL server",
         "refract train photos.yaml --model.mode lora": "needs a transformer; test_pipeline_lora.py trains a small one",
