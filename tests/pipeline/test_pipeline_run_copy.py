@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -321,9 +320,12 @@ def test_a_stopped_training_does_not_wait_for_a_store_that_hangs(
             released.wait(60)
         update(copy)
 
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(RunCopy, "update", hanging)
     monkeypatch.setattr(run_copy, "LAST_SECONDS", 0.2)
-    monkeypatch.setattr("refract.pipeline.training.run.evaluate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("refract.pipeline.training.run.evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING):
         train(config_of(images))
     assert "the copy of the run is not up to date: s3://data/runs/colors was not reached in 0.2 s" in caplog.text

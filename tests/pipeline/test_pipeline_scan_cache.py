@@ -2,9 +2,11 @@
 
 import os
 import sqlite3
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 from small_data import COLORS, make_image, write_image
 
+from refract.pipeline.data import scan as scan_module
 from refract.pipeline.data import scan_cache
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.data.scan import Scan, scan
+from refract.pipeline.data.scan import MEASURED, Scan, scan
 from refract.pipeline.data.scan_cache import ScanCache
 
 
@@ -211,3 +214,23 @@ def test_ranks_do_not_wait_for_a_cache_that_cannot_be_used(
     (tmp_path / "cache" / "checks.sqlite").mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool, ScanCache():
         assert pool.submit(scan, samples).result(timeout=60).images
+
+
+@pytest.mark.parametrize(("seconds", "several"), [(0.0, False), (0.01, True)])
+def test_small_images_are_checked_by_one_thread(
+    seconds: float, several: bool, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads would wait for Python's lock."""
+    threads, scan_one = list[int](), scan_module._scan_one
+
+    def recorded(sample: Sample) -> tuple[bytes, bytes, str] | str:
+        time.sleep(seconds)
+        threads.append(threading.get_ident())
+        return scan_one(sample)
+
+    monkeypatch.setattr(scan_module, "_scan_one", recorded)
+    monkeypatch.setattr(scan_module, "SMALL_S", 0.005)
+    monkeypatch.setattr("refract.cores.cores", lambda: 4)
+    many = [replace(samples[0], path=f"{number}.png", data=samples[0].read()) for number in range(200)]
+    assert len(scan(many).hashes) == 200
+    assert len(threads) == 200 and len(set(threads[MEASURED:])) == (4 if several else 1)
