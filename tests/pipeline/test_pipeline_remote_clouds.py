@@ -19,6 +19,8 @@ from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.pack import StoredImages, pack
 from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.training.fetched_run import fetch
+from refract.pipeline.training.run_copy import RunCopy
 from refract.remote import client, object_store
 from refract.remote.client import RemoteError
 
@@ -120,6 +122,24 @@ def test_a_changed_file_has_another_version_and_a_missing_one_is_none(cloud: Clo
         versions.append(item.version)
     assert versions[0] != versions[1]
     assert not client.exists(f"{url}.none") and client.listed(f"{cloud.scheme}://data/nothing") == []
+
+
+def test_the_copy_of_a_run_is_updated_and_loses_old_checkpoints(cloud: Cloud, tmp_path: Path) -> None:
+    run, url = tmp_path / "colors", f"{cloud.scheme}://data/runs"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text('{"created": "now", "fingerprint": "x"}')
+    copy = RunCopy(run, url)
+    for step in (1, 2):
+        for old in run.glob("checkpoints/*"):
+            old.unlink()
+        (run / f"checkpoints/resume-{step:08}.ckpt").write_bytes(b"weights")
+        copy.update()
+    names = [item.url.removeprefix(f"{url}/colors/") for item in client.listed(f"{url}/colors")]
+    assert names == ["checkpoints/resume-00000002.ckpt", "run.json"]
+    fetched = fetch(f"{url}/colors", tmp_path / "runs")
+    assert (fetched / "checkpoints/resume-00000002.ckpt").read_bytes() == b"weights"
+    with pytest.raises(RemoteError, match=f"{cloud.scheme}://missing/runs/colors/"):
+        RunCopy(run, f"{cloud.scheme}://missing/runs").update()
 
 
 def test_a_remote_pack_has_the_classes_of_the_data_and_must_be_complete(
