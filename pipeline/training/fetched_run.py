@@ -14,15 +14,9 @@ from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.plugin_files import FOLDER
 from refract.pipeline.tracking.journal import DELIVERED
 from refract.pipeline.training.fit import CHECKPOINTS
-from refract.pipeline.training.run_copy import (
-    RunCopy,
-    is_copied_to,
-    order,
-    parsed_record,
-    uploaded_state,
-    write_uploaded,
-)
-from refract.pipeline.training.run_directory import CONFIG, RECORD, read_record, run_lock, unfinished, write_config
+from refract.pipeline.training.run_copy import RunCopy
+from refract.pipeline.training.run_directory import CONFIG, RECORD, run_lock, unfinished, write_config
+from refract.pipeline.training.run_files import BUNDLE, Uploaded, order, parsed_record, write_uploaded
 from refract.remote import client
 from refract.remote.address import checked, is_object_store, is_remote
 from refract.remote.folders import MANIFEST, download
@@ -30,13 +24,11 @@ from refract.remote.store import RemoteObject
 
 log = logging.getLogger(__name__)
 
-_BUNDLE = "bundle"
-
 
 def fetch(url: str, runs_dir: Path) -> Path:
     """Download the copy of a run to its folder in `runs_dir`, to resume it there. The folder of the same run is brought up to date.
 
-    RemoteError if the copy cannot be read. ConfigError if there is none, or if the folder is that of another run.
+    RemoteError if the copy cannot be read. ConfigError if there is none, if it is finished, or if the folder is that of another run.
     """
     if not is_object_store(url):
         raise ConfigError(
@@ -44,37 +36,35 @@ def fetch(url: str, runs_dir: Path) -> Path:
         )
     url = checked(url)
     path = runs_dir / url.rpartition("/")[2]
+    items = _complete_items(RunCopy(path, url.rpartition("/")[0]).items())
+    if RECORD not in items:
+        raise ConfigError(f"--resume: {url} is not a run: it has no {RECORD}; name the folder of a run's copy")
     if path.exists():
-        if not is_copied_to(path, url):
-            raise ConfigError(
-                f"--resume: {url}: {path} is another run; move it away, or resume it with `refract train --resume {path}`"
-            )
-        if read_record(up_to_date(path, url)).get("finished"):
+        up_to_date(path, url)
+        if parsed_record(path, (path / RECORD).read_bytes()).get("finished"):
             raise ConfigError(
                 f"--resume: {path} is finished already; `refract sync {path}` completes its copy, if that is not"
             )
         return path
-    items = _complete_items({item.url.removeprefix(f"{url}/"): item for item in client.listed(url)})
-    if RECORD not in items:
-        raise ConfigError(f"--resume: {url} is not a run: it has no {RECORD}; name the folder of a run's copy")
     if parsed_record(url, client.read(items[RECORD])).get("finished"):
-        raise ConfigError(f"--resume: {url} is finished already; its bundle is {url}/{_BUNDLE}")
+        raise ConfigError(f"--resume: {url} is finished already; its bundle is {url}/{BUNDLE}")
     runs_dir.mkdir(parents=True, exist_ok=True)
     _download(url, items, path)
-    write_uploaded(path, url, {name: uploaded_state(path / name, item) for name, item in items.items()})
+    _write_downloaded(path, url, items)
     return path
 
 
-def up_to_date(path: Path, url: str) -> Path:
-    """Return the folder of a run, into which the copy is downloaded if another machine has continued it.
+def up_to_date(path: Path, url: str) -> None:
+    """Download the copy of a run into its folder if another machine has continued it.
 
-    Files that the copy lacks stay, except older checkpoints. RemoteError; RunLocked if the run is being trained.
+    Files that the copy lacks stay, except older checkpoints. RemoteError; ConfigError if the copy is another run's; RunLocked if the run
+    is being trained.
     """
     copy = RunCopy(path, url.rpartition("/")[0])
     items = copy.items()
     copy.check_same(items)
     if not copy.is_ahead(items):
-        return path
+        return
     log.info("another machine has continued %s", url)
     items = _complete_items(items)
     with run_lock(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
@@ -88,8 +78,14 @@ def up_to_date(path: Path, url: str) -> Path:
         for old in path.rglob(f"{CHECKPOINTS}/resume-*.ckpt"):
             if old.relative_to(path).as_posix() not in items:
                 old.unlink()
-        write_uploaded(path, url, {name: uploaded_state(path / name, item) for name, item in items.items()})
-    return path
+        _write_downloaded(path, url, items)
+
+
+def _write_downloaded(path: Path, url: str, items: Mapping[str, RemoteObject]) -> None:
+    """Record that the run's files are those of its copy, so that none is uploaded again."""
+    states = {name: ((path / name).stat(), item.version) for name, item in items.items()}
+    files = {name: Uploaded(status.st_mtime_ns, status.st_size, version) for name, (status, version) in states.items()}
+    write_uploaded(path, url, files)
 
 
 def copy_of(resumed: str) -> str | None:
@@ -129,7 +125,7 @@ def fetch_unfinished(config: Config, name: str) -> Path | None:
 
 def _is_finished(items: Mapping[str, RemoteObject]) -> bool:
     """Return whether a copy has a bundle and no checkpoint to resume from, without a request."""
-    return f"{_BUNDLE}/{MANIFEST}" in items and not any(name.startswith(f"{CHECKPOINTS}/resume-") for name in items)
+    return f"{BUNDLE}/{MANIFEST}" in items and not any(name.startswith(f"{CHECKPOINTS}/resume-") for name in items)
 
 
 def _fetch_config(items: Mapping[str, RemoteObject], target: Path) -> None:
@@ -150,8 +146,8 @@ def _fetch_config(items: Mapping[str, RemoteObject], target: Path) -> None:
 
 def _complete_items(items: Mapping[str, RemoteObject]) -> dict[str, RemoteObject]:
     """Return the objects without those of bundles whose upload was not complete."""
-    whole = {name.removesuffix(MANIFEST) for name in items if name.endswith(f"{_BUNDLE}/{MANIFEST}")}
-    folders = ((name, re.match(rf"(.*/)?{_BUNDLE}/", name)) for name in items)
+    whole = {name.removesuffix(MANIFEST) for name in items if name.endswith(f"{BUNDLE}/{MANIFEST}")}
+    folders = ((name, re.match(rf"(.*/)?{BUNDLE}/", name)) for name in items)
     return {name: items[name] for name, folder in folders if folder is None or folder[0] in whole}
 
 

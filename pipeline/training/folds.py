@@ -68,7 +68,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
     # The file of a policy may change between two folds.
     config = config.changed({"augment.policy": load_policy(config.augment.policy).to_spec()})
     run = new_run(config, name, record) if resume is None else resume_run(resume, record)
-    with run_lock(run.path), copied(run, config.trainer.copy_to) as not_copied:
+    with run_lock(run.path), copied(run, config.trainer.copy_to) as copy:
         tracker = _open_tracker(config, run, data)
         with status_reported(run, tracker):
             for fold in range(1, config.trainer.folds + 1):
@@ -83,7 +83,7 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
                 )
         run.finish()
     waiting = 0 if tracker is None else sum(1 for _ in tracker.journal.waiting())
-    return FoldsResult(run.path, assessment, waiting, next(iter(not_copied), None))
+    return FoldsResult(run.path, assessment, waiting, copy.error)
 
 
 def _refuse_ranks(config: Config, device: str) -> None:

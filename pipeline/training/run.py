@@ -94,7 +94,7 @@ def train(
         return None
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     run, assembly = _open_run(assembly, name, resume, inputs(config))
-    with run_lock(run.path), copied(run, config.trainer.copy_to) as not_copied:
+    with run_lock(run.path), copied(run, config.trainer.copy_to) as copy:
         _announce(assembly, run, checkpoint)
         from_rank_0("start", lambda: start_of_ranks(assembly, run.path, checkpoint))
         cost = Cost(assembly.device)
@@ -125,7 +125,7 @@ def train(
                         tracker.register(config.tracking.model_name, config.tracking.alias, facts)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
-    return _result(run, tracker, metrics, not_copied)
+    return _result(run, tracker, metrics, copy.error)
 
 
 def new_record(
@@ -398,14 +398,13 @@ def _upload(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") ->
     tracker.log_files(files, run.path / "bundle", [errors] if errors.is_dir() else [])
 
 
-def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float], not_copied: Sequence[str]) -> Result:
-    """Return the result, with what MLflow reported about the registration. not_copied: the error of the last copy, if it failed."""
-    error = next(iter(not_copied), None)
+def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float], not_copied: str | None) -> Result:
+    """Return the result, with what MLflow reported about the registration. not_copied: see `Result`."""
     if tracker is None:
-        return Result(run.path, run.path / "bundle", metrics, version=None, not_copied=error)
+        return Result(run.path, run.path / "bundle", metrics, version=None, not_copied=not_copied)
     delivered, waiting = tracker.journal.delivered, sum(1 for _ in tracker.journal.waiting())
     registered = {key: delivered.get(key) for key in ("version", "alias", "champion", "refused")}
-    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, not_copied=error, **registered)
+    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, not_copied=not_copied, **registered)
 
 
 def _note(assembly: Assembly, assessment: "Assessment") -> str:

@@ -1,123 +1,119 @@
 """A copy of a run at a URL that is kept up to date during the training, so that another machine can resume it (`fetched_run.py`)."""
 
-import json
 import logging
-import os
-import re
 import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from refract.errors import RefractError
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.files import write_atomically
-from refract.pipeline.tracking.journal import DELIVERED
 from refract.pipeline.training.fit import CHECKPOINTS
 from refract.pipeline.training.run_directory import RECORD, Run
+from refract.pipeline.training.run_files import (
+    RESUME,
+    Uploaded,
+    frozen,
+    in_order_of_upload,
+    is_behind,
+    names_of,
+    parsed_record,
+    progress,
+    read_uploaded,
+    write_uploaded,
+)
 from refract.remote import client
 from refract.remote.client import RemoteError
-from refract.remote.folders import MANIFEST
 from refract.remote.store import RemoteObject
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-"""Seconds between two looks for a new checkpoint."""
+"""Seconds between two checks for a new checkpoint."""
 LAST_SECONDS = 60
 """Time for the last update of a training that was stopped or failed: a store that does not respond must not delay its end further."""
-UPLOADED = ".copy.json"
-"""The file of a run with the URL of its copy, and what that has."""
-_RESUME = re.compile(rf"(.*/)?{CHECKPOINTS}/resume-(\d+)\.ckpt")
-
-
-class Uploaded(NamedTuple):
-    """The time of the last change (ns) and the size of a file when it was uploaded, and the version of the object."""
-
-    changed: int
-    size: int
-    version: str
 
 
 class RunCopy:
-    """The copy of the run in `path` in the folder `url`, whose name is that of the run."""
+    """The copy of the run in `path` in the folder `url`, whose name is that of the run. For one thread."""
 
     def __init__(self, path: Path, url: str) -> None:
         self.path, self.url = path.absolute(), f"{url.rstrip('/')}/{path.name}"
         self._uploaded: dict[str, Uploaded] | None = None
-        self._old: set[str] = set()  # checkpoints of the copy
+        self._old: set[str] = set()  # checkpoints that the copy had at the start
         self._updates = 0
-        self._updating = threading.Lock()
 
     def update(self) -> None:
-        """Upload new and changed files, and remove the checkpoints that the run has removed.
+        """Upload new and changed files, and remove the checkpoints that the run no longer needs.
 
-        A copy is valid at any moment: a checkpoint follows the files that it belongs to, and the records of a bundle and of a finished run
-        follow the rest. RemoteError if the store refuses it. ConfigError if another machine has continued the copy.
+        A copy is valid at any moment: a checkpoint is uploaded after the other files, then the record of a bundle, and at last that of a
+        finished run. RemoteError if the store refuses it. ConfigError if another machine has continued the copy, or if it is another run's.
+        FileNotFoundError if the run's folder is gone.
         """
-        with self._updating:
-            self._uploaded = self._compared() if self._uploaded is None else self._unchanged(self._uploaded)
-            try:
-                with _frozen(self.path, self._uploaded) as (folder, names, changed):
-                    started = {
-                        name for name in changed if name.endswith(f"/{RECORD}") and not _is_finished(folder / name)
-                    }
-                    for name in sorted(changed, key=lambda name: (0, name) if name in started else order(name)):
-                        item = client.upload(folder / name, f"{self.url}/{name}")
-                        self._uploaded[name] = changed[name]._replace(version=item.version)
-                    here = _progress(names, lambda name: (self.path / name).read_bytes())
-                    for name in (self._old | set(filter(_RESUME.fullmatch, self._uploaded))) - names:
-                        place, step = _place(name)
-                        if step < here.get(place, -1):  # else the files of the run were lost
-                            self._remove(name)
-                            self._uploaded.pop(name, None)
-                            self._old.discard(name)
-                self._updates += 1
-            finally:
-                if self.path.is_dir():
-                    write_uploaded(self.path, self.url, self._uploaded)
-
-    def _remove(self, name: str) -> None:
+        self._uploaded = self._compared() if self._uploaded is None else self._unchanged(self._uploaded)
         try:
-            client.remove(f"{self.url}/{name}")
+            with frozen(self.path, self._uploaded) as state:
+                for name in in_order_of_upload(state):
+                    item = client.upload(state.folder / name, f"{self.url}/{name}")
+                    self._uploaded[name] = state.changed[name]._replace(version=item.version)
+                steps = progress(state.names, self._read)
+                for name in (self._old | self._uploaded.keys()) - state.names:
+                    if is_behind(name, steps):  # another file is lost here, and stays in the copy
+                        self._remove(name)
+            self._updates += 1
+        finally:
+            if self.path.is_dir():
+                write_uploaded(self.path, self.url, self._uploaded)
+
+    def _remove(self, checkpoint: str) -> None:
+        self._old.discard(checkpoint)
+        if self._uploaded is not None:
+            self._uploaded.pop(checkpoint, None)
+        try:
+            client.remove(f"{self.url}/{checkpoint}")
         except RemoteError as error:  # such as without the permission
             log.warning("trainer.copy_to: an old checkpoint stays: %s", error)
 
     def remove_unstarted(self) -> None:
         """Remove the first update of a run that could not start, so that its name becomes free again. RemoteError."""
-        with self._updating:
-            for name in list(self._uploaded or ()) if self._updates <= 1 else ():
-                client.remove(f"{self.url}/{name}")
+        for name in list(self._uploaded or ()) if self._updates <= 1 else ():
+            client.remove(f"{self.url}/{name}")
 
     def items(self) -> dict[str, RemoteObject]:
         """Return name → object of the copy. RemoteError."""
         return {item.url.removeprefix(f"{self.url}/"): item for item in client.listed(self.url)}
 
     def check_same(self, items: Mapping[str, RemoteObject]) -> None:
-        """Raise ConfigError if there is something else than this run in the folder of its copy."""
+        """Raise ConfigError if the folder of the copy has something else than this run, or if there is no run here. RemoteError."""
         if not items or (RECORD not in items and read_uploaded(self.path, self.url)):
             return
-        here = parsed_record(self.path / RECORD, (self.path / RECORD).read_bytes())
+        try:
+            here = parsed_record(self.path / RECORD, self._read(RECORD))
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} is not a run, and {self.url} not its copy; move {self.path} away"
+            ) from error
         there = parsed_record(self.url, client.read(items[RECORD])) if RECORD in items else {}
         if any(here.get(key) != there.get(key) for key in ("created", "fingerprint")):
             raise ConfigError(
-                f"trainer.copy_to: {self.url} has something else than a copy of {self.path}; set another trainer.copy_to, or move that away"
+                f"trainer.copy_to: {self.url} is not a copy of {self.path}; set another trainer.copy_to, or move one of them away"
             )
 
     def is_ahead(self, items: Mapping[str, RemoteObject]) -> bool:
         """Return whether the copy is finished, or has a newer checkpoint than the run. RemoteError."""
         from refract.pipeline.training.callbacks.checkpoints import newest  # imports Lightning
 
-        names = [name for name in _names(self.path) if not _RESUME.fullmatch(name)]
+        names = [name for name in names_of(self.path) if not RESUME.fullmatch(name)]
         for folder in {self.path / CHECKPOINTS, *self.path.glob(f"*/{CHECKPOINTS}")}:
             if checkpoint := newest(folder):  # an intact one
                 names.append(checkpoint.relative_to(self.path).as_posix())
-        here = _progress(names, lambda name: (self.path / name).read_bytes())
-        there = _progress(items, lambda name: client.read(items[name]))
+        here, there = progress(names, self._read), progress(items, lambda name: client.read(items[name]))
         return any(step > here.get(folder, -1) for folder, step in there.items())
+
+    def _read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
 
     def _compared(self) -> dict[str, Uploaded]:
         """Return what the copy has of the run, by its record of uploads."""
@@ -128,7 +124,7 @@ class RunCopy:
                 f"trainer.copy_to: another machine has continued {self.url}; move {self.path} away, then resume the copy with "
                 f"`refract train --resume {self.url}`"
             )
-        self._old = {name for name in items if _RESUME.fullmatch(name)}
+        self._old = set(filter(RESUME.fullmatch, items))
         stored = read_uploaded(self.path, self.url)
         return {name: one for name, one in stored.items() if name in items and items[name].version == one.version}
 
@@ -143,16 +139,23 @@ class RunCopy:
         return {name: one for name, one in uploaded.items() if name in items}
 
 
+@dataclass
+class Copied:
+    """error: why the copy of a finished run is not complete; None if it is, or if there is none."""
+
+    error: str | None = None
+
+
 @contextmanager
-def copied(run: Run, url: str | None) -> Iterator[list[str]]:
+def copied(run: Run, url: str | None) -> Iterator[Copied]:
     """Keep a copy of the run in the folder `url` during the block, and complete it at its end. None does nothing.
 
-    An update that fails during the training is repeated with the next checkpoint. The yielded list gets the error of the last update.
-    RemoteError if the first one fails. ConfigError if the copy is another run's, or if another machine has continued it.
+    An update that fails during the training is repeated with the next checkpoint. RemoteError if the first one fails. ConfigError if the
+    copy is another run's, or if another machine has continued it.
     """
-    failed: list[str] = []
+    result = Copied()
     if url is None:
-        yield failed
+        yield result
         return
     copy = RunCopy(run.path, url)
     log.info("copying the run to %s", copy.url)
@@ -160,19 +163,19 @@ def copied(run: Run, url: str | None) -> Iterator[list[str]]:
     follower = _Follower(copy)
     follower.start()
     try:
-        yield failed
+        yield result
     except BaseException:
         log.info("completing the copy at %s, for at most %s s", copy.url, LAST_SECONDS)
         error = follower.end(LAST_SECONDS)
-        if not run.resumed and not run.path.exists():  # it could not start
+        if not (run.resumed or run.path.exists() or follower.is_alive()):  # it could not start
             with suppress(RefractError):
                 copy.remove_unstarted()
         elif error:
-            log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
+            _warn(error)
         raise
     if error := follower.end():
-        failed.append(f"the run in {run.path} is complete, but its copy is not: {error}")
-        log.warning("trainer.copy_to: %s", failed[0])
+        result.error = f"the run in {run.path} is complete, but its copy is not: {error}"
+        log.warning("trainer.copy_to: %s", result.error)
 
 
 def _begin(copy: RunCopy, run: Run) -> None:
@@ -181,9 +184,8 @@ def _begin(copy: RunCopy, run: Run) -> None:
             raise ConfigError(
                 f"trainer.run_name: {run.path.name!r} has a question mark, which a URL cannot have; rename it"
             )
-        items = {} if run.resumed else copy.items()
-        if items:
-            raise ConfigError(f"trainer.copy_to: {copy.url} exists already; set another trainer.run_name{_hint(copy)}")
+        if not run.resumed:
+            _check_free(copy)
         copy.update()
     except (RefractError, OSError) as error:
         if not run.resumed:
@@ -195,12 +197,13 @@ def _begin(copy: RunCopy, run: Run) -> None:
         raise
 
 
-def _hint(copy: RunCopy) -> str:
-    """Return what to do with an existing copy: resume it, unless it is finished or no run."""
-    record = copy.items().get(RECORD)
-    if record is None or parsed_record(copy.url, client.read(record)).get("finished"):
-        return ""
-    return f", or resume it with `refract train --resume {copy.url}`"
+def _check_free(copy: RunCopy) -> None:
+    """Raise ConfigError if the folder of a new run's copy exists."""
+    items = copy.items()
+    if items:
+        unfinished = RECORD in items and not parsed_record(copy.url, client.read(items[RECORD])).get("finished")
+        hint = f", or resume it with `refract train --resume {copy.url}`" if unfinished else ""
+        raise ConfigError(f"trainer.copy_to: {copy.url} exists already; set another trainer.run_name{hint}")
 
 
 class _Follower(threading.Thread):
@@ -215,11 +218,11 @@ class _Follower(threading.Thread):
         seen: set[str] = set()
         failed = False
         while not self._ended.wait(POLL_SECONDS):
-            now = set(filter(_RESUME.fullmatch, _names(self._copy.path)))
+            now = set(filter(RESUME.fullmatch, names_of(self._copy.path)))
             if now - seen:
                 error = self._update()
                 if error:
-                    log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
+                    _warn(error)
                 elif failed:
                     log.info("trainer.copy_to: the copy of the run is up to date again")
                 failed = error is not None
@@ -240,123 +243,14 @@ class _Follower(threading.Thread):
         return TimeoutError(f"{self._copy.url} was not reached in {seconds} s") if self.is_alive() else self._error
 
 
-@contextmanager
-def _frozen(path: Path, uploaded: dict[str, Uploaded]) -> Iterator[tuple[Path, set[str], dict[str, Uploaded]]]:
-    """Yield (a folder with the state of the run's changed files at this moment, the names of all files, the changed ones)."""
-    for rest in path.glob(".copy-*"):
-        shutil.rmtree(rest, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".copy-") as temporary:
-        folder, names, changed = Path(temporary), set[str](), dict[str, Uploaded]()
-        for name in sorted(_names(path), key=order, reverse=True):  # so that a journal has what its mark counts
-            file = path / name
-            with suppress(FileNotFoundError):  # a newer checkpoint has replaced it
-                status = file.stat()
-                state = Uploaded(status.st_mtime_ns, status.st_size, "")
-                if name not in uploaded or uploaded[name]._replace(version="") != state:
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    _freeze(file, folder / name)
-                    changed[name] = state
-                names.add(name)
-        yield folder, names, changed
-
-
-def _names(path: Path) -> Iterator[str]:
-    """Yield the names of a run's files but locks and unfinished ones. Folders that are renamed meanwhile are skipped."""
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                yield (Path(folder) / name).relative_to(path).as_posix()
-
-
-def _freeze(file: Path, target: Path) -> None:
-    """Link large files, which are replaced as a whole. Copy others: lines are added to the journal."""
-    if file.parent.name in (CHECKPOINTS, "bundle"):
-        try:
-            os.link(file, target)
-            return
-        except FileNotFoundError:
-            raise
-        except OSError:  # a file system without links
-            pass
-    shutil.copyfile(file, target)
-
-
-def order(name: str) -> tuple[int, str]:
-    """Sort the files that make others valid after these."""
-    folder, _, file = name.rpartition("/")
-    if folder.endswith(CHECKPOINTS):
-        return 2, name
-    last = {DELIVERED: 1, MANIFEST: 3, RECORD: 4 if folder else 5}
-    return last.get(file, 0), name
-
-
-def _progress(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, float]:
-    """Return folder of the run or of a fold → step of its newest checkpoint, infinite once it is finished. RemoteError."""
-    found: dict[str, float] = {}
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        if _RESUME.fullmatch(name):
-            place, step = _place(name)
-            found[place] = max(found.get(place, -1), step)
-        elif file == RECORD and "/" not in folder and parsed_record(name, read(name)).get("finished"):
-            found[folder] = float("inf")
-    return found
-
-
-def _place(checkpoint: str) -> tuple[str, int]:
-    """Return (the folder of the run or of a fold, the step) of a checkpoint."""
-    folder, step = checkpoint.rpartition(f"{CHECKPOINTS}/")[0], checkpoint.rpartition("-")[2].partition(".")[0]
-    return folder.rstrip("/"), int(step)
-
-
-def _is_finished(record: Path) -> bool:
-    return bool(parsed_record(record, record.read_bytes()).get("finished"))
-
-
-def parsed_record(name: Path | str, content: bytes) -> dict[str, Any]:
-    """Parse the record of a run. RemoteError if it is damaged."""
-    try:
-        record = json.loads(content)
-        return dict(record.items())
-    except (ValueError, AttributeError) as error:
-        raise RemoteError(
-            f"{name}: the record of the run cannot be read ({error}); move the run or its copy away"
-        ) from error
-
-
 def complete(path: Path, url: str | None) -> None:
     """Bring the copy of a finished run up to date after a change of its files. An error is only logged. url: None does nothing."""
     if url is not None:
         try:
             RunCopy(path, url).update()
         except (RefractError, OSError) as error:
-            log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)
+            _warn(error)
 
 
-def is_copied_to(path: Path, url: str) -> bool:
-    """Return whether the copy of a run's folder is at this URL."""
-    try:
-        return json.loads((path / UPLOADED).read_text("utf-8"))["url"] == url
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def read_uploaded(path: Path, url: str) -> dict[str, Uploaded]:
-    """Return what the run's file UPLOADED lists for this URL; nothing if it is missing or damaged."""
-    try:
-        stored = json.loads((path / UPLOADED).read_text("utf-8"))
-        return {name: Uploaded(*one) for name, one in stored["files"].items()} if stored["url"] == url else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write_uploaded(path: Path, url: str, files: dict[str, Uploaded]) -> None:
-    """Write the run's file UPLOADED. OSError."""
-    write_atomically(path / UPLOADED, json.dumps({"url": url, "files": files}).encode())
-
-
-def uploaded_state(file: Path, item: RemoteObject) -> Uploaded:
-    """Return the state of a file that has the content of an object."""
-    status = file.stat()
-    return Uploaded(status.st_mtime_ns, status.st_size, item.version)
+def _warn(error: Exception) -> None:
+    log.warning("trainer.copy_to: the copy of the run is not up to date: %s", error)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from chromium import browser  # noqa: F401  a fixture of the tests of a review's page
+from copied_runs import one_store, painted, store  # noqa: F401  fixtures of the tests of copied runs
 from review_browser import review  # noqa: F401  the other one
 from small_data import COLORS, Run, Training, make_image, paint, write_image
 from warm_process import Started, WarmProcess, shared

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -108,7 +109,8 @@ def test_snapshots_of_unfinished_runs_and_of_the_last_accepted_one_stay(tmp_path
     write(workspace.root / "last.json", {"snapshot": snapshots[0].record()})
     for number, (snapshot, ended) in enumerate(zip(snapshots, ({"outcome": 0}, {}, {"outcome": 0}), strict=True)):
         (workspace.root / "runs" / f"{number}").mkdir(parents=True)
-        write_run(workspace.root / "runs" / f"{number}", {"snapshot": snapshot.record(), **ended})  # type: ignore[typeddict-item]
+        record: Any = {"snapshot": snapshot.record(), **ended}
+        write_run(workspace.root / "runs" / f"{number}", record)
     remove_unused(workspace, config, str(config.tracking.uri))
     assert stored(config) == names(snapshots), "the first is the last accepted one, and the second is in use"
     write(workspace.root / "last.json", {"snapshot": snapshots[2].record()})
