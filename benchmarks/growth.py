@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,30 +80,26 @@ def write_images(count: int, folder: Path) -> Path:
 
 
 def first_step(manifest: Path, home: Path) -> dict[str, float]:
-    """Train up to the first step. Returns seconds, processor seconds of the training process, and the peak memory in MB."""
+    """Train up to the first step. Returns seconds, processor seconds, and the peak memory in MB."""
     config = home / "config.yaml"
     config.write_text(f"data: {{source: {manifest}}}\n")
-    before, started = _children_seconds(), time.perf_counter()
+    started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", FIRST_STEP, "train", str(config), *OPTIONS, "--trainer.runs_dir", str(home / "runs")],
             env={**os.environ, "REFRACT_CACHE_DIR": str(home / "cache")}, cwd=home,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
-        watch = _Peak(process.pid)
+        watch = _Watch(process.pid)
         assert process.stdout is not None
         reached = any(line.startswith("STEP") for line in iter(process.stdout.readline, ""))
         seconds = time.perf_counter() - started
-        peak = watch.stop()
+        used = watch.stop()
         process.communicate("\n")
         if not reached:
             errors.seek(0)
             raise RuntimeError(f"the training ended before its first step:\n{errors.read()[-2000:]}")
-    return {
-        "seconds": round(seconds, 2),
-        "processor_seconds": round(_children_seconds() - before, 2),
-        "peak_mb": round(peak),
-    }
+    return {"seconds": round(seconds, 2), **used}
 
 
 def commands(manifest: Path, home: Path) -> dict[str, dict[str, float]]:
@@ -111,41 +108,49 @@ def commands(manifest: Path, home: Path) -> dict[str, dict[str, float]]:
     (home / "images.csv").write_bytes(manifest.read_bytes())
     found = {}
     for name, arguments in COMMANDS.items():
-        before, started = _children_seconds(), time.perf_counter()
+        started = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "refract", *arguments],
             env={**os.environ, "REFRACT_CACHE_DIR": str(home / "cache")}, cwd=home,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        watch = _Peak(process.pid)
+        watch = _Watch(process.pid)
         _, errors = process.communicate()
-        seconds, peak = time.perf_counter() - started, watch.stop()
+        seconds, used = time.perf_counter() - started, watch.stop()
         if process.returncode:
             raise RuntimeError(f"refract {name} ended with exit code {process.returncode}:\n{errors[-2000:]}")
-        found[name] = {
-            "seconds": round(seconds, 2), "processor_seconds": round(_children_seconds() - before, 2), "peak_mb": round(peak),
-        }  # fmt: skip
+        found[name] = {"seconds": round(seconds, 2), **used}
     return found
 
 
-class _Peak:
-    """Samples the memory of a process and its children in a thread."""
+class _Watch:
+    """Samples the memory and the processor time of a process and its children in a thread.
+
+    Workers of a pool are children of a server process that nobody waits for, so that the kernel's sum over children lacks them.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pid, self._peak, self._end = pid, 0.0, threading.Event()
+        self._processor: dict[tuple[int, str], float] = {}  # (PID, start) → seconds so far
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def stop(self) -> float:
-        """Return the peak in MB."""
+    def stop(self) -> dict[str, float]:
+        """Return the processor seconds and the peak memory in MB."""
         self._end.set()
         self._thread.join()
-        return self._peak
+        return {"processor_seconds": round(sum(self._processor.values()), 2), "peak_mb": round(self._peak)}
 
     def _run(self) -> None:
         while True:
-            self._peak = max(self._peak, sum(map(_pss_mb, process_tree(self._pid))))
-            if self._end.wait(0.3):
+            tree = process_tree(self._pid)
+            self._peak = max(self._peak, sum(map(_pss_mb, tree)))
+            for pid in tree:
+                with suppress(OSError):  # has ended
+                    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    ticks = int(values[11]) + int(values[12])
+                    self._processor[pid, values[19]] = ticks / os.sysconf("SC_CLK_TCK")
+            if self._end.wait(0.2):
                 return
 
 
@@ -171,11 +176,6 @@ def _pss_mb(pid: int) -> float:
     except OSError:
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0.0)
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def evaluation(classes: int) -> dict[str, float]:

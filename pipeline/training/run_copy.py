@@ -86,7 +86,7 @@ class RunCopy:
         return {item.url.removeprefix(f"{self.url}/"): item for item in client.listed(self.url)}
 
     def check_same(self, items: Mapping[str, RemoteObject]) -> None:
-        """Raise ConfigError if the folder of the copy has something else than this run, or if the local folder is not a run. RemoteError."""
+        """Raise ConfigError if the folder of the copy has something else than this run, or if there is only that. RemoteError."""
         if not items or (RECORD not in items and read_uploaded(self.path, self.url)):
             return
         try:
