@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from warm_process import Importer, close_shared
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -27,6 +28,13 @@ _seconds: defaultdict[str, float] = defaultdict(float)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-durations", action="store_true", help="write the seconds of each file to durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process from which the suite's processes fork commands: see `warm_process`."""
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(Importer().close)
+    config.add_cleanup(close_shared)  # cleanups run in reverse order
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,18 +1,22 @@
 """Processes of `refract …` that start fast: their parent has imported PyTorch, Lightning, MLflow and most of Refract.
 
 An import takes each process nine seconds of a core. Tests of the start itself run a new process.
-As a program, this module is the forking process: it reads one JSON request per line and answers each with a line.
+As a program, this module is the process that imports, once for all processes of the suite. It forks a process for each connection to its
+socket, which reads one JSON request per line, forks commands, and answers each request with a line.
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
 import os
 import resource
 import runpy
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +25,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -40,32 +45,20 @@ IMPORTED = (
     "refract.serve.http.app", "refract.serve.http.transport.server", "refract.serve.runtime.selection",
 )  # fmt: skip
 
+CLONE_NEWNET = 0x40000000  # from <linux/sched.h>
+
 # As refract sets them before it imports.
 QUIET = dict.fromkeys(("NO_ALBUMENTATIONS_UPDATE", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"), "true")
 
 
-class Started:
-    """A process that runs, with the methods of `subprocess.Popen`. output: the streams that are read while it runs."""
+class Process:
+    """A running process, with the methods of `subprocess.Popen`."""
 
-    def __init__(self, warm: "WarmProcess", pid: int, *output: TextIO) -> None:
-        self._warm, self.pid, self.output = warm, pid, output[0]
-        self.stdout, self.stderr = output[0], output[-1]
-        self.returncode: int | None = None
-
-    def communicate(self, timeout: float = 60) -> tuple[str, str]:
-        """Read both streams to their end and wait for the process."""
-        with ThreadPoolExecutor(2) as pool:
-            out, err = (pool.submit(stream.read) for stream in (self.stdout, self.stderr))
-            self.wait(timeout)
-            return out.result(timeout), err.result(timeout)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+    pid: int
+    returncode: int | None = None
 
     def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._warm.ask(do="poll", pid=self.pid)
-        return self.returncode
+        raise NotImplementedError
 
     def wait(self, timeout: float) -> int:
         end = time.monotonic() + timeout
@@ -79,17 +72,94 @@ class Started:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
-class WarmProcess:
-    """The process that forks, from the side of the tests."""
+class Started(Process):
+    """A process that `WarmProcess` started. output: the streams that are read while it runs."""
+
+    def __init__(self, warm: "WarmProcess", pid: int, *output: TextIO) -> None:
+        self._warm, self.pid, self.output = warm, pid, output[0]
+        self.stdout, self.stderr = output[0], output[-1]
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """Read both streams to their end and wait for the process."""
+        with ThreadPoolExecutor(2) as pool:
+            out, err = (pool.submit(stream.read) for stream in (self.stdout, self.stderr))
+            self.wait(timeout)
+            return out.result(timeout), err.result(timeout)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._warm.ask(do="poll", pid=self.pid)
+        return self.returncode
+
+
+class ForkedRank(Process):
+    """A rank that torchrun's launcher starts, as a fork of the launcher. The arguments are those of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        env: dict[str, str],
+        stdout: TextIO | None,
+        stderr: TextIO | None,
+        start_new_session: bool,
+    ) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            if start_new_session:
+                os.setsid()
+            for number, file in ((1, stdout), (2, stderr)):
+                if file is not None:
+                    os.dup2(file.fileno(), number)
+            _be_refract([*args[args.index("refract") + 1 :]], env)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            gone, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if gone else None
+        return self.returncode
+
+
+SOCKET = "REFRACT_TESTS_WARM_PROCESS"
+"""Variable of the environment: the path of the importing process's socket."""
+
+
+class Importer:
+    """The process that imports, at the first connection. It ends with `close`, or with the process that started it."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | QUIET
-        )
+        self._folder = Path(tempfile.mkdtemp())
+        path = str(self._folder / "socket")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            number = listener.fileno()
+            command = [sys.executable, __file__, str(number)]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | QUIET, pass_fds=[number]
+            )
+        os.environ[SOCKET] = path
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class WarmProcess:
+    """The process that forks commands, from the side of the tests."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(os.environ[SOCKET])
+        self._stream = self._socket.makefile("rw", encoding="utf-8")
         self._numbers = count()
         self._pipes = Path(tempfile.mkdtemp())
         self._lock = threading.Lock()
@@ -119,30 +189,29 @@ class WarmProcess:
 
     def popen(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, code: str = "",
-        new_session: bool = False,
+        new_session: bool = False, network: str | None = None,
     ) -> Started:  # fmt: skip
         """Start `refract` with the arguments, or Python code with them in `sys.argv[1:]`. Both streams are pipes. new_session: lead a
-        process group, as a terminal's command does."""
+        process group, as a terminal's command does. network: the name of a network namespace."""
         pipes = [self._pipes / f"{next(self._numbers)}" for _ in range(2)]
         for pipe in pipes:
             os.mkfifo(pipe)
-        pid = self._fork(arguments, cwd, os.environ if env is None else env, pipes, code=code, new_session=new_session)
+        options = {"code": code, "new_session": new_session, "network": network}
+        pid = self._fork(arguments, cwd, os.environ if env is None else env, pipes, **options)
         streams = [pipe.open(encoding="utf-8") for pipe in pipes]
         for pipe in pipes:
             pipe.unlink()
         return Started(self, pid, *streams)
 
     def ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+            self._stream.write(json.dumps(request) + "\n")
+            self._stream.flush()
+            return json.loads(self._stream.readline())
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._stream.close()
+        self._socket.close()
         shutil.rmtree(self._pipes, ignore_errors=True)
 
     def _fork(
@@ -156,49 +225,88 @@ class WarmProcess:
 @cache
 def shared() -> WarmProcess:
     """The one warm process of this test process."""
-    process = WarmProcess()
-    atexit.register(process.close)
-    return process
+    return WarmProcess()
 
 
-def _forks() -> None:
-    for name in IMPORTED:
-        importlib.import_module(name)
-    importlib.import_module("refract.pipeline.config.config").config_from_dict({})  # makes the parser: a second
-    gc.freeze()
-    for line in sys.stdin:
+def close_shared() -> None:
+    """Close the warm process of this test process, if there is one."""
+    if shared.cache_info().currsize:
+        shared().close()
+
+
+def _imports(listener: socket.socket) -> None:
+    """Fork a process for each connection until stdin ends."""
+    imported = False
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if not imported:
+            for name in IMPORTED:
+                importlib.import_module(name)
+            importlib.import_module("refract.pipeline.config.config").config_from_dict({})  # makes the parser: a second
+            gc.freeze()
+            imported = True
+        if os.fork() == 0:
+            listener.close()
+            _forks(connection)
+            os._exit(0)
+        connection.close()
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()  # by which their processor time is counted as this process's
+
+
+def _forks(connection: socket.socket) -> None:
+    """Fork commands until the connection ends."""
+    requests, answers = connection.makefile("r", encoding="utf-8"), connection.makefile("w", encoding="utf-8")
+    for line in requests:
         request = json.loads(line)
         kind = request.pop("do")
         answer: int | None
         if kind == "fork":
             answer = os.fork()
             if answer == 0:
+                for stream in (requests, answers, connection):
+                    stream.close()
                 _is_refract(**request)
         else:
             gone, status = os.waitpid(request["pid"], os.WNOHANG if kind == "poll" else 0)
             answer = os.waitstatus_to_exitcode(status) if gone else None
-        print(json.dumps(answer), flush=True)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 def _is_refract(
     arguments: list[str], cwd: str, env: dict[str, str], files: list[str], seconds: int = 0, largest_file: int | None = None,
-    code: str = "", new_session: bool = False,
+    code: str = "", new_session: bool = False, network: str | None = None,
 ) -> None:  # fmt: skip
     """Be `python -m refract …`, or `python -c code …`, to its end."""
     if new_session:
         os.setsid()
+    if network is not None:
+        with Path("/run/netns", network).open() as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns: {network}")
     os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
     for number, name in enumerate((os.devnull, *files)):
         file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
     signal.alarm(seconds)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.argv, sys.path[0] = ["refract", *arguments], cwd
+    if arguments[:1] == ["torchrun"]:
+        starts_ranks = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+        importlib.import_module(starts_ranks).Popen = ForkedRank  # type: ignore[attr-defined]
+    _be_refract(arguments, env, code)
+
+
+def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which torchrun's launcher handles
+        signal.signal(number, signal.SIG_DFL)
+    sys.argv, sys.path[0] = ["refract", *arguments], str(Path.cwd())
     status: object = 0
     try:
         if code:
@@ -219,4 +327,5 @@ def _is_refract(
 
 
 if __name__ == "__main__":
-    _forks()
+    _imports(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # without clearing each module, as below

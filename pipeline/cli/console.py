@@ -19,9 +19,6 @@ from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
-IN_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-"""Whether torchrun started this process."""
-
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
     """Add the option --plugin, whose values `run` loads."""
@@ -80,16 +77,21 @@ def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = (), r
         remedy = _REMEDIES.get(error.errno or 0, "")
         return _failed(command, f"{where}{error.strerror or error}{remedy}", 1)
     except Exception as error:
-        if IN_TORCHRUN:
+        if _in_torchrun():
             from refract.pipeline.training.rank_failure import store_error
 
             store_error(f"{type(error).__name__}: {error}")
         raise
 
 
+def _in_torchrun() -> bool:
+    """Whether torchrun started this process. Imports nothing, unlike `refract.pipeline.training.ranks`."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _of_rank(code: int) -> int:
     """Return the exit code for torchrun, if it started this process."""
-    if not IN_TORCHRUN:
+    if not _in_torchrun():
         return code
     from refract.pipeline.training.rank_failure import code_of_rank
 
@@ -122,7 +124,7 @@ def bin_prefix() -> str:
 
 def _failed(command: str, error: object, code: int) -> int:
     log.debug("the error was raised here:", exc_info=True)
-    if IN_TORCHRUN:
+    if _in_torchrun():
         from refract.pipeline.training.rank_failure import launched, store_error
 
         store_error(error)

@@ -4,7 +4,8 @@ A bundle's reader ignores them, as the bundle's manifest does not list them.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,23 +41,41 @@ def write_model_files(bundle_folder: Path, folder: Path, run_id: str) -> dict[st
     bundle = load_bundle(bundle_folder)
     info = bundle.info
     model = Model(artifact_path="bundle", run_id=run_id)
-    mlflow.pyfunc.save_model(
-        str(folder),
-        loader_module=LOADER,
-        mlflow_model=model,
-        signature=_signature(bundle),
-        input_example=_input_example(bundle),
-        pip_requirements=requirements(info.versions, text=info.text is not None),
-        model_config={key: list(value) if isinstance(value, tuple) else value for key, value in CONFIG.items()},
-        metadata={
-            "task": info.task,
-            "labels": list(info.labels),
-            "bundle": bundle.digest,
-            "refract": version("refract"),
-        },
-    )
+    with _requirements_unchecked():
+        mlflow.pyfunc.save_model(
+            str(folder),
+            loader_module=LOADER,
+            mlflow_model=model,
+            signature=_signature(bundle),
+            input_example=_input_example(bundle),
+            pip_requirements=requirements(info.versions, text=info.text is not None),
+            model_config={key: list(value) if isinstance(value, tuple) else value for key, value in CONFIG.items()},
+            metadata={
+                "task": info.task,
+                "labels": list(info.labels),
+                "bundle": bundle.digest,
+                "refract": version("refract"),
+            },
+        )
     description: dict[str, Any] = model.get_tags_dict()
     return description
+
+
+@contextmanager
+def _requirements_unchecked() -> Iterator[None]:
+    """Keep MLflow from comparing the requirements with the installed packages, which they describe.
+
+    For it, MLflow reads the list of files of each installed package: most of the processor time in which a run is tracked.
+    """
+    from mlflow.utils import environment
+
+    name = "warn_dependency_requirement_mismatches"
+    original = getattr(environment, name)
+    setattr(environment, name, lambda _: None)
+    try:
+        yield
+    finally:
+        setattr(environment, name, original)
 
 
 def requirements(versions: Mapping[str, str], *, text: bool = False) -> list[str]:

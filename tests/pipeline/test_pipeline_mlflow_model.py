@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.models import Model
+from mlflow.utils import environment, requirements_utils
 from small_data import COLORS, make_image, write_image
 from warm_process import shared
 
@@ -184,6 +185,21 @@ def test_the_bundle_in_mlflow_is_unchanged_and_stored_once(registered: Registere
     needed = (uploaded / "requirements.txt").read_text().split()
     assert f"refract=={bundle.info.versions['refract']}" in needed and f"mlflow=={mlflow.__version__}" in needed
     assert Model.load(str(uploaded)).flavors["python_function"]["loader_module"] == "refract.pipeline.inference.pyfunc"
+
+
+def test_a_description_reads_no_lists_of_the_files_of_installed_packages(
+    registered: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow reads them to check the requirements, which takes most of the time in which a run is tracked."""
+    calls: list[str] = []
+    monkeypatch.setattr(requirements_utils, "_MODULES_TO_PACKAGES", None)
+    monkeypatch.setattr(
+        requirements_utils.importlib_metadata, "packages_distributions", lambda: calls.append("read") or {}
+    )
+    write_model_files(registered.run / "bundle", tmp_path / "model", "run")
+    assert calls == [] and "torch==" in (tmp_path / "model" / "requirements.txt").read_text()
+    original = requirements_utils.warn_dependency_requirement_mismatches
+    assert environment.warn_dependency_requirement_mismatches is original, "the user's own models are checked as always"
 
 
 def test_an_altered_weight_is_refused(registered: Registered, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from small_data import paint
+from warm_process import WarmProcess
 
 from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import Config, ConfigError
@@ -45,22 +46,16 @@ evaluation: {robustness: none}
 class Work:
     """A folder with images and a config, and a finished training in it, `runs/calm`, of two ranks."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, warm: WarmProcess) -> None:
+        self.folder, self._warm = folder, warm
 
     def run(
         self, *words: object, record: str, ranks: int = 2, restarts: int = 0, code: int = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run `refract torchrun …`, or `refract …` with one rank."""
         launcher = ["torchrun", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)] if ranks > 1 else []
-        done = subprocess.run(
-            [sys.executable, "-m", "refract", *launcher, *map(str, words)],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RECORD": record} | environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        environment = {**os.environ, "RECORD": record} | environment
+        done = self._warm.run([*launcher, *map(str, words)], cwd=self.folder, env=environment, seconds=240)
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
         return done
@@ -95,13 +90,13 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> Work:
+def work(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: WarmProcess) -> Work:
     folder = tmp_path_factory.mktemp("ranks")
     paint(folder / "images", range(20))
     (folder / "c.yaml").write_text(CONFIG)
     shutil.copy(Path(__file__).with_name("rank_recorder.py"), folder)
     shutil.copy(new_tracking, folder / "mlflow.db")
-    work = Work(folder)
+    work = Work(folder, warm)
     temporary = folder / "temporary"
     temporary.mkdir()
     done = work.run("train", "c.yaml", "--trainer.run_name", "calm", record="calm", TMPDIR=str(temporary))
@@ -380,21 +375,21 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True])
-def test_two_hosts_train_together_and_notice_a_lost_rank(work: Work, hosts: tuple[str, str], lost: bool) -> None:
+def test_two_hosts_train_together_and_notice_a_lost_rank(
+    work: Work, hosts: tuple[str, str], warm: WarmProcess, lost: bool
+) -> None:
     """Each network namespace is a host with an address and a launcher. They share the folder, as by NFS."""
     run = f"hosts{lost}"
     words = ["train", "c.yaml", "--tracking.enabled", "false", "--trainer.run_name", run]
     started = []
     for name in hosts:
         meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.213.0.1:29400", "--rdzv-id", run]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RECORD": run}
+        environment = {**os.environ, "RECORD": run}
         environment |= {"GLOO_SOCKET_IFNAME": name, "REFRACT_CACHE_DIR": str(work.folder / name)}
         environment |= {"MISBEHAVE": "1:4:kill"} if lost else {}
         address = f"10.213.0.{len(started) + 1}"
-        command = [sys.executable, "-m", "refract", "torchrun", *meet, "--local-addr", address, *words]
-        on_host = ["ip", "netns", "exec", name, *command]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(on_host, cwd=work.folder, env=environment, text=True, **pipes))
+        command = ["torchrun", *meet, "--local-addr", address, *words]
+        started.append(warm.popen(command, cwd=work.folder, env=environment, network=name))
     try:
         outputs = [process.communicate(timeout=240)[1] for process in started]
     finally:

@@ -22,7 +22,7 @@ def stop(*_): raise FirstStep
 register_optimizer_step_pre_hook(stop)
 try: main(sys.argv[1:])
 except FirstStep: pass
-costly = {"torchvision.models", "transformers", "scipy.signal", "timm", "onnxruntime"}
+costly = {"torchvision.models", "transformers", "scipy.signal", "timm", "onnxruntime", "s3fs", "gcsfs", "adlfs"}
 print("STEP", sorted(costly & set(sys.modules)))
 
 import torch, torchmetrics, torchvision.models, transformers
