@@ -29,18 +29,7 @@ import numpy as np
 
 from benchmarks.report import environment, write
 
-FIRST_STEP = """
-import os, sys, time
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from refract.cli import main
-def end(*_):
-    print("STEP", flush=True)
-    sys.stdin.readline()
-    os._exit(0)
-register_optimizer_step_pre_hook(end)
-sys.exit(main(sys.argv[1:]))
-"""
-"""Stops at the first step until its standard input has a line, so that the memory of all processes can be read."""
+FIRST_STEP = str(Path(__file__).with_name("first_step.py"))
 
 OPTIONS = ["--model.name", "lenet5", "--data.image_size", "32", "--data.memory", "never", "--tracking.enabled", "false"]
 
@@ -86,7 +75,7 @@ def first_step(manifest: Path, home: Path) -> dict[str, float]:
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", FIRST_STEP, "train", str(config), *OPTIONS, "--trainer.runs_dir", str(home / "runs")],
+            [sys.executable, "-W", "ignore", "-P", FIRST_STEP, "train", str(config), *OPTIONS, "--trainer.runs_dir", str(home / "runs")],
             env={**os.environ, "REFRACT_CACHE_DIR": str(home / "cache")}, cwd=home,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Measure what the start of each command costs: seconds, CPU seconds (user and system, all its processes) and peak memory.
 
 "torch" imports PyTorch and builds an optimizer, which every training does; it is the lower limit of a training process.
-"train, first step" ends `refract train` at its first optimizer step. "train" and "retrain" train lenet5 on the digits for one epoch.
+"train, first step" ends `refract train` at the first optimizer step of its training loop; the first time, MLflow creates the tables of its
+database. "train" and "retrain" train lenet5 on the digits for one epoch.
 "serve" ends with the response to its first prediction; the second time, the choice of the backend is in the cache.
 
     python -m benchmarks.startup --rounds 3 --json benchmarks/results/startup.json
@@ -32,13 +33,7 @@ trainer: {max_epochs: 1, device: cpu}
 evaluation: {robustness: none}
 tracking: {uri: "sqlite:///mlflow.db"}
 """
-FIRST_STEP = """
-import os, sys
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from refract.cli import main
-register_optimizer_step_pre_hook(lambda *_: os._exit(0))
-sys.exit(main(sys.argv[1:]))
-"""
+FIRST_STEP = str(Path(__file__).with_name("first_step.py"))
 TORCH = "import torch; torch.optim.AdamW([torch.zeros(1)])"
 BUNDLE = "runs/first/bundle"
 IMAGE = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
@@ -46,8 +41,9 @@ SERVE = ("-m", "refract", "serve", BUNDLE, "--port", "0")
 PYTHON: dict[str, tuple[str, ...]] = {
     "torch": ("-c", TORCH),
     "import lightning": ("-c", f"{TORCH}; import lightning.pytorch"),
-    "train, first step": ("-c", FIRST_STEP, "train", "config.yaml"),
+    "train, first step": ("-P", FIRST_STEP, "train", "config.yaml"),
     "train": ("-m", "refract", "train", "config.yaml", "--trainer.run_name", "first"),
+    "train again, first step": ("-P", FIRST_STEP, "train", "config.yaml"),
     "evaluate": ("-m", "refract", "evaluate", BUNDLE, "digits"),
     "compare": ("-m", "refract", "compare", "runs/first", "runs/first"),
     "serve": SERVE,
@@ -88,8 +84,9 @@ def _measure(arguments: Sequence[str], folder: Path, *, serves: bool) -> tuple[f
     started = time.perf_counter()
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+            [sys.executable, *arguments], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            text=True,
+        )  # fmt: skip
         assert process.stdout is not None
         if serves:
             _predict(process.stdout.readline())

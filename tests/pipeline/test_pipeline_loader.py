@@ -25,39 +25,13 @@ from refract.pipeline.data.loader import Loader, LoaderError, exit_message, plan
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.inference.batch.local_workers import score_in_processes
 from refract.pipeline.training.callbacks.stopping import Stop
+from tests.pipeline.numbered_images import Numbered, Unreadable, loader_of
 from tests.pipeline.small_data import config_of
 
 MANY = "data: {source: images, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
 MANY += (
     "trainer: {max_epochs: 500, checkpoint_seconds: 0}\ntracking: {enabled: false}\nevaluation: {robustness: none}\n"
 )
-
-
-class Numbered(torch.utils.data.Dataset):
-    """A data set whose index selects the worker's action."""
-
-    def __init__(self, side: int = 4, dies: int | None = None, signal: int = signal.SIGKILL) -> None:
-        self.side, self.dies, self.signal = side, dies, signal
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        import numpy as np
-
-        if index == self.dies:
-            os.kill(os.getpid(), self.signal)
-        return {"images": np.full((self.side, self.side, 3), index, np.uint8), "indices": index}
-
-
-def loader_of(dataset: Numbered, **options: bool) -> Loader:
-    from refract.pipeline.data.datasets import init_worker
-    from refract.pipeline.processes import worker_context
-
-    return Loader(
-        dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=init_worker,
-        multiprocessing_context=worker_context(init_worker.__module__), **options,
-    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -73,24 +47,14 @@ def test_a_dead_worker_ends_the_epoch_with_an_error(number: int) -> None:
     assert not any(worker.is_alive() for worker in workers), "the other workers ended, too"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(60)
-class Unreadable(torch.utils.data.Dataset):
-    """Raises an error with a message for the user."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        raise DataError("a.png: was readable\nand is not now")
-
-
 def test_an_error_of_a_worker_has_its_message_without_a_traceback() -> None:
     with pytest.raises(DataError) as raised:
         list(Loader(Unreadable(), batch_size=2, workers=1, shared=True))
     assert str(raised.value) == "a.png: was readable\nand is not now"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(60)
 def test_a_worker_that_dies_between_epochs_or_within_a_message_does_not_block() -> None:
     loader = loader_of(Numbered(side=600), shared=False)  # 4 MiB through a pipe that holds 64 KiB
     assert [int(batch["indices"][0]) for batch in loader] == list(range(0, 64, 4))
@@ -134,7 +98,7 @@ def test_a_scoring_after_a_training_leaves_signals_to_the_parent_process() -> No
 
 UNFINISHED = """
 import numpy as np
-from tests.pipeline.test_pipeline_loader import Numbered, loader_of
+from tests.pipeline.numbered_images import Numbered, loader_of
 
 if __name__ == "__main__":
     batches = iter(loader_of(Numbered()))
@@ -233,7 +197,7 @@ def test_full_shared_memory_within_an_epoch_only_slows_training() -> None:
         "assert ctypes.CDLL(None).unshare(0x00020000) == 0, 'CLONE_NEWNS: mounts that other processes do not see'\n"
         "subprocess.run(['mount', '--make-rprivate', '/'], check=True)\n"
         "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', '/dev/shm'], check=True)\n"
-        "from tests.pipeline.test_pipeline_loader import Numbered, loader_of\n"
+        "from tests.pipeline.numbered_images import Numbered, loader_of\n"
         "batches = list(loader_of(Numbered(side=300)))\n"
         "assert [int(b['images'][0, 0, 0, 0]) for b in batches] == list(range(0, 64, 4))\n"
         "print('all', len(batches), flush=True)\n"

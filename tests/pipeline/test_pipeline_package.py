@@ -52,7 +52,7 @@ def test_torchrun_trains_a_plugins_network_in_a_folder_with_modules_of_the_same_
     )
     (crowded / "c.yaml").write_text(
         "plugins: [mine.py]\nmodel: {name: Flat}\n"
-        "data: {source: images, image_size: 16, batch_size: 8, workers: 2, memory: never}\n"
+        "data: {source: images, image_size: 16, batch_size: 8, workers: 1, memory: never}\n"
         "trainer: {max_epochs: 1, device: cpu, devices: 2, run_name: r}\ntracking: {enabled: false}\nevaluation: {robustness: none}\n"
     )
     run("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "refract", "train", "c.yaml", cwd=crowded)
@@ -87,13 +87,13 @@ def test_the_wheel_contains_only_refract_and_works_alone(crowded: Path, tmp_path
     place = run("-c", "import refract; print(refract.__file__)", cwd=crowded, path=tmp_path / "site")
     assert place.startswith(str(tmp_path / "site")), "not the checkout"
     config = tmp_path / "site/refract/pipeline/configs/digits.yaml"
-    config.write_text(config.read_text().replace("max_epochs: 30", "max_epochs: 12"))
+    config.write_text(config.read_text().replace("max_epochs: 30", "max_epochs: 8"))
     shutil.copy(new_tracking, crowded / "mlflow.db")
     out = run("-m", "refract", "demo", cwd=crowded, path=tmp_path / "site", REFRACT_SERVE_BACKEND="eager")
     assert "of 10 correct" in out and "mlflow ui" in out and "refract serve" in out
     (bundle,) = crowded.glob("runs/digits*/bundle")
     info = load_bundle(bundle).info
-    assert info.config["trainer"]["max_epochs"] == 12, "the config of the wheel"
+    assert info.config["trainer"]["max_epochs"] == 8, "the config of the wheel"
     assert info.metrics["accuracy"] >= 0.98
 
 

@@ -9,15 +9,16 @@ import pytest
 
 from tests.warm_process import shared
 
-# The optimizer step raises, so that the code after `main` runs in the process of the training.
+# The first step of the training loop raises, so that the code after `main` runs in the process of the training.
 FIRST_STEP = """
-import sys
+import sys, traceback
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from refract.cli import main
 
 class FirstStep(BaseException): pass
 
-def stop(*_): raise FirstStep
+def stop(*_):
+    if any("lightning/pytorch/loops" in frame.filename for frame in traceback.extract_stack()): raise FirstStep
 
 register_optimizer_step_pre_hook(stop)
 try: main(sys.argv[1:])
