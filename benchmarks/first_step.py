@@ -1,16 +1,12 @@
 """Run `refract` with this program's arguments up to the first optimizer step of the training loop, print STEP and exit.
 
-The program exits when its standard input has a line or has ended, so that the memory of all its processes can be read before.
+The program exits when its standard input has a line or has ended, so that the memory of all its processes can be read until then.
 The steps of the doctor's check before the loop do not count.
 """
 
 import os
 import sys
 from types import FrameType
-
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from refract.cli import main
 
 LOOPS = os.path.join("lightning", "pytorch", "loops")  # noqa: PTH118 — a part of file names
 
@@ -25,7 +21,10 @@ def end_in_loop(*_: object) -> None:
         frame = frame.f_back
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the loader's worker processes import this module, too
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    from refract.cli import main
+
     register_optimizer_step_pre_hook(end_in_loop)
-    main(sys.argv[1:])
-    sys.exit("the training ended before its first step")
+    sys.exit(f"the training ended before its first step, with exit code {main(sys.argv[1:])}")

@@ -1,8 +1,9 @@
 """Measure how the start of a training and an evaluation grow: processor time and memory against the numbers of samples and classes.
 
-`samples`: `refract train` on a CSV of N images of 32×32 pixels, up to its first optimizer step, first without and then with the cache of
-image checks. `commands`: whole commands on the same images: one epoch with tracking, evaluation of all images, their scores, and a
-retraining run with its snapshot, holdout and gate. Memory is the peak of the proportional set size (PSS) of the process and its children.
+`samples`: `refract train` on a CSV of N images of 32×32 pixels, up to the first optimizer step of its training loop, first without and
+then with the cache of image checks. `commands`: whole commands on the same images: one epoch with tracking, evaluation of all images,
+their scores, and a retraining run with its snapshot, holdout and gate. Memory is the peak of the proportional set size (PSS) of the
+process and its children: it is smaller while other processes share the same libraries.
 `classes`: the evaluation of 2·C predictions for C classes, its report and its files. Exponents are slopes of the logarithms over the two
 largest sizes: 1 is linear. With --json, sizes that are not measured keep their rows.
 

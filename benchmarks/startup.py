@@ -1,8 +1,8 @@
 """Measure what the start of each command costs: seconds, CPU seconds (user and system, all its processes) and peak memory.
 
 "torch" imports PyTorch and builds an optimizer, which every training does; it is the lower limit of a training process.
-"train, first step" ends `refract train` at the first optimizer step of its training loop; the first time, MLflow creates the tables of its
-database. "train" and "retrain" train lenet5 on the digits for one epoch.
+"train, first step" ends `refract train` at the first optimizer step of its training loop. In it, MLflow creates the tables of its database;
+in "train again, first step" they exist. "train" and "retrain" train lenet5 on the digits for one epoch.
 "serve" ends with the response to its first prediction; the second time, the choice of the backend is in the cache.
 
     python -m benchmarks.startup --rounds 3 --json benchmarks/results/startup.json

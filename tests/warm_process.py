@@ -1,8 +1,9 @@
 """Processes of `refract …` that start fast: their parent has imported PyTorch, Lightning, MLflow and most of Refract.
 
 An import takes each process nine seconds of a core. Tests of the start itself run a new process.
-As a program, this module is the process that imports, once for all processes of the suite. It forks a process for each connection to its
-socket, which reads one JSON request per line, forks commands, and answers each request with a line.
+As a program, this module is the importing process, of which the suite needs one. It forks a process for each connection to its socket.
+That process reads one JSON request per line, forks commands, and answers each request with a line. At the end of the connection it kills
+the commands that run on.
 """
 
 import atexit
@@ -110,28 +111,45 @@ class ForkedRank(Process):
         stderr: TextIO | None,
         start_new_session: bool,
     ) -> None:
+        assert [*args[:4]] == [sys.executable, "-u", "-m", "refract"] and start_new_session, args
+        sys.stdout.flush()
+        sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            if start_new_session:
+            try:
                 os.setsid()
-            for number, file in ((1, stdout), (2, stderr)):
-                if file is not None:
-                    os.dup2(file.fileno(), number)
-            _be_refract([*args[args.index("refract") + 1 :]], env)
+                for number, file in ((1, stdout), (2, stderr)):
+                    if file is not None:
+                        os.dup2(file.fileno(), number)
+                _drop_descriptors()
+                _be_refract([*args[4:]], env)
+            finally:
+                os._exit(1)  # `_be_refract` has ended the process, if nothing failed before
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            gone, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if gone else None
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
 
+def _drop_descriptors() -> None:
+    """Replace the descriptors above 2 by /dev/null, as a new process has none. Closing them would free numbers that objects still own."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 — numbers, not paths
+        number = int(name)
+        if number > 2 and number != null:
+            with suppress(OSError):  # that of the listing
+                os.fstat(number)
+                os.dup2(null, number)
+
+
 SOCKET = "REFRACT_TESTS_WARM_PROCESS"
-"""Variable of the environment: the path of the importing process's socket."""
+"""Environment variable: the path of the importing process's socket."""
 
 
 class Importer:
-    """The process that imports, at the first connection. It ends with `close`, or with the process that started it."""
+    """The importing process, which imports at the first connection. It ends with `close`, or with the process that started it."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp())
@@ -141,16 +159,22 @@ class Importer:
             listener.listen()
             number = listener.fileno()
             command = [sys.executable, __file__, str(number)]
+            environment = os.environ | QUIET | {"HOME": str(self._folder)}  # libraries read it when they are imported
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | QUIET, pass_fds=[number]
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, pass_fds=[number]
             )
         os.environ[SOCKET] = path
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            self._process.stdin.close()
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class WarmProcess:
@@ -207,10 +231,16 @@ class WarmProcess:
         with self._lock:
             self._stream.write(json.dumps(request) + "\n")
             self._stream.flush()
-            return json.loads(self._stream.readline())
+            answer = self._stream.readline()
+        if not answer:
+            raise RuntimeError(
+                "the process that forks commands has ended; its error is above, in the output of pytest -s"
+            )
+        return json.loads(answer)
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # the other process has ended
+            self._stream.close()
         self._socket.close()
         shutil.rmtree(self._pipes, ignore_errors=True)
 
@@ -236,6 +266,7 @@ def close_shared() -> None:
 
 def _imports(listener: socket.socket) -> None:
     """Fork a process for each connection until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the test processes end first, and close what they started
     imported = False
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
@@ -252,27 +283,53 @@ def _imports(listener: socket.socket) -> None:
         connection.close()
     with suppress(ChildProcessError):
         while True:
-            os.wait()  # by which their processor time is counted as this process's
+            os.wait()  # adds their processor time to this process's
 
 
 def _forks(connection: socket.socket) -> None:
-    """Fork commands until the connection ends."""
+    """Fork commands until the connection ends, then kill those that run on."""
     requests, answers = connection.makefile("r", encoding="utf-8"), connection.makefile("w", encoding="utf-8")
-    for line in requests:
-        request = json.loads(line)
-        kind = request.pop("do")
-        answer: int | None
-        if kind == "fork":
-            answer = os.fork()
-            if answer == 0:
-                for stream in (requests, answers, connection):
-                    stream.close()
-                _is_refract(**request)
-        else:
-            gone, status = os.waitpid(request["pid"], os.WNOHANG if kind == "poll" else 0)
-            answer = os.waitstatus_to_exitcode(status) if gone else None
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    running: set[int] = set()
+    try:
+        for line in requests:
+            request = json.loads(line)
+            kind = request.pop("do")
+            answer: int | None
+            if kind == "fork":
+                answer = os.fork()
+                if answer == 0:
+                    try:
+                        for stream in (requests, answers, connection):
+                            stream.close()
+                        _is_refract(**request)
+                    except BaseException:
+                        traceback.print_exc()
+                    finally:
+                        os._exit(1)
+                running.add(answer)
+            else:
+                if kind == "wait" and not _ends_before(request["pid"], connection):
+                    return
+                pid, status = os.waitpid(request["pid"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+                running.discard(pid)
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    except OSError:  # the test process has died: the connection is broken
+        pass
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _ends_before(pid: int, connection: socket.socket) -> bool:
+    """Wait for a process. Returns whether it ended before the connection."""
+    ended = os.pidfd_open(pid)
+    try:
+        return ended in select.select([ended, connection.fileno()], [], [])[0]
+    finally:
+        os.close(ended)
 
 
 def _is_refract(
@@ -282,15 +339,13 @@ def _is_refract(
     """Be `python -m refract …`, or `python -c code …`, to its end."""
     if new_session:
         os.setsid()
-    if network is not None:
-        with Path("/run/netns", network).open() as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), f"setns: {network}")
-    os.chdir(cwd)
     for number, name in enumerate((os.devnull, *files)):
         file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
+    os.chdir(cwd)
+    if network is not None:
+        _enter(network)
     signal.alarm(seconds)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -300,11 +355,18 @@ def _is_refract(
     _be_refract(arguments, env, code)
 
 
+def _enter(network: str) -> None:
+    """Enter a network namespace."""
+    with Path("/run/netns", network).open() as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns: {network}")
+
+
 def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> None:
     os.environ.clear()
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which torchrun's launcher handles
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun's launcher has handlers for them
         signal.signal(number, signal.SIG_DFL)
     sys.argv, sys.path[0] = ["refract", *arguments], str(Path.cwd())
     status: object = 0

@@ -24,7 +24,7 @@ MEASURED = 8
 """Images whose time decides on the number of threads."""
 SMALL_S = 0.0005
 """Seconds for an image, below which one thread is faster than several, which wait for Python's lock. On two cores, a training on a million
-images of 32×32 pixels took its first step after 128 s with one thread and 169 s with two (`benchmarks.growth`)."""
+images of 32×32 pixels reached the doctor's check after 137 s with one thread and 169 s with two (`benchmarks.growth`)."""
 
 Value = TypeVar("Value")
 

@@ -4,6 +4,7 @@ A bundle's reader ignores them, as the bundle's manifest does not list them.
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,8 @@ LARGEST_EXAMPLE = 64 * 1024
 
 EXAMPLE_SIDE = 256
 """The longer side of that JPEG in pixels."""
+
+_patching = threading.Lock()
 
 TRAINING_ONLY = ("python", "lightning")
 """Entries of the bundle's `versions` that a prediction does not need."""
@@ -63,19 +66,23 @@ def write_model_files(bundle_folder: Path, folder: Path, run_id: str) -> dict[st
 
 @contextmanager
 def _requirements_unchecked() -> Iterator[None]:
-    """Keep MLflow from comparing the requirements with the installed packages, which they describe.
+    """Skip MLflow's warning about requirements that differ from the installed packages.
 
-    For it, MLflow reads the list of files of each installed package: most of the processor time in which a run is tracked.
+    To find the packages, MLflow reads the list of the files of each installed one: half a second of a core. A release of MLflow that has
+    no such function is left as it is.
     """
     from mlflow.utils import environment
 
     name = "warn_dependency_requirement_mismatches"
-    original = getattr(environment, name)
-    setattr(environment, name, lambda _: None)
-    try:
-        yield
-    finally:
-        setattr(environment, name, original)
+    with _patching:
+        original = getattr(environment, name, None)
+        if original is not None:
+            setattr(environment, name, lambda *_, **__: None)
+        try:
+            yield
+        finally:
+            if original is not None:
+                setattr(environment, name, original)
 
 
 def requirements(versions: Mapping[str, str], *, text: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets for the tests of loader workers. Imports little: each worker process imports this module."""
+"""Data sets for the tests of loader workers. Each worker process imports this module, so it imports neither Lightning nor MLflow."""
 
 import os
 import signal

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils import environment, requirements_utils
 from small_data import COLORS, make_image, write_image
@@ -198,6 +199,8 @@ def test_a_description_reads_no_lists_of_the_files_of_installed_packages(
     )
     write_model_files(registered.run / "bundle", tmp_path / "model", "run")
     assert calls == [] and "torch==" in (tmp_path / "model" / "requirements.txt").read_text()
+    with pytest.raises(MlflowException, match="already exists"):
+        write_model_files(registered.run / "bundle", tmp_path / "model", "run")
     original = requirements_utils.warn_dependency_requirement_mismatches
     assert environment.warn_dependency_requirement_mismatches is original, "the user's own models are checked as always"
 

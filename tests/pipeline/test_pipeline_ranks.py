@@ -44,18 +44,32 @@ evaluation: {robustness: none}
 
 
 class Work:
-    """A folder with images and a config, and a finished training in it, `runs/calm`, of two ranks."""
+    """A folder with images and a config, and a finished training in it, `runs/calm`, of two ranks that were not forked."""
 
     def __init__(self, folder: Path, warm: WarmProcess) -> None:
         self.folder, self._warm = folder, warm
 
     def run(
-        self, *words: object, record: str, ranks: int = 2, restarts: int = 0, code: int = 0, **environment: str
+        self,
+        *words: object,
+        record: str,
+        ranks: int = 2,
+        restarts: int = 0,
+        code: int = 0,
+        forked: bool = True,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `refract torchrun …`, or `refract …` with one rank."""
+        """Run `refract torchrun …`, or `refract …` with one rank. forked: fork the launcher and its ranks, see `warm_process`."""
         launcher = ["torchrun", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)] if ranks > 1 else []
         environment = {**os.environ, "RECORD": record} | environment
-        done = self._warm.run([*launcher, *map(str, words)], cwd=self.folder, env=environment, seconds=240)
+        command = [*launcher, *map(str, words)]
+        if forked:
+            done = self._warm.run(command, cwd=self.folder, env=environment, seconds=240)
+        else:
+            done = subprocess.run(
+                [sys.executable, "-m", "refract", *command],
+                cwd=self.folder, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
+            )  # fmt: skip
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
         return done
@@ -99,7 +113,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: War
     work = Work(folder, warm)
     temporary = folder / "temporary"
     temporary.mkdir()
-    done = work.run("train", "c.yaml", "--trainer.run_name", "calm", record="calm", TMPDIR=str(temporary))
+    done = work.run("train", "c.yaml", "--trainer.run_name", "calm", record="calm", forked=False, TMPDIR=str(temporary))
     assert not any(temporary.glob("refract-*")), "a job without a failure leaves no logs"
     assert done.stderr.count("checking 60 samples") == done.stdout.count("bundle:") == 1, "only rank 0 reports"
     return work

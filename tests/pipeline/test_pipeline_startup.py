@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def stop(*_):
     if any("lightning/pytorch/loops" in frame.filename for frame in traceback.extract_stack()): raise FirstStep
 
 register_optimizer_step_pre_hook(stop)
-try: main(sys.argv[1:])
+try: sys.exit(f"the training ended before its first step, with exit code {main(sys.argv[1:])}")
 except FirstStep: pass
 costly = {"torchvision.models", "transformers", "scipy.signal", "timm", "onnxruntime", "s3fs", "gcsfs", "adlfs"}
 print("STEP", sorted(costly & set(sys.modules)))
@@ -60,8 +61,10 @@ def test_a_training_imports_nothing_costly_before_its_first_step_and_all_of_torc
     command = [sys.executable, "-c", FIRST_STEP, "train", "config.yaml"]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert "STEP []" in lines, done.stdout + done.stderr
+    assert all(map(find_spec, ("s3fs", "gcsfs", "adlfs", "timm", "onnxruntime"))), "else they cannot be imported anyway"
     similarity, ratio = map(float, lines[-3].removeprefix("IMAGE ").split())
     assert (similarity, ratio) == (pytest.approx(1.0), pytest.approx(20.0, abs=0.01))
     assert lines[-2:] == [

@@ -32,9 +32,12 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(folder, "best", monitor=monitor, mode="max", enable_version_counter=False)
         self.samples, self.first_epoch, self.highest = samples, first_epoch, -math.inf
 
+    # A private method of Lightning. If a release renames it, trainings only start more slowly.
     def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: str) -> None:
-        """Omit the warning that the folder has files. For it, Lightning imports the installed clients of object stores (gcsfs, adlfs,
-        s3fs): half a second of a core before the first step."""
+        """Omit the warning that the folder has files.
+
+        Before it warns, Lightning imports the installed clients of object stores (gcsfs, adlfs, s3fs): half a second of a core.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), HIGHEST: self.highest}
