@@ -30,7 +30,7 @@ from refract.augment import Augmenter, Preprocess, decode
 from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.pack import StoredImages, pack
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 
 SIZES = {"0.25 megapixels": (408, 612, 0.0, 240), "12 megapixels": (3000, 4000, 3.0, 24)}
 """Name → height, width, standard deviation of the noise, number of images."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("augment", "models", "pipeline", "serve", "refract")
-SECTIONS = ("pipeline/config/sections.py", "pipeline/retraining/settings.py", "models/training/specs.py")
+SECTIONS = ("pipeline/config/sections.py", "pipeline/config/retraining_sections.py", "models/training/specs.py")
 """The modules with the config's sections, whose docstrings give the keys' meanings."""
 
 KINDS = ("error", "log", "help", "print", "api", "key", "op", "page", "text")

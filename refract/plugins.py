@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from refract.errors import InputError
 
@@ -78,14 +78,25 @@ def network(added: Added) -> Added:
     return added
 
 
-def loss(added: Added) -> Added:
+@overload
+def loss(terms: Added, /) -> Added: ...
+@overload
+def loss(
+    *, tasks: tuple[str, ...] = ..., reduction: str = ..., needs: tuple[str, ...] = ..., weighted_terms: bool = ...
+) -> Callable[[Added], Added]: ...
+def loss(terms: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
     """Add a loss to those of `loss.name`, by the name of the function.
 
     It maps logits (N, C) and soft targets (N, C), both float32, to (N, C): each class's term of a sample's loss.
+    `@loss(tasks=("multilabel",), reduction="mean", needs=("gamma",))` declares what `refract.models.training.losses.Loss` describes.
     """
     losses = _registry("refract.models.training.losses")
-    losses.register_loss(added.__name__, losses.Loss(terms=added))
-    return added
+
+    def add(added: Added) -> Added:
+        losses.register_loss(added.__name__, losses.Loss(terms=added, **declared))
+        return added
+
+    return add if terms is None else add(terms)
 
 
 def metric(added: Added) -> Added:

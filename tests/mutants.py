@@ -151,6 +151,10 @@ def examine(tree: Path, mutant: Mutant, test_files: TestFiles) -> tuple[str, str
     return "survived", " ".join(first + more)
 
 
+GOAL = 0.9
+"""The fraction of the mutants, without accepted ones, that the tests must catch. With fewer, the exit code is 1."""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="mutants to draw (40)")
@@ -187,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         f"Seed {args.seed}: {counts['caught']} of {judged} caught ({counts['caught'] / max(judged, 1):.0%}).",
         dict(counts),
     )
-    return 0
+    return int(counts["caught"] < GOAL * judged)
 
 
 if __name__ == "__main__":

@@ -390,4 +390,4 @@ def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> No
 
 if __name__ == "__main__":
     _imports(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # without clearing each module, as below
+    os._exit(0)  # without clearing each module, as in `_be_refract`

@@ -30,7 +30,7 @@ from refract.pipeline.features.heads import MODES, Part, fit_head
 from refract.pipeline.features.model import open_model
 from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_few_images.json"
 TRAINED = {

@@ -33,7 +33,7 @@ from refract.pipeline.features.near_duplicates import similar_pairs
 from refract.pipeline.features.out_of_fold import predict_out_of_fold
 from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_planted.json"
 NOISE, QUALITY = 0.1, 90

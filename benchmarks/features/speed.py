@@ -26,7 +26,7 @@ from refract.pipeline.features.model import open_model
 from refract.pipeline.features.search import SearchIndex, nearest
 from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore, Key, StoredSample, stored_models, write_vectors
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_speed.json"
 PARTS = ("heads", "search", "memory", "embedding")

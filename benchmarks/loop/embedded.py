@@ -13,7 +13,7 @@ from refract.pipeline.features.heads import Part, fit_candidate, fit_head, outpu
 from refract.pipeline.features.model import open_model
 from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 
 
 class Split(NamedTuple):

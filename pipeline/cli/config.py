@@ -4,7 +4,7 @@ import argparse
 import json
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.cli.promote import by_hand
 from refract.pipeline.cli.train import mlflow_hint
 

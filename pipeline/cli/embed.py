@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +58,7 @@ def _embed(args: argparse.Namespace) -> int:
     from refract.pipeline.features.source import samples_of
     from refract.pipeline.features.store import FeatureStore
     from refract.pipeline.files import printable
-    from refract.pipeline.training.callbacks.stopping import stop_requests
+    from refract.pipeline.stopping import stop_requests
 
     samples, labels = samples_of(args.data)
     model = open_model(args.model, args.weights, args.image_size)

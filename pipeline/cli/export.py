@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.export.targets import TARGETS
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:

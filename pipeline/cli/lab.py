@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.evaluation.plots import save
 from refract.pipeline.lab import experiments

@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from refract import output
 from refract.models.credentials import masked
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.remote.address import is_remote
 
 
@@ -53,7 +53,7 @@ def _pack(args: argparse.Namespace) -> int:
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.data.pack import StoredImages, pack
     from refract.pipeline.data.prepare import prepare_data
-    from refract.pipeline.training.callbacks.stopping import stop_requests
+    from refract.pipeline.stopping import stop_requests
 
     fingerprint, next_step = "", f"set data.source: {args.folder}"
     if Path(args.source).suffix.lower() in (".yaml", ".yml"):

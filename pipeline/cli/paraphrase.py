@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 HUB = "Helsinki-NLP/opus-mt-{from}-{to}"
 

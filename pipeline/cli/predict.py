@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.remote.address import path_or_url
 
 if TYPE_CHECKING:
@@ -97,7 +96,11 @@ def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path |
         raise DataError(f"--text: {args.bundle} reads no texts; remove the option")
     if args.paths and "images" not in reads:
         raise DataError(f"{args.bundle} reads no images; pass --text TEXT instead of files")
-    return listed_images(args.paths) if args.paths else []
+    if not args.paths:
+        return []
+    from refract.pipeline.data.image_paths import listed_images
+
+    return listed_images(args.paths)
 
 
 def _show(file: Path | str, outcome: "Scored", info: "BundleInfo", args: argparse.Namespace, *, cut: bool) -> None:
@@ -115,26 +118,3 @@ def _show(file: Path | str, outcome: "Scored", info: "BundleInfo", args: argpars
         output.result({"path": file, **result})
     else:
         print(format_prediction(file, result))
-
-
-def listed_images(paths: Sequence[Path | str]) -> list[Path | str]:
-    """Return the files, and all images below the folders and in the archives. DataError if no path exists or a folder has no image."""
-    from refract.augment.image_files import is_image
-    from refract.pipeline.data.archives.archive import archive_path
-    from refract.pipeline.data.errors import DataError
-    from refract.pipeline.data.sources import open_source
-    from refract.pipeline.data.sources.folders import no_images
-
-    in_archive = [isinstance(path, str) or archive_path(str(path)) is not None for path in paths]
-    if not any(inside or Path(path).exists() for path, inside in zip(paths, in_archive, strict=True)):
-        raise DataError(f"{paths[0]}: no such file or folder")
-    files: list[Path | str] = []
-    for path, inside in zip(paths, in_archive, strict=True):
-        if Path(path).is_dir() or (inside and not is_image(str(path))):
-            rows = open_source(path).rows(labelled=False)
-            if not len(rows):
-                raise no_images(path)
-            files += (path_or_url(rows.file(row)) for row in range(len(rows)))
-        else:  # a missing file is reported later, as an unreadable one
-            files.append(path)
-    return files

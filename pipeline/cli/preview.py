@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:
@@ -78,8 +78,8 @@ def _from_config(args: argparse.Namespace):
 
 
 def _from_images(args: argparse.Namespace):
-    from refract.pipeline.cli.predict import listed_images
     from refract.pipeline.data import storage
+    from refract.pipeline.data.image_paths import listed_images
     from refract.pipeline.preview import Shown, spread
     from refract.remote.address import path_or_url
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from refract import output
 from refract.models.credentials import masked
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,7 +57,7 @@ def by_hand(name: str, version: str, uri: str | None) -> str:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    from refract.pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, numbered, promote, version_tags
+    from refract.pipeline.tracking.aliases import CHAMPION, PromotionError, aliases, numbered, promote, version_tags
 
     client, version = client_at(args.uri), numbered(args.version)
     champion = aliases(client, args.name).get(CHAMPION)
@@ -90,8 +90,8 @@ def try_to_load(client: "MlflowClient", name: str, version: str) -> None:
     from mlflow.exceptions import MlflowException
 
     from refract.models.bundle.bundle import load_bundle
-    from refract.pipeline.retraining.aliases import PromotionError
-    from refract.pipeline.retraining.registry import download
+    from refract.pipeline.tracking.aliases import PromotionError
+    from refract.pipeline.tracking.model_registry import download
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
@@ -106,8 +106,8 @@ def try_to_load(client: "MlflowClient", name: str, version: str) -> None:
 def client_at(uri: str | None) -> Any:
     """Return the MLflow client of the registry. uri: as the option `--uri`."""
     from refract.pipeline.config.sections import TrackingConfig
-    from refract.pipeline.retraining.registry import client_of
     from refract.pipeline.tracking import tracking_uri
     from refract.pipeline.tracking.address import absolute
+    from refract.pipeline.tracking.model_registry import client_of
 
     return client_of(absolute(tracking_uri(TrackingConfig(uri=uri))))

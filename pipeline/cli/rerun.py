@@ -5,7 +5,7 @@ from pathlib import Path
 
 from refract import output
 from refract.models.credentials import masked
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:

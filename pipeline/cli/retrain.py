@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from refract import output
 from refract.models.credentials import masked
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _run(run_folder: Path) -> _End:
     """Run the remaining steps; print the error of one that fails."""
     from refract.pipeline.retraining.run import note_stop
     from refract.pipeline.retraining.steps import run_steps
-    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
+    from refract.pipeline.stopping import ASKED_TO_STOP
 
     errors = []
 

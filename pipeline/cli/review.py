@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 
 def main(argv: list[str]) -> int:

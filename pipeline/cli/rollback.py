@@ -3,7 +3,7 @@
 import argparse
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.cli.promote import client_at, try_to_load, uri_option
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    from refract.pipeline.retraining.aliases import rollback, way_back
+    from refract.pipeline.tracking.aliases import rollback, way_back
 
     client = client_at(args.uri)
     expected = way_back(client, args.name)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 if TYPE_CHECKING:
     from refract.pipeline.features.model import EmbeddingModel

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 NO_FIT = 10
 """Exit code if no candidate is fast and accurate enough."""

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.cli.compare import compared
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from refract import output
 from refract.errors import RefractError
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 if TYPE_CHECKING:
     from refract.pipeline.tracking.journal import Journal

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    from refract.pipeline.cli import console
+    from refract.pipeline import console
 
     words = [word.partition("=")[0].replace("_", "-") for word in argv]
     misplaced = [word for word in words[words.index("train") :] if word in OPTIONS] if "train" in words else []

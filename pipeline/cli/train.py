@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from refract import output
 from refract.models.credentials import masked
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.cli.promote import by_hand, named
 
 if TYPE_CHECKING:

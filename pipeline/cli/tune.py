@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from refract import output
-from refract.pipeline.cli import console
+from refract.pipeline import console
 
 EPILOG = """
 SPACE.yaml maps dotted config keys to the values to try; a number in a key is a list index:

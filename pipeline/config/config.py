@@ -18,6 +18,7 @@ from refract.models.training.losses import loss_names
 from refract.models.training.specs import LossSpec, OptimSpec
 from refract.pipeline.config.plugin_files import absolute_paths
 from refract.pipeline.config.renamed import with_new_keys, with_new_options
+from refract.pipeline.config.retraining_sections import GateConfig, RetrainConfig
 from refract.pipeline.config.sections import (
     AugmentConfig,
     DataConfig,
@@ -27,7 +28,6 @@ from refract.pipeline.config.sections import (
     TrackingConfig,
     TrainerConfig,
 )
-from refract.pipeline.retraining.settings import GateConfig, RetrainConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

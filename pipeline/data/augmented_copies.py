@@ -43,8 +43,8 @@ def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int |
     kind: `jpg` or `png`. DataError lists the images that cannot be read; PolicyError for a policy that mixes a batch.
     """
     from refract.augment import PolicyError
-    from refract.pipeline.cli.predict import listed_images
     from refract.pipeline.data.archives.archive import archive_path
+    from refract.pipeline.data.image_paths import listed_images
 
     augmenter = Augmenter(policy, seed, size=size)
     if augmenter.mixes:

@@ -26,7 +26,7 @@ from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
 from refract.pipeline.data.pack_record import NAME, PackRecord, ShardRecord, digest, read_record
 from refract.pipeline.data.storage import scheme_of
 from refract.pipeline.files import locked, written_atomically
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.stopping import Stop, Stopped
 from refract.progress import Progress
 
 LONGEST_JPEG = 65_500

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refract.pipeline.doctor.finding import Cure, Finding, cure
 from refract.pipeline.doctor.record import Record
 from refract.pipeline.doctor.transfer import normalisation, nothing_learned, one_digit, suited_lr
+from refract.pipeline.finding import Cure, Finding, cure
 
 WITH_ACTIVATION = ("cnn", "mlp")
 """Networks with an `activation` argument."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.doctor.finding import Finding
 from refract.pipeline.doctor.record import Record
 from refract.pipeline.files import write_atomically
+from refract.pipeline.finding import Finding
 
 FILE = "doctor.json"
 

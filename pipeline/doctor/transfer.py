@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from refract.pipeline.doctor.finding import Cure, Finding, Setting, cure
 from refract.pipeline.doctor.record import Record
+from refract.pipeline.finding import Cure, Finding, Setting, cure
 
 SUITED_LR = {
     ("head", "sgd"): 0.1, ("head", "adaptive"): 3e-3, ("adapters", "sgd"): 3e-2, ("adapters", "adaptive"): 1e-3,

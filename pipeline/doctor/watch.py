@@ -17,9 +17,9 @@ from refract.models.training.lightning_module import ClassifierModule
 from refract.models.training.objective import classification_loss
 from refract.models.training.sharding import part_of_rank
 from refract.pipeline.config.config import Config
-from refract.pipeline.doctor.finding import Finding, cure, treatable
 from refract.pipeline.doctor.findings import early, late
 from refract.pipeline.doctor.record import Record
+from refract.pipeline.finding import Finding, cure, treatable
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.sections import EvaluationConfig
 from refract.pipeline.data.manifest import Manifest
-from refract.pipeline.doctor.finding import Finding
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.advice import notes_on
 from refract.pipeline.evaluation.evaluate import Evaluation, Predictions, evaluate, probabilities_of, truth_of
@@ -30,6 +29,7 @@ from refract.pipeline.evaluation.robustness import EFFORTS, Effort, measure_robu
 from refract.pipeline.evaluation.robustness_cost import affordable, flops_of
 from refract.pipeline.evaluation.thresholds import choose_thresholds
 from refract.pipeline.files import write_atomically
+from refract.pipeline.finding import Finding
 
 if TYPE_CHECKING:
     from torch import Tensor

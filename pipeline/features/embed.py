@@ -24,7 +24,7 @@ from refract.pipeline.features.store import PLAIN, FeatureStore, Key, StoredSamp
 from refract.pipeline.files import read_file
 from refract.pipeline.inference.batch_scoring import choose_devices
 from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.stopping import Stop, Stopped
 from refract.plugins import loaded
 from refract.progress import Progress
 

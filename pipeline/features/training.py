@@ -20,7 +20,7 @@ from refract.pipeline.features.heads import Part, fit_head
 from refract.pipeline.features.model import EmbeddingModel, embedding_model, values_of
 from refract.pipeline.features.out_of_fold import OutOfFold, predict_out_of_fold
 from refract.pipeline.features.store import FeatureStore, Key
-from refract.pipeline.training.callbacks.stopping import stop_requests
+from refract.pipeline.stopping import stop_requests
 
 if TYPE_CHECKING:
     from refract.pipeline.tracking.tracker import Tracker

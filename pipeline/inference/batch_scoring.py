@@ -18,7 +18,7 @@ from refract.pipeline.inference.batch import part_files
 from refract.pipeline.inference.batch.listing import Listing, Shard, listing_of
 from refract.pipeline.inference.batch.rows import schema_of
 from refract.pipeline.inference.batch.worker import Done, Job
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped, stop_requests
+from refract.pipeline.stopping import Stop, Stopped, stop_requests
 from refract.progress import Progress
 
 log = logging.getLogger(__name__)

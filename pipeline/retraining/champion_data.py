@@ -15,9 +15,9 @@ from refract.pipeline.data.manifest import DataError, Sample, load_manifest
 from refract.pipeline.data.storage import scheme_of
 from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.holdout import TABLE
-from refract.pipeline.retraining.registry import registry_of
 from refract.pipeline.retraining.workspace import Workspace
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
+from refract.pipeline.tracking.model_registry import registry_of
 from refract.pipeline.training.build import reads
 from refract.progress import tracked
 
@@ -84,7 +84,7 @@ def data_of_first_champion(config: Config, workspace: Workspace) -> ChampionData
 
     None if a holdout is frozen or named, and for champions of a retraining run.
     """
-    from refract.pipeline.retraining.aliases import CHAMPION
+    from refract.pipeline.tracking.aliases import CHAMPION
 
     database = sqlite_path(absolute(tracking_uri(config.tracking)))
     if config.gate.holdout is not None or (workspace.holdout / TABLE).exists() or (database and not database.exists()):

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.cli import console
+from refract.pipeline import console
 from refract.pipeline.config.config import Config, ConfigError, load_config
 
 
@@ -38,8 +38,8 @@ def champion_drift(config: Config, data: str, known: dict[str, Any]) -> dict[str
     """
     from refract.pipeline.data.errors import DataError
     from refract.pipeline.drift.thresholds import THRESHOLDS, parse_thresholds
-    from refract.pipeline.retraining.aliases import CHAMPION
-    from refract.pipeline.retraining.registry import download, registry_of
+    from refract.pipeline.tracking.aliases import CHAMPION
+    from refract.pipeline.tracking.model_registry import download, registry_of
     from refract.plugins import load
 
     load(config.plugins)

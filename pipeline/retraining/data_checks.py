@@ -15,10 +15,10 @@ from refract.pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Thresh
 from refract.pipeline.retraining.champion_data import ChampionData, champion_data
 from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.label_checks import label_changes, level_of, moved_by_decisions
-from refract.pipeline.retraining.registry import download, registry_of
 from refract.pipeline.retraining.snapshot import Snapshot
 from refract.pipeline.retraining.stored_snapshots import FILES, known_contents
 from refract.pipeline.retraining.workspace import Check, CheckedDrift, Workspace, read
+from refract.pipeline.tracking.model_registry import download, registry_of
 from refract.pipeline.training.build import reads
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def compared_with_champion(
     Both use images of classes that the champion knows. Drift reports new classes, which stop a run only by a threshold in
     `retrain.drift_thresholds`. `problems` checks for vanished classes.
     """
-    from refract.pipeline.retraining.aliases import CHAMPION
+    from refract.pipeline.tracking.aliases import CHAMPION
 
     thresholds, by_label = _thresholds(config), _by_label(config)
     enabled = config.retrain.drift != "none", by_label != (None, None)

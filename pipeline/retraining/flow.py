@@ -69,7 +69,7 @@ def _new_run(config_file: str) -> Path:
 
 def _do(name: str, folder: str) -> None:
     """Run a step; errors that a user can fix are printed without a traceback."""
-    from refract.pipeline.cli import console
+    from refract.pipeline import console
     from refract.pipeline.retraining.steps import STEPS
 
     def run_step() -> int:

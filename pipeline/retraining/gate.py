@@ -8,11 +8,11 @@ import numpy as np
 
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.retraining_sections import GateConfig
 from refract.pipeline.data.manifest import Manifest
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.latency import bundle_call, latencies
 from refract.pipeline.retraining.holdout_size import lowest_gain, rounded, samples_to_decide
-from refract.pipeline.retraining.settings import GateConfig
 
 CALIBRATED = 100
 """The smallest number of samples for `calibration_error`. By chance alone a perfectly calibrated network exceeds 0.15 on 30 samples in 7 of

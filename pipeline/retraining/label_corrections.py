@@ -12,9 +12,9 @@ from refract.pipeline.data.scan import Scan
 from refract.pipeline.labels.address import opened, split_address
 from refract.pipeline.labels.apply import SHOWN
 from refract.pipeline.labels.difference import ABSENT, EXCLUDED, ChangedImage, difference
-from refract.pipeline.retraining.aliases import CHAMPION
-from refract.pipeline.retraining.registry import registry_of
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
+from refract.pipeline.tracking.aliases import CHAMPION
+from refract.pipeline.tracking.model_registry import registry_of
 
 TAG = "label_decision"
 """A version's tag with the ID of the last decision that its training took in."""

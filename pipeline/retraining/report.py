@@ -5,8 +5,8 @@ from pathlib import Path
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.retraining.notification import event_of
-from refract.pipeline.retraining.registry import client_of
 from refract.pipeline.retraining.workspace import Record
+from refract.pipeline.tracking.model_registry import client_of
 
 log = logging.getLogger(__name__)
 

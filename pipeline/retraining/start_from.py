@@ -11,11 +11,11 @@ from typing import Any
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import load_manifest
-from refract.pipeline.retraining.aliases import CHAMPION
 from refract.pipeline.retraining.champion_data import champion_splits
 from refract.pipeline.retraining.exact_duplicates import contents
-from refract.pipeline.retraining.registry import registry_of
 from refract.pipeline.retraining.snapshot import Snapshot
+from refract.pipeline.tracking.aliases import CHAMPION
+from refract.pipeline.tracking.model_registry import registry_of
 
 log = logging.getLogger(__name__)
 

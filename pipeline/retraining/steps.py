@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from refract.errors import ServiceError
 from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.retraining.registry import add_gate, client_of, download
 from refract.pipeline.retraining.run import run_config
 from refract.pipeline.retraining.trainings import train_one, training_run
 from refract.pipeline.retraining.workspace import Check, Record, read_run, workspace_of, write, write_run
+from refract.pipeline.tracking.model_registry import add_gate, client_of, download
 from refract.plugins import load
 from refract.progress import staged
 
@@ -269,12 +269,12 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     """Run the promotion gate: compare challenger and champion on the frozen holdout, and store the verdict in MLflow."""
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.data.manifest import load_manifest
-    from refract.pipeline.retraining.aliases import CHAMPION, aliases
     from refract.pipeline.retraining.both_versions import on_both_versions
     from refract.pipeline.retraining.gate import OnVersion, gate
     from refract.pipeline.retraining.label_effect import measured as effect_on
     from refract.pipeline.retraining.overlap import holdout_line
     from refract.pipeline.retraining.verdict_tags import store_verdict
+    from refract.pipeline.tracking.aliases import CHAMPION, aliases
     from refract.pipeline.tracking.model_card import Gate, read_facts, write_card
     from refract.pipeline.training.run_copy import complete
 
@@ -317,8 +317,8 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
 
     The result has `undecided` if another champion was found: the next run must train and compare again.
     """
-    from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack
-    from refract.pipeline.retraining.aliases import promote as move
+    from refract.pipeline.tracking.aliases import Busy, PromotionError, RolledBack
+    from refract.pipeline.tracking.aliases import promote as move
 
     if not record["gate"]["passed"]:
         return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} {_failed(record['gate'])}")

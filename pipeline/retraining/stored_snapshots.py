@@ -44,8 +44,8 @@ def remove_unused(workspace: Workspace, config: Config, mlflow: str) -> None:
     Snapshots of versions with an alias, of the last accepted run and of unfinished runs stay. A failure is only logged: the run is
     complete without it.
     """
-    from refract.pipeline.retraining.aliases import aliases
-    from refract.pipeline.retraining.registry import client_of
+    from refract.pipeline.tracking.aliases import aliases
+    from refract.pipeline.tracking.model_registry import client_of
 
     keep, name = config.retrain.keep_snapshots, str(config.tracking.model_name)
     if keep is None or len(_folders(workspace)) <= keep:

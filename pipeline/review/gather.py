@@ -32,7 +32,7 @@ from refract.pipeline.review.items import Item
 from refract.pipeline.review.predict import choose, predict, robust_out_of_fold
 from refract.pipeline.review.queues import AUDIT
 from refract.pipeline.review.queues.served import familiarities
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 from refract.progress import tracked
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from refract.pipeline.config.config import Config, config_from_dict, load_config
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.labels.address import split_address
-from refract.pipeline.training.callbacks.stopping import stop_requests
+from refract.pipeline.stopping import stop_requests
 from refract.pipeline.training.source_model import bundle_folder
 
 if TYPE_CHECKING:

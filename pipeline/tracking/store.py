@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refract.models.credentials import masked
-from refract.pipeline.retraining.aliases import FIRST, name_version, of_model
 from refract.pipeline.tracking.address import artifact_folder, check_address, with_credentials
+from refract.pipeline.tracking.aliases import FIRST, name_version, of_model
 from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Entry
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
-from refract.pipeline.training.callbacks.stopping import stop_requests
+from refract.pipeline.stopping import stop_requests
 from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.ranks import Ranks, batches_of_step, current_ranks, from_rank_0
 from refract.pipeline.training.source_model import SourceModel, source_model

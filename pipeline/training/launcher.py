@@ -17,7 +17,7 @@ from refract import output
 from refract.cores import cores
 from refract.errors import InputError, ServiceError
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
+from refract.pipeline.stopping import ASKED_TO_STOP
 from refract.pipeline.training.rank_failure import CODES
 
 log = logging.getLogger(__name__)

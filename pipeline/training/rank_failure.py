@@ -13,7 +13,7 @@ from pathlib import Path
 from refract.errors import ServiceError
 from refract.models.credentials import masked
 from refract.pipeline.files import write_atomically
-from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stop, stop_requests
+from refract.pipeline.stopping import ASKED_TO_STOP, Stop, stop_requests
 from refract.pipeline.training.ranks import by_torchrun
 
 CODES = "REFRACT_TORCHRUN_CODES"

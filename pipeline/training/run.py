@@ -221,7 +221,7 @@ def open_tracker(config: Config, run: "Run", tags: Mapping[str, str]) -> "Tracke
 @contextmanager
 def status_reported(run: "Run", tracker: "Tracker | None") -> Iterator[None]:
     """Report to MLflow at the end whether the block finished, was stopped or failed. The exception of a stop gets the run's path."""
-    from refract.pipeline.training.callbacks.stopping import Stopped
+    from refract.pipeline.stopping import Stopped
 
     status = "FAILED"
     try:

@@ -161,8 +161,8 @@ def _downloaded(config: Config) -> SourceModel:
 
 
 def _client(config: Config) -> Any:
-    from refract.pipeline.retraining.registry import client_of
     from refract.pipeline.tracking.address import absolute, check_address, sqlite_path, tracking_uri
+    from refract.pipeline.tracking.model_registry import client_of
 
     uri = absolute(tracking_uri(config.tracking))
     check_address(uri)
@@ -183,7 +183,7 @@ def _version(client: "MlflowClient", registered: "re.Match[str]") -> str:
 
 
 def _fetch_version(client: "MlflowClient", name: str, version: str, folder: str) -> Path:
-    from refract.pipeline.retraining.registry import download
+    from refract.pipeline.tracking.model_registry import download
 
     return download(client, name, version, Path(folder))
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from refract.models.bundle.bundle import Bundle
 from refract.models.bundle.info import BundleInfo
+from refract.serve.errors import RequestError
 from refract.serve.feedback.decisions import decisions_of
 from refract.serve.feedback.live_accuracy import LiveAccuracy, live_accuracy
-from refract.serve.http.errors import RequestError
 
 MOST_MODELS = 3
 """Most models that `live` reports: those whose predictions were judged and are the latest."""

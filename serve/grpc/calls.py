@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from refract.serve.errors import NotReadyError, RequestError
 from refract.serve.grpc.messages import MESSAGES
 from refract.serve.grpc.parsing import parsed
 from refract.serve.http.auth import ApiKeys
-from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.model_name import check_model
 from refract.serve.requests.protocols import InferMessage

@@ -5,8 +5,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from refract.models.bundle.bundle import Bundle
+from refract.serve.errors import RequestError
 from refract.serve.grpc.messages import MESSAGES
-from refract.serve.http.errors import RequestError
 from refract.serve.requests.decoding import ParsedRequest
 from refract.serve.requests.infer_parsing import read_document
 from refract.serve.requests.limits import Limits

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from refract.serve.errors import RequestError
 from refract.serve.grpc.calls import RPCS, Call, OpenInference
 from refract.serve.grpc.messages import SERVICE
 from refract.serve.http.access_log import log_request, request_id_of
 from refract.serve.http.auth import ApiKeys
-from refract.serve.http.errors import Problem, RequestError, problem_of
+from refract.serve.http.errors import Problem, problem_of
 from refract.serve.http.tracing import record_response, server_span
 from refract.serve.http.transport.server import address
 from refract.serve.requests.body import Bodies

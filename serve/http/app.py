@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from refract.models.bundle.bundle import Bundle, BundleError
+from refract.serve.errors import RequestError
 from refract.serve.feedback.feedback_log import FeedbackLog
 from refract.serve.feedback.recent_predictions import RecentPredictions
 from refract.serve.http import errors
@@ -23,10 +24,8 @@ from refract.serve.http.access_log import AccessLog
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import BasePath
 from refract.serve.http.cors import Cors
-from refract.serve.http.errors import RequestError
 from refract.serve.http.live_metrics import LiveMetrics
 from refract.serve.http.methods import Methods
-from refract.serve.http.metrics import Metrics
 from refract.serve.http.openapi import DESCRIPTION, problems
 from refract.serve.http.routes.embed import EMBED, add_embed
 from refract.serve.http.routes.feedback import FEEDBACK, add_feedback
@@ -35,6 +34,7 @@ from refract.serve.http.routes.v2 import add_v2
 from refract.serve.http.tracing import Tracing, shut_down
 from refract.serve.http.transport.server import GRACE_S
 from refract.serve.http.ui import add_page
+from refract.serve.metrics import Metrics
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import Limits
 from refract.serve.rollout.canary import Challenge, Challenger

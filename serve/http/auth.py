@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import Request
 
 from refract.api_keys import Key, KeyFile, sent_key
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 from refract.serve.requests.limits import OverloadedError
 
 

@@ -11,24 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from refract.serve.errors import NotReadyError, RequestError
 from refract.serve.http.base_path import route_path
 from refract.serve.http.methods import allowed
 from refract.serve.requests.limits import OverloadedError
 from refract.serve.runtime.batcher import BatchError, ClosedError
 
 MEDIA_TYPE = "application/problem+json"
-
-
-class RequestError(Exception):
-    """The server rejects the request. message: the `detail` that the client reads; headers: sent with the response."""
-
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.headers = status, code, message, headers
-
-
-class NotReadyError(Exception):
-    """The self-test has not passed, or the server is shutting down."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterable, Iterator
 
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 
 STEP = 256 << 10
 """Most bytes of a decoded piece. After each piece the event loop may run other requests."""

@@ -9,7 +9,7 @@ import numpy as np
 from refract.augment.decoding import jpeg
 from refract.augment.decoding.decode import ImageError, TooManyPixelsError, image_size, is_jpeg
 from refract.augment.preprocess import Preprocess
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 from refract.serve.requests.limits import Budget, Limits, OverloadedError
 from refract.serve.requests.multimodal_samples import blank
 from refract.serve.requests.parsing import samples_in

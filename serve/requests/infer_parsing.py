@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 from refract.serve.requests.decoding import EACH, ParsedRequest, RequestImages, encoded_images, numbered
 from refract.serve.requests.limits import Limits
 from refract.serve.requests.parsing import SPARE, from_base64, parsed

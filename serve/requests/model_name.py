@@ -1,7 +1,7 @@
 """Check the model that a request of the Open Inference Protocol names."""
 
 from refract.models.bundle.bundle import Bundle
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 
 
 def check_model(served: Bundle, name: str, version: str | None) -> None:

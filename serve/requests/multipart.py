@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 
 MAX_OTHER_PARTS = 64
 """Most parts of a form in addition to its images: texts, and fields that are ignored."""

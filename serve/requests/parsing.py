@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 from python_multipart.multipart import parse_options_header
 
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 from refract.serve.requests.multipart import parts_in
 
 SPARE = 1024

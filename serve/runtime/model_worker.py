@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from refract.serve.http.metrics import Metrics
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import Budget
 from refract.serve.runtime.batcher import Answered, Batcher
 from refract.serve.runtime.engine import Engine

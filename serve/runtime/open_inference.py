@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
 from refract.serve.runtime.work import Predictions

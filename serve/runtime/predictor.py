@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from refract.serve.http.errors import RequestError
-from refract.serve.http.metrics import Metrics
+from refract.serve.errors import RequestError
+from refract.serve.metrics import Metrics
 from refract.serve.requests.decoding import ParsedRequest, decode
 from refract.serve.requests.limits import Limits
 from refract.serve.requests.multimodal_samples import cuts, flipped, joined

@@ -266,7 +266,8 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
     )
-    packages = [name for name in ("refract", "torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
+    named = {name for backend in BACKENDS.values() for name in backend.packages}
+    packages = [name for name in ("refract", "torch", *sorted(named)) if importlib.util.find_spec(name)]
     facts = [
         bundle.digest,
         machine,

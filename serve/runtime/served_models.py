@@ -7,8 +7,8 @@ from pathlib import Path
 
 from refract import progress
 from refract.models.bundle.bundle import BundleError
-from refract.serve.http.errors import NotReadyError, RequestError
-from refract.serve.http.metrics import Metrics
+from refract.serve.errors import NotReadyError, RequestError
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import Budget, Limits
 from refract.serve.rollout.canary import Challenge, Challenger
 from refract.serve.runtime.engine import Engine

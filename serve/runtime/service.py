@@ -4,9 +4,9 @@ import asyncio
 from contextlib import AbstractContextManager
 
 from refract.cores import cores
+from refract.serve.errors import NotReadyError, RequestError
 from refract.serve.feedback.recent_predictions import RecentPredictions
-from refract.serve.http.errors import NotReadyError, RequestError
-from refract.serve.http.metrics import Metrics
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import MIB, Limits
 from refract.serve.requests.model_name import check_version
 from refract.serve.rollout.canary import Challenger

@@ -5,8 +5,8 @@ import logging
 
 import numpy as np
 
-from refract.serve.http.errors import RequestError
-from refract.serve.http.metrics import Metrics
+from refract.serve.errors import RequestError
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import OverloadedError
 from refract.serve.rollout.canary import SHADOWS, Challenger
 from refract.serve.runtime.batcher import BatchError, ClosedError

@@ -9,7 +9,7 @@ from refract.models.bundle.bundle import Bundle
 from refract.models.familiarity import Familiarity
 from refract.models.multimodal.tokens import trimmed
 from refract.models.prediction import Explanation
-from refract.serve.http.errors import RequestError
+from refract.serve.errors import RequestError
 from refract.serve.requests.decoding import ParsedRequest, RequestImages
 from refract.serve.requests.protocols import Body
 from refract.serve.runtime.engine import Engine

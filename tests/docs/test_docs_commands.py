@@ -52,7 +52,7 @@ def test_documented_commands_and_options_exist() -> None:
 
 def test_documented_commands_are_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each command reads its arguments as documented. The work behind them does not run."""
-    from refract.pipeline.cli import console
+    from refract.pipeline import console
     from refract.serve.cli import options as server_options
 
     started: list[str] = []

@@ -12,7 +12,7 @@ import torch
 from gpu_data import COLOURS, encoded, write_bundle
 
 from refract.models.bundle.bundle import Bundle, BundleError, load_bundle
-from refract.serve.http.metrics import Metrics
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import Limits
 from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Compute, Engine, build

@@ -16,11 +16,11 @@ import pytest
 from mlflow import MlflowClient
 
 from refract.pipeline.config.config import Config, config_from_dict
-from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
 from refract.pipeline.retraining.run import begin
 from refract.pipeline.retraining.steps import STEPS, Outcome, RetrainingError
 from refract.pipeline.retraining.verdict_tags import _key
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write_run
+from refract.pipeline.tracking.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -75,7 +75,7 @@ def test_a_champion_is_named_at_every_instant_of_a_promotion(
     model: tuple[MlflowClient, str], after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.0)  # the dead one's lock
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.STALE_S", 0.0)  # the dead one's lock
     seen = set()
     for at in range(30):
         client.set_registered_model_alias(name, "champion", "1")
@@ -100,7 +100,7 @@ def test_rollback_goes_back_and_forth_and_survives_its_death(
     model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.0)
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.STALE_S", 0.0)
     with pytest.raises(PromotionError, match="no version to roll back to"):
         rollback(client, name)
     promote(client, name, "2", instead_of="1")
@@ -172,12 +172,12 @@ def test_a_lock_is_kept_by_the_living_alone(model: tuple[MlflowClient, str], mon
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     hold(client, name, f"{platform.node()} {dead.pid} x")
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.SETTLE_S", 0.0)
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.SETTLE_S", 0.0)
     began = time.monotonic()
     promote(client, name, "2", instead_of="1")
     assert time.monotonic() - began < 30, "the dead are not waited for"
 
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.3)
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.STALE_S", 0.3)
     hold(client, name, f"{platform.node()} {os.getppid()} x")
     began = time.monotonic()
     promote(client, name, "3", instead_of="2")
@@ -208,8 +208,8 @@ def test_others_who_come_and_go_are_not_waited_for_for_ever(
     model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.1)
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", 0.3)
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.STALE_S", 0.1)
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.PATIENCE_S", 0.3)
     hold(client, name, "elsewhere 1 x")
 
     class Changing:
@@ -384,7 +384,7 @@ def test_a_run_that_cannot_get_the_lock_resumes_later(
     _, folder = retraining_run
     hold(client, name, "elsewhere 1 x")
     with monkeypatch.context() as impatient:
-        impatient.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", -1.0)
+        impatient.setattr("refract.pipeline.tracking.aliases.PATIENCE_S", -1.0)
         with pytest.raises(RetrainingError, match="other processes keep moving the aliases"):
             STEPS[-2](folder)
     assert "ends" not in read_run(folder)

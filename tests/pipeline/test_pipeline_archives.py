@@ -18,11 +18,11 @@ import pytest
 from safetensors.torch import load_file
 from small_data import paint
 
-from refract.pipeline.cli.predict import listed_images
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data import cache, storage
 from refract.pipeline.data.archives.archive import index_of_archive
 from refract.pipeline.data.cache import CacheError
+from refract.pipeline.data.image_paths import listed_images
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import draw_splits, write_splits

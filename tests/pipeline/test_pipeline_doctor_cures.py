@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from refract.pipeline.config.config import config_from_dict
-from refract.pipeline.doctor.finding import Finding, Setting, cure, treatable
 from refract.pipeline.doctor.findings import early, late
 from refract.pipeline.doctor.record import Record
 from refract.pipeline.doctor.watch import Doctor
 from refract.pipeline.evaluation.label_errors import NoiseEvidence
+from refract.pipeline.finding import Finding, Setting, cure, treatable
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "scratch": {"model": {"name": "cnn", "args": {"widths": [8, 16]}}},

@@ -27,7 +27,7 @@ from refract.pipeline.features.embed import Options, embed
 from refract.pipeline.features.model import EmbeddingModel, model_key, network_values, open_model
 from refract.pipeline.features.source import samples_of
 from refract.pipeline.features.store import FeatureStore, Key, View, stored_models
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.stopping import Stop, Stopped
 
 Embed = Callable[..., dict[str, Any]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from refract.pipeline.cli.console import run
+from refract.pipeline.console import run
 from refract.pipeline.files import write_atomically, written_atomically
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refract.augment.image_files import image_files, list_folder, walk
-from refract.pipeline.cli.predict import listed_images
+from refract.pipeline.data.image_paths import listed_images
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.data.sources.folders import split_of
 from refract.pipeline.data.validation import check_classes

@@ -14,10 +14,10 @@ from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import probabilities
 from refract.models.factory import make_classifier
+from refract.pipeline.config.retraining_sections import GateConfig
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge, measure
 from refract.pipeline.retraining.holdout_size import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
-from refract.pipeline.retraining.settings import GateConfig
 
 
 def encoded(pixels: np.ndarray) -> bytes:

@@ -24,7 +24,7 @@ from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.loader import Loader, LoaderError, exit_message, plan_workers
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.inference.batch.local_workers import score_in_processes
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 from tests.pipeline.numbered_images import Numbered, Unreadable, loader_of
 from tests.pipeline.small_data import config_of
 

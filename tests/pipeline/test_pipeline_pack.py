@@ -24,7 +24,7 @@ from refract.pipeline.data.archives.archive import index_of_archive
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.pack import StoredImages, pack
 from refract.pipeline.files import locked
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 from refract.pipeline.training.run import train
 
 NEVER = Stop("never")

@@ -21,6 +21,7 @@ from refract.augment import Augmenter
 from refract.cli import main
 from refract.models.bundle.bundle import load_bundle
 from refract.models.registry import build
+from refract.models.training.losses import losses_of
 from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import ConfigError, check_loss, load_config
 from refract.pipeline.data.manifest import DataError, load_manifest
@@ -336,3 +337,21 @@ def test_the_entries_work_without_a_config(tmp_path: Path) -> None:
     assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
     value = classification_loss(torch.zeros(2, 3), torch.tensor([0, 1]), task="multiclass", name="hinge")
     assert float(value) == 3
+
+
+def test_a_loss_declares_tasks_reduction_and_needs() -> None:
+    Path("a.py").write_text(
+        "from refract.plugins import loss\n\n@loss(tasks=('multiclass',), reduction='mean', needs=('gamma',))\n"
+        "def flat(logits, targets, *, gamma):\n    return logits * 0 + gamma\n"
+    )
+    load(["a.py"])
+    logits = torch.zeros(2, 3)
+    assert float(classification_loss(logits, torch.tensor([0, 1]), task="multiclass", name="flat", gamma=5.0)) == 5.0
+    assert "flat" in losses_of("multiclass") and "flat" not in losses_of("multilabel")
+    with pytest.raises(ValueError, match="loss='flat' does not support the task multilabel"):
+        classification_loss(logits, torch.zeros(2, 3), task="multilabel", name="flat")
+    Path("b.py").write_text(
+        "from refract.plugins import loss\n\n@loss(tasks=('ranking',))\ndef other(logits, targets):\n    return logits\n"
+    )
+    with pytest.raises(PluginError, match=r"b.py.*tasks=\('ranking',\): expected some of"):
+        load(["b.py"])

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from small_data import COLORS, make_image, write_image
 
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.retraining.aliases import aliases
-from refract.pipeline.retraining.settings import GateConfig
+from refract.pipeline.config.retraining_sections import GateConfig
+from refract.pipeline.tracking.aliases import aliases
 
 
 @pytest.fixture(scope="module")

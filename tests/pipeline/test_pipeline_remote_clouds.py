@@ -18,7 +18,7 @@ from small_data import Run
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.pack import StoredImages, pack
-from refract.pipeline.training.callbacks.stopping import Stop
+from refract.pipeline.stopping import Stop
 from refract.pipeline.training.fetched_run import fetch
 from refract.pipeline.training.run_copy import RunCopy
 from refract.remote import client, object_store

@@ -21,9 +21,9 @@ from warm_process import shared
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import DataError
+from refract.pipeline.stopping import Stop, Stopped
 from refract.pipeline.tracking.journal import Journal
 from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint, newest
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 from refract.pipeline.training.provenance import inputs
 from refract.pipeline.training.run_directory import new_run, resume_run, run_lock, stored_config, unfinished
 

@@ -20,12 +20,12 @@ from warm_process import Started, WarmProcess
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, load_config
 from refract.pipeline.data.manifest import DataError, load_manifest
-from refract.pipeline.retraining.aliases import aliases, rollback
 from refract.pipeline.retraining.run import ATTEMPTS, begin, note_stop, unfinished, worth_resuming
 from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 from refract.pipeline.retraining.steps import STEPS, Outcome, RetrainingError, run_steps
 from refract.pipeline.retraining.stored_snapshots import trained_before
 from refract.pipeline.retraining.workspace import WorkspaceLocked, read_run, workspace_of, write_run
+from refract.pipeline.tracking.aliases import aliases, rollback
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

@@ -392,9 +392,9 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     """`splits.csv` as `refract train` leaves it in MLflow, with other splits than a run would draw."""
     from mlflow import MlflowClient
 
-    from refract.pipeline.retraining.aliases import CHAMPION
     from refract.pipeline.retraining.champion_data import data_of_first_champion
     from refract.pipeline.retraining.overlap import holdout_line
+    from refract.pipeline.tracking.aliases import CHAMPION
 
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
     paint(tmp_path / "images", range(40))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.pipeline.cli.predict import listed_images
 from refract.pipeline.data import sources, storage
 from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.image_paths import listed_images
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.sources.source import Rows, Source
 from refract.pipeline.data.splits import write_splits

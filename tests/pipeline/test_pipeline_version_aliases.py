@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from test_pipeline_aliases import Dies, Mortal
 
-from refract.pipeline.retraining.aliases import FIRST, aliases, name_version, promote
+from refract.pipeline.tracking.aliases import FIRST, aliases, name_version, promote
 from refract.pipeline.tracking.store import Store
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,7 @@ def test_a_training_names_no_champion_after_the_champion_was_deleted(trainings: 
 def test_a_first_version_whose_naming_was_cut_short_is_champion(
     registry: str, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.0)  # the dead one's lock
+    monkeypatch.setattr("refract.pipeline.tracking.aliases.STALE_S", 0.0)  # the dead one's lock
     for at in range(1, 60, 3):  # the promotion within has its own test of every instant
         each = Trainings(registry, f"{trainings.name}-{at}", trainings.store.run_dir)
         each.client.create_registered_model(each.name)

@@ -22,9 +22,9 @@ from refract.models.registry import build
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.training.training_features import training_features_of
 from refract.serve.http.app import create_app
-from refract.serve.http.metrics import Metrics
 from refract.serve.http.transport.connection import Connection
 from refract.serve.http.transport.server import Server, listen, url
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import Limits
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service

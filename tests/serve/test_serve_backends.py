@@ -16,6 +16,7 @@ from refract.models.classifier import Classifier
 from refract.models.conversion.instruction_sets import weight_bits
 from refract.models.features import FeatureClassifier
 from refract.models.registry import build
+from refract.serve.runtime.backends import NAMES
 from refract.serve.runtime.backends.base import AGREED, INT8_AGREED
 from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Engine
@@ -204,3 +205,7 @@ def tiny() -> FeatureClassifier:
     """A convolution and a linear layer for 8×8 images, with random weights."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
     return FeatureClassifier(Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
+
+
+def test_the_command_offers_every_backend() -> None:
+    assert ("auto", *BACKENDS, "int8") == NAMES

@@ -16,8 +16,8 @@ from PIL import Image
 from starlette.requests import Request
 
 from refract.augment.preprocess import Preprocess
+from refract.serve.errors import RequestError
 from refract.serve.http.app import create_app
-from refract.serve.http.errors import RequestError
 from refract.serve.requests.body import unless_gone
 from refract.serve.requests.decoding import decode, is_quick, read
 from refract.serve.requests.limits import Budget, Limits, OverloadedError

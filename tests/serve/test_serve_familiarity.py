@@ -11,7 +11,7 @@ from sklearn.covariance import LedoitWolf
 
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.serve.http.app import create_app
-from refract.serve.http.metrics import Metrics
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import Limits
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service

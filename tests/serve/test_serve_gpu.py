@@ -15,7 +15,6 @@ from refract.serve.cli import command
 from refract.serve.http.app import create_app
 from refract.serve.runtime import engine as engines
 from refract.serve.runtime import gpus
-from refract.serve.runtime.backends import NAMES
 from refract.serve.runtime.backends.cuda_graphs import padded
 from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Engine
@@ -115,10 +114,6 @@ def test_two_threads_share_a_device_without_mixing_their_batches(bundle, make_im
 
 def test_batches_are_padded_to_powers_of_two() -> None:
     assert [padded(count) for count in (1, 2, 3, 4, 5, 8, 9, 200)] == [1, 2, 4, 4, 8, 8, 16, 256]
-
-
-def test_the_command_offers_every_backend() -> None:
-    assert ("auto", *BACKENDS, "int8") == NAMES
 
 
 def test_a_missing_backend_is_rejected_with_its_package(bundle, monkeypatch: pytest.MonkeyPatch) -> None:

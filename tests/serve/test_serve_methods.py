@@ -7,8 +7,8 @@ import subprocess
 import httpx
 import pytest
 
-from refract.serve.http.metrics import Metrics
 from refract.serve.http.transport.connection import MAX_HEAD_BYTES
+from refract.serve.metrics import Metrics
 
 GET = [
     "/", "/livez", "/readyz", "/v1/model", "/v1/status", "/docs", "/redoc", "/openapi.json", "/static-offline-docs/favicon.png",

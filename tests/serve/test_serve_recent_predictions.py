@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from refract.models.prediction import confidences, predicted_labels
+from refract.serve.errors import RequestError
 from refract.serve.feedback.decisions import MultiLabel, SingleLabel
 from refract.serve.feedback.live_accuracy import MOST_CLASSES, calibration, live_accuracy
 from refract.serve.feedback.recent_predictions import MOST_MODELS, RecentPredictions
-from refract.serve.http.errors import RequestError
 
 
 def rows_of(labels: list[int]) -> np.ndarray:

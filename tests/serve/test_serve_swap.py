@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from refract.models.bundle.bundle import BundleError
+from refract.serve.errors import NotReadyError
 from refract.serve.http.app import create_app
 from refract.serve.http.auth import ApiKeys
-from refract.serve.http.errors import NotReadyError
-from refract.serve.http.metrics import Metrics
+from refract.serve.metrics import Metrics
 from refract.serve.requests.limits import Limits
 from refract.serve.rollout.canary import Challenge
 from refract.serve.runtime.engine import Engine

@@ -21,10 +21,10 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
+from refract.serve.errors import RequestError
 from refract.serve.http import access_log
 from refract.serve.http.app import create_app
 from refract.serve.http.auth import ApiKeys
-from refract.serve.http.errors import RequestError
 from refract.serve.http.transport import connection as connections
 from refract.serve.requests.limits import OverloadedError
 from refract.serve.rollout.canary import Challenge

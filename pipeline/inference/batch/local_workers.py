@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from refract.errors import RefractError, ServiceError
 from refract.pipeline.processes import worker_context
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from refract.pipeline.data.manifest import DataError
 from refract.pipeline.inference.batch.listing import Row, Shard
 from refract.pipeline.inference.batch.local_workers import ScoringError, failure_message
 from refract.pipeline.inference.batch.worker import Done, Job, Scorer
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 

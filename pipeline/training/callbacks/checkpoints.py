@@ -18,7 +18,7 @@ from refract.errors import ServiceError
 from refract.models.training.lightning_imports import Checkpoint, TorchCheckpointIO, lightning
 from refract.models.training.rank_values import values_of_ranks
 from refract.pipeline.files import write_atomically
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 

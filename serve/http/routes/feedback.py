@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
+from refract.serve.errors import RequestError
 from refract.serve.feedback.feedback_log import FeedbackLog
-from refract.serve.http.errors import RequestError
 from refract.serve.http.openapi import FEEDBACK_BODY, FEEDBACK_DESCRIPTION, FEEDBACK_RESPONSES
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import MIB

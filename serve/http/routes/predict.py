@@ -15,9 +15,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refract.models.prediction import UNFAMILIAR, confidences, prediction
+from refract.serve.errors import RequestError
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import route_path
-from refract.serve.http.errors import ProblemResponder, RequestError
+from refract.serve.http.errors import ProblemResponder
 from refract.serve.http.openapi import PREDICT_BODY, PREDICT_DESCRIPTION, PREDICT_RESPONSES
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.decoding import is_quick

@@ -38,6 +38,7 @@ class Backend:
     returns only logits, and the server has no embeddings.
     devices: types of `torch.device` that it supports. files: the converted networks that `build` stores in the folder.
     agreed: largest allowed difference of a probability from plain float32. int8: whether it computes in 8-bit integers.
+    packages: names of the packages whose versions decide on its speed and its converted networks, besides torch.
     missing: returns why it cannot run on this machine, None if it can. automatic: returns whether `auto` times it on the device.
     """
 
@@ -50,6 +51,7 @@ class Backend:
     missing: Callable[[torch.device], str | None] = _nothing
     automatic: Callable[[torch.device], bool] = _always
     embeds: bool = False
+    packages: tuple[str, ...] = ()
 
     def offered(self, device: torch.device) -> bool:
         """Return whether `auto` times it on this device: never if it computes in 8-bit integers, which changes the predictions."""

@@ -42,8 +42,19 @@ def _forward(data: bytes) -> Forward:
 
 
 _MISSING = needs("onnxruntime", "pip install 'refract[onnx]'")
+_PACKAGES = ("onnxruntime",)
 
 BACKENDS = (
-    Backend("onnx", _build, ("cpu",), ("kept.onnx",), missing=_MISSING, embeds=True),
-    Backend("onnx-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, missing=_MISSING, embeds=True),
+    Backend("onnx", _build, ("cpu",), ("kept.onnx",), missing=_MISSING, embeds=True, packages=_PACKAGES),
+    Backend(
+        "onnx-int8",
+        _build_int8,
+        ("cpu",),
+        (QUANTISED,),
+        INT8_AGREED,
+        int8=True,
+        missing=_MISSING,
+        embeds=True,
+        packages=_PACKAGES,
+    ),
 )

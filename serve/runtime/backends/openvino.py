@@ -51,10 +51,11 @@ def _request(model: "openvino.Model", precision: str) -> Forward:
 
 
 _MISSING = needs("openvino", "pip install 'refract[openvino]'")
+_PACKAGES = ("openvino",)
 _FILES = ("kept.xml", "kept.bin")
 
 BACKENDS = (
-    Backend("openvino", _build, ("cpu",), _FILES, missing=_MISSING, embeds=True),
+    Backend("openvino", _build, ("cpu",), _FILES, missing=_MISSING, embeds=True, packages=_PACKAGES),
     Backend(
         "openvino-bf16",
         partial(_build, precision="bf16"),
@@ -62,9 +63,18 @@ BACKENDS = (
         _FILES,
         missing=_MISSING,
         embeds=True,
+        packages=_PACKAGES,
         automatic=next(backend for backend in TORCH_BACKENDS if backend.name == "bf16").automatic,
     ),
     Backend(
-        "openvino-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, missing=_MISSING, embeds=True
+        "openvino-int8",
+        _build_int8,
+        ("cpu",),
+        (QUANTISED,),
+        INT8_AGREED,
+        int8=True,
+        missing=_MISSING,
+        embeds=True,
+        packages=_PACKAGES,
     ),
 )

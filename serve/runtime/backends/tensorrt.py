@@ -65,6 +65,7 @@ BACKENDS = (
         _build,
         ("cuda",),
         embeds=True,
+        packages=("torch_tensorrt",),
         missing=needs("torch_tensorrt", "pip install torch-tensorrt, in the version of the installed torch"),
         automatic=lambda device: False,  # an engine takes minutes to build
     ),

@@ -22,7 +22,7 @@ def client_of(uri: str) -> Any:
 
 def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
     """Return (client, the registered model's name, its aliases). The aliases are empty if the model is not registered yet."""
-    from refract.pipeline.retraining.aliases import PromotionError, aliases
+    from refract.pipeline.tracking.aliases import PromotionError, aliases
     from refract.pipeline.tracking.database import make_database
 
     uri, name = absolute(tracking_uri(config.tracking)), str(config.tracking.model_name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from refract import output
 from refract.errors import RefractError
 from refract.models.credentials import masked
-from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
+from refract.pipeline.stopping import ASKED_TO_STOP, Stopped
 from refract.plugins import load
 
 log = logging.getLogger(__name__)
