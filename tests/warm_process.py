@@ -351,7 +351,8 @@ def _is_refract(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if arguments[:1] == ["torchrun"]:
         starts_ranks = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
-        importlib.import_module(starts_ranks).Popen = ForkedRank  # type: ignore[attr-defined]
+        module: Any = importlib.import_module(starts_ranks)
+        module.Popen = ForkedRank
     _be_refract(arguments, env, code)
 
 

@@ -133,7 +133,7 @@ def _check_wanted(wanted: str, names: tuple[str, ...], device: torch.device) -> 
         supported = ["auto", *(name for name, backend in BACKENDS.items() if device.type in backend.devices)]
         devices = " and ".join(BACKENDS[names[0]].devices)
         raise BundleError(f"--backend {wanted} runs on {devices}, not on {device}; use one of {', '.join(supported)}")
-    reasons = [(name, BACKENDS[name].missing(device)) for name in names]
+    reasons = [(name, BACKENDS[name].missing()) for name in names]
     if all(reason for _, reason in reasons):
         message = "; ".join(f"--backend {name} {reason}" for name, reason in reasons)
         raise BundleError(f"{message}; or use --backend auto")
@@ -266,7 +266,7 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
     )
-    named = {name for backend in BACKENDS.values() for name in backend.packages}
+    named = {backend.requires[0] for backend in BACKENDS.values() if backend.requires}
     packages = [name for name in ("refract", "torch", *sorted(named)) if importlib.util.find_spec(name)]
     facts = [
         bundle.digest,

@@ -117,7 +117,7 @@ def test_batches_are_padded_to_powers_of_two() -> None:
 
 
 def test_a_missing_backend_is_rejected_with_its_package(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = BACKENDS["tensorrt"].missing(torch.device("cuda"))
+    reason = BACKENDS["tensorrt"].missing()
     assert (
         reason == "needs the package torch_tensorrt: pip install torch-tensorrt, in the version of the installed torch"
     )

@@ -62,10 +62,7 @@ def asking(bundle, **options):
 
 def replaced(**builds: Any) -> dict[str, Backend]:
     """BACKENDS with other build functions, which need no package and compute only logits, as those of plugins may."""
-    fakes = {
-        name: replace(BACKENDS[name], build=build, missing=lambda device: None, embeds=False)
-        for name, build in builds.items()
-    }
+    fakes = {name: replace(BACKENDS[name], build=build, requires=None, embeds=False) for name, build in builds.items()}
     return {**BACKENDS, **fakes}
 
 

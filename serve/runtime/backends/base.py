@@ -1,5 +1,6 @@
 """The interface of a backend: how it computes a network, and on which devices."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,6 @@ network for CIFAR-10. 8-bit integers change that network's by 0.07, and a simila
 are used only on request."""
 
 
-def _nothing(device: torch.device) -> None:
-    return None
-
-
 def _always(device: torch.device) -> bool:
     return True
 
@@ -38,8 +35,8 @@ class Backend:
     returns only logits, and the server has no embeddings.
     devices: types of `torch.device` that it supports. files: the converted networks that `build` stores in the folder.
     agreed: largest allowed difference of a probability from plain float32. int8: whether it computes in 8-bit integers.
-    packages: names of the packages whose versions decide on its speed and its converted networks, besides torch.
-    missing: returns why it cannot run on this machine, None if it can. automatic: returns whether `auto` times it on the device.
+    automatic: returns whether `auto` times it on the device.
+    requires: (the package besides torch that it needs, the command that installs it). A stored choice holds for the package's version.
     """
 
     name: str
@@ -48,14 +45,19 @@ class Backend:
     files: tuple[str, ...] = ()
     agreed: float = AGREED
     int8: bool = False
-    missing: Callable[[torch.device], str | None] = _nothing
     automatic: Callable[[torch.device], bool] = _always
     embeds: bool = False
-    packages: tuple[str, ...] = ()
+    requires: tuple[str, str] | None = None
+
+    def missing(self) -> str | None:
+        """Return which package is not installed, and how to install it; None if all are."""
+        if self.requires is None or importlib.util.find_spec(self.requires[0]) is not None:
+            return None
+        return f"needs the package {self.requires[0]}: {self.requires[1]}"
 
     def offered(self, device: torch.device) -> bool:
         """Return whether `auto` times it on this device: never if it computes in 8-bit integers, which changes the predictions."""
-        usable = device.type in self.devices and self.missing(device) is None
+        usable = device.type in self.devices and self.missing() is None
         return usable and not self.int8 and self.automatic(device)
 
     def forward(self, network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
@@ -69,15 +71,3 @@ class Backend:
             return logits, logits.new_empty((len(logits), 0))
 
         return forward
-
-
-def needs(package: str, install: str) -> Callable[[torch.device], str | None]:
-    """Build a `missing` function that checks for an installed package. install: the command that installs it."""
-    import importlib.util
-
-    def missing(device: torch.device) -> str | None:
-        if importlib.util.find_spec(package) is None:
-            return f"needs the package {package}: {install}"
-        return None
-
-    return missing

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from refract.models.conversion.onnx import open_session, to_onnx
 from refract.models.features import FeatureClassifier
-from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, needs
+from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
 from refract.serve.runtime.backends.quantised import quantised
 from refract.serve.runtime.backends.storage import store
@@ -41,20 +41,9 @@ def _forward(data: bytes) -> Forward:
     return forward
 
 
-_MISSING = needs("onnxruntime", "pip install 'refract[onnx]'")
-_PACKAGES = ("onnxruntime",)
+_REQUIRES = ("onnxruntime", "pip install 'refract[onnx]'")
 
 BACKENDS = (
-    Backend("onnx", _build, ("cpu",), ("kept.onnx",), missing=_MISSING, embeds=True, packages=_PACKAGES),
-    Backend(
-        "onnx-int8",
-        _build_int8,
-        ("cpu",),
-        (QUANTISED,),
-        INT8_AGREED,
-        int8=True,
-        missing=_MISSING,
-        embeds=True,
-        packages=_PACKAGES,
-    ),
+    Backend("onnx", _build, ("cpu",), ("kept.onnx",), embeds=True, requires=_REQUIRES),
+    Backend("onnx-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, embeds=True, requires=_REQUIRES),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refract.models.conversion.openvino import compiled, core, to_openvino
 from refract.models.features import FeatureClassifier
-from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, needs
+from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
 from refract.serve.runtime.backends.quantised import quantised
 from refract.serve.runtime.backends.storage import store
@@ -50,31 +50,22 @@ def _request(model: "openvino.Model", precision: str) -> Forward:
     return forward
 
 
-_MISSING = needs("openvino", "pip install 'refract[openvino]'")
-_PACKAGES = ("openvino",)
+_REQUIRES = ("openvino", "pip install 'refract[openvino]'")
 _FILES = ("kept.xml", "kept.bin")
+_OF_BF16 = next(backend for backend in TORCH_BACKENDS if backend.name == "bf16").automatic
 
 BACKENDS = (
-    Backend("openvino", _build, ("cpu",), _FILES, missing=_MISSING, embeds=True, packages=_PACKAGES),
+    Backend("openvino", _build, ("cpu",), _FILES, embeds=True, requires=_REQUIRES),
     Backend(
         "openvino-bf16",
         partial(_build, precision="bf16"),
         ("cpu",),
         _FILES,
-        missing=_MISSING,
+        automatic=_OF_BF16,
         embeds=True,
-        packages=_PACKAGES,
-        automatic=next(backend for backend in TORCH_BACKENDS if backend.name == "bf16").automatic,
+        requires=_REQUIRES,
     ),
     Backend(
-        "openvino-int8",
-        _build_int8,
-        ("cpu",),
-        (QUANTISED,),
-        INT8_AGREED,
-        int8=True,
-        missing=_MISSING,
-        embeds=True,
-        packages=_PACKAGES,
+        "openvino-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, embeds=True, requires=_REQUIRES
     ),
 )

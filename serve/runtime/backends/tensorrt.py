@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from refract.models.features import FeatureClassifier
-from refract.serve.runtime.backends.base import Backend, Forward, needs
+from refract.serve.runtime.backends.base import Backend, Forward
 
 TYPICAL, LARGEST = 8, 256
 """The batch size that TensorRT optimises for, and the largest batch size of its engine."""
@@ -65,8 +65,7 @@ BACKENDS = (
         _build,
         ("cuda",),
         embeds=True,
-        packages=("torch_tensorrt",),
-        missing=needs("torch_tensorrt", "pip install torch-tensorrt, in the version of the installed torch"),
+        requires=("torch_tensorrt", "pip install torch-tensorrt, in the version of the installed torch"),
         automatic=lambda device: False,  # an engine takes minutes to build
     ),
 )
