@@ -82,13 +82,14 @@ def network(added: Added) -> Added:
 def loss(terms: Added, /) -> Added: ...
 @overload
 def loss(
-    *, tasks: tuple[str, ...] = ..., reduction: str = ..., needs: tuple[str, ...] = ..., weighted_terms: bool = ...
+    *, tasks: tuple[str, ...] = ..., reduction: str = ..., weighted_terms: bool = ...
 ) -> Callable[[Added], Added]: ...
 def loss(terms: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
     """Add a loss to those of `loss.name`, by the name of the function.
 
-    It maps logits (N, C) and soft targets (N, C), both float32, to (N, C): each class's term of a sample's loss.
-    `@loss(tasks=("multilabel",), reduction="mean", needs=("gamma",))` declares what `refract.models.training.losses.Loss` describes.
+    It maps logits (N, C) and soft targets (N, C), both float32, to (N, C): each class's term of a sample's loss. Its keyword-only arguments
+    are some of `gamma`, `multilabel` and `class_counts`.
+    `@loss(tasks=("multilabel",), reduction="mean")` declares what `refract.models.training.losses.Loss` describes.
     """
     losses = _registry("refract.models.training.losses")
 

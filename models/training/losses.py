@@ -5,6 +5,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -18,18 +20,17 @@ AUTO = "auto"
 """The name that stands for the default loss of the task."""
 
 NEEDS = ("gamma", "multilabel", "class_counts")
-"""The arguments that a loss may need: the focusing parameter; whether the task is multilabel; the number of training images of each class,
-float32 (C,)."""
+"""The keyword-only arguments that the terms of a loss may have: the focusing parameter; whether the task is multilabel; the number of
+training images of each class, float32 (C,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A loss on soft targets. ValueError for an unknown task, reduction or need.
+    """A loss on soft targets. ValueError for an unknown task, reduction or argument.
 
-    - terms: (logits (N, C), soft targets (N, C), the needs by name) → (N, C), each class's term of a sample's loss; float32
+    - terms: (logits (N, C), soft targets (N, C), some of NEEDS by keyword) → (N, C), each class's term of a sample's loss; float32
     - tasks: the supported tasks, some of TASKS
     - reduction: the reduction of a sample's terms, sum or mean; for multilabel always mean
-    - needs: some of NEEDS
     - weighted_terms: class weights multiply each term, as in PyTorch's cross-entropy. Else a sample's loss is multiplied by the weight of
       its target. The two differ for smoothed targets.
     """
@@ -37,15 +38,22 @@ class Loss:
     terms: "Callable[..., Tensor]"
     tasks: tuple[str, ...] = TASKS
     reduction: Literal["sum", "mean"] = "sum"
-    needs: tuple[str, ...] = ()
     weighted_terms: bool = False
 
     def __post_init__(self) -> None:
-        for key, values, known in (
-            ("tasks", self.tasks, TASKS), ("reduction", (self.reduction,), ("sum", "mean")), ("needs", self.needs, NEEDS)
-        ):  # fmt: skip
+        for key, values, known in (("tasks", self.tasks, TASKS), ("reduction", (self.reduction,), ("sum", "mean"))):
             if isinstance(values, str) or not set(values) <= set(known):
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected some of {', '.join(known)}")
+        if unknown := set(self.needs) - set(NEEDS):
+            raise ValueError(
+                f"the keyword-only arguments {', '.join(sorted(unknown))}: expected some of {', '.join(NEEDS)}"
+            )
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """The keyword-only arguments that `terms` gets: those of NEEDS, and, in error, others without a default."""
+        keyword_only = [p for p in signature(self.terms).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+        return tuple(p.name for p in keyword_only if p.name in NEEDS or p.default is Parameter.empty)
 
 
 def _cross_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
@@ -99,8 +107,8 @@ def _perceptron(logits: "Tensor", targets: "Tensor") -> "Tensor":
 _LOSSES = {
     "cross_entropy": Loss(terms=_cross_entropy, tasks=SINGLE_LABEL, weighted_terms=True),
     "bce": Loss(terms=_bce, reduction="mean"),
-    "focal": Loss(terms=_focal, needs=("multilabel", "gamma")),
-    "mse": Loss(terms=_mse, reduction="mean", needs=("multilabel",)),
+    "focal": Loss(terms=_focal),
+    "mse": Loss(terms=_mse, reduction="mean"),
     "perceptron": Loss(terms=_perceptron, tasks=SINGLE_LABEL),
 }
 

@@ -190,7 +190,7 @@ def logit_adjusted() -> Iterator[str]:
     def terms(logits: torch.Tensor, targets: torch.Tensor, *, class_counts: torch.Tensor) -> torch.Tensor:
         return -targets * (logits + (class_counts / class_counts.sum()).log()).log_softmax(dim=1)
 
-    register_loss("logit_adjusted", Loss(terms=terms, tasks=SINGLE_LABEL, needs=("class_counts",)))
+    register_loss("logit_adjusted", Loss(terms=terms, tasks=SINGLE_LABEL))
     yield "logit_adjusted"
     losses._LOSSES.pop("logit_adjusted")
 
@@ -210,5 +210,7 @@ def test_a_loss_with_a_registered_name_or_an_unknown_need_is_refused() -> None:
         register_loss("focal", LOSSES["mse"])
     with pytest.raises(ValueError, match="loss 'auto': the name is reserved"):
         register_loss("auto", LOSSES["mse"])
-    with pytest.raises(ValueError, match=r"needs=\('epoch',\): expected some of gamma, multilabel, class_counts"):
-        Loss(terms=LOSSES["mse"].terms, needs=("epoch",))
+    with pytest.raises(
+        ValueError, match="the keyword-only arguments epoch: expected some of gamma, multilabel, class_counts"
+    ):
+        Loss(terms=lambda logits, targets, *, epoch: logits)

@@ -339,10 +339,10 @@ def test_the_entries_work_without_a_config(tmp_path: Path) -> None:
     assert float(value) == 3
 
 
-def test_a_loss_declares_tasks_reduction_and_needs() -> None:
+def test_a_loss_declares_tasks_and_reduction_and_gets_its_arguments() -> None:
     Path("a.py").write_text(
-        "from refract.plugins import loss\n\n@loss(tasks=('multiclass',), reduction='mean', needs=('gamma',))\n"
-        "def flat(logits, targets, *, gamma):\n    return logits * 0 + gamma\n"
+        "from refract.plugins import loss\n\n@loss(tasks=('multiclass',), reduction='mean')\n"
+        "def flat(logits, targets, *, gamma, scale=1.0):\n    return logits * 0 + scale * gamma\n"
     )
     load(["a.py"])
     logits = torch.zeros(2, 3)
