@@ -5,12 +5,10 @@ from dataclasses import fields
 from typing import Any
 
 from refract.models.classifier import Classifier
+from refract.models.modalities import NO_IMAGES
 from refract.models.multimodal.fusion import Reader
 from refract.models.multimodal.text_networks import TextSpec
 from refract.models.registry import build
-
-NO_IMAGES = "none"
-"""The name of the image network in a classifier that reads only texts."""
 
 
 def make_classifier(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refract.models.modalities import HASHING
 from refract.models.multimodal.tokens import HashedNgrams, TokenizerTokens, Tokens
 
-HASHING = "hashing"
 POOLINGS = ("auto", "mean", "cls", "last")
 
 EXCLUDED_KEYS = ("auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype")

@@ -53,7 +53,7 @@ def _demo() -> int:
     )
     prefix = console.bin_prefix()
     print("Next:")
-    print(f"   see the run          {mlflow_hint(config)}")
+    print(f"   see the run          {mlflow_hint(config.tracking)}")
     print(f"   serve it             {prefix}refract serve {uri}")
     if result.version and result.alias != "champion":
         command = by_hand(str(config.tracking.model_name), str(result.version), config.tracking.uri)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from refract.pipeline.config.config import Config
+    from refract.pipeline.config.sections import TrackingConfig
     from refract.pipeline.training.folds import FoldsResult
     from refract.pipeline.training.run import Result
 
@@ -158,7 +159,9 @@ def _run(config: "Config", name: str, folder: "Path | None") -> int:
     print(f"run:      {result.run_dir}/ ({files}{'' if config.model.on_embeddings else ', checkpoints/'})")
     print(f"bundle:   {result.bundle}")
     prefix = console.bin_prefix()
-    for topic, note in closing_notes(result.run_dir, config, prefix):
+    for topic, note in closing_notes(
+        result.run_dir, config.evaluation, prefix, source=config.data.source, images=config.model.reads_images
+    ):
         print(f"{topic + ':':<9} {note}")
     if result.version:
         registered = named(str(config.tracking.model_name), result.version, result.alias, result.champion)
@@ -167,12 +170,13 @@ def _run(config: "Config", name: str, folder: "Path | None") -> int:
             command = by_hand(str(config.tracking.model_name), result.version, config.tracking.uri)
             print(f"          {prefix}{command} makes it champion")
     if config.tracking.enabled:
-        print(f"MLflow:   {mlflow_hint(config)}")
+        print(f"MLflow:   {mlflow_hint(config.tracking)}")
     if config.trainer.copy_to is not None:
         print(f"copy:     {config.trainer.copy_to.rstrip('/')}/{result.run_dir.name}/")
     if not output.is_quiet():
-        _print_next_commands(result, config, prefix)
-    return _report_not_copied(result) or _report_undelivered(result, config)
+        _print_next_commands(result, config.reads, prefix)
+    model = config.tracking.model_name if config.tracking.enabled else None
+    return _report_not_copied(result) or _report_undelivered(result, model)
 
 
 def _run_folds(config: "Config", name: str, folder: "Path | None") -> int:
@@ -199,37 +203,37 @@ def _run_folds(config: "Config", name: str, folder: "Path | None") -> int:
     if config.tracking.model_name:
         print(f"registry: no version of {config.tracking.model_name}, as folds register none")
     if config.tracking.enabled:
-        print(f"MLflow:   {mlflow_hint(config)}")
+        print(f"MLflow:   {mlflow_hint(config.tracking)}")
     if result.waiting:
         print(f"NOT TRACKED: MLflow does not have {result.waiting} entries of this run", file=sys.stderr)
         print(f"                {prefix}refract sync {shlex.quote(str(run_dir))} delivers it", file=sys.stderr)
     return _report_not_copied(result)
 
 
-def _print_next_commands(result: "Result", config: "Config", prefix: str) -> None:
+def _print_next_commands(result: "Result", reads: frozenset[str], prefix: str) -> None:
+    """reads: the modalities that the network reads, for the arguments of `refract predict`."""
+    placeholders = {"images": "IMAGE", "texts": "--text TEXT"}
+    arguments = " ".join(placeholders[name] for name in sorted(reads))
     run, bundle = (shlex.quote(str(path)) for path in (result.run_dir, result.bundle))
-    print(
-        f"next:     {prefix}refract predict {bundle} {_predict_arguments(config)}   or   {prefix}refract serve {bundle}"
-    )
+    print(f"next:     {prefix}refract predict {bundle} {arguments}   or   {prefix}refract serve {bundle}")
     print(f"          {prefix}refract doctor {run}   or   {prefix}refract compare {run} OTHER_RUN")
 
 
-def mlflow_hint(config: "Config") -> str:
+def mlflow_hint(tracking: "TrackingConfig") -> str:
     """Return the URL of the MLflow server, or the command that opens the MLflow UI on a database."""
     from refract.pipeline.tracking import tracking_uri
 
-    uri = masked(tracking_uri(config.tracking))
+    uri = masked(tracking_uri(tracking))
     return uri if uri.startswith("http") else f"{console.bin_prefix()}mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def _report_undelivered(result: "Result", config: "Config") -> int:
-    """Print the entries that MLflow lacks, and return the exit code."""
-    name = config.tracking.model_name if config.tracking.enabled else None
-    unregistered = name is not None and result.version is None
+def _report_undelivered(result: "Result", model: str | None) -> int:
+    """Print the entries that MLflow lacks, and return the exit code. model: name of the registered model, None without one."""
+    unregistered = model is not None and result.version is None
     sync = f"{console.bin_prefix()}refract sync {shlex.quote(str(result.run_dir))}"
     if unregistered:
         reason = f"MLflow refused it ({result.refused})" if result.refused else "MLflow did not answer"
-        print(f"NOT REGISTERED: no version of {name} has this bundle: {reason}", file=sys.stderr)
+        print(f"NOT REGISTERED: no version of {model} has this bundle: {reason}", file=sys.stderr)
     elif result.waiting:
         print(f"NOT TRACKED: MLflow does not have {result.waiting} entries of this run", file=sys.stderr)
     if unregistered or result.waiting:
@@ -247,11 +251,3 @@ def _report_not_copied(result: "Result | FoldsResult") -> int:
         file=sys.stderr,
     )
     return 1
-
-
-def _predict_arguments(config: "Config") -> str:
-    """Return placeholders for the arguments of `refract predict`: images, texts or both."""
-    from refract.pipeline.training.build import reads
-
-    placeholders = {"images": "IMAGE", "texts": "--text TEXT"}
-    return " ".join(placeholders[name] for name in sorted(reads(config)))

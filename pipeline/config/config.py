@@ -69,6 +69,17 @@ class Config:
             del values["plugins"]
         return values if credentials else masked_values(values)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The modalities that the network reads: `images`, `texts`, or both."""
+        modalities = {"images": self.model.reads_images, "texts": self.text.reads_texts}
+        return frozenset(name for name, is_read in modalities.items() if is_read)
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether training starts from loaded weights, of the image network or of the text network."""
+        return self.model.weights != "none" or self.text.loads_weights
+
     def changed(self, values: Mapping[str, Any]) -> "Config":
         """Return a copy with new values. values: dotted key, such as `data.source`, → value."""
         sections: dict[str, dict[str, Any]] = {}

@@ -5,8 +5,7 @@ import re
 
 from refract.models.training.optimizers import OPTIMIZERS
 from refract.pipeline.config.config import Config
-from refract.pipeline.training.initial_weights import loads_weights
-from refract.pipeline.training.source_model import names_model
+from refract.pipeline.config.model_weights import names_model
 
 FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
 """Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen layers. To compare other values, run
@@ -57,7 +56,7 @@ def why_no_probe(config: Config) -> str | None:
         return f"model.weights: {config.model.weights} has a head already"
     if config.model.head != "linear":
         return f"model.head: {config.model.head} is not linear"
-    if config.text.name != "none":
+    if config.text.reads_texts:
         return f"text.name: {config.text.name} reads texts, and embeddings are those of images alone"
     if config.trainer.devices > 1:
         return f"trainer.devices: {config.trainer.devices} is not 1"
@@ -69,10 +68,10 @@ def why_no_probe(config: Config) -> str | None:
 def learning_rates(config: Config) -> tuple[float, float]:
     """Return (optim.lr, optim.head_lr), with the default in place of None."""
     optim, model = config.optim, config.model
-    head_only, loaded = model.mode == "feature-extract" or model.on_embeddings, loads_weights(config)
+    head_only, loaded = model.mode == "feature-extract" or model.on_embeddings, config.loads_weights
     unfreezes = model.mode in ("gradual", "linear-then-fine-tune")
     loaded_rate = LORA if model.mode == "lora" else UNFROZEN if unfreezes else FINE_TUNE
-    measured = optim.name in ("adam", "adamw") and config.text.name == "none" and MEASURED.fullmatch(model.name)
+    measured = optim.name in ("adam", "adamw") and not config.text.reads_texts and MEASURED.fullmatch(model.name)
     random_rate = CONVOLUTIONAL if measured else FROM_SCRATCH
     adamw = HEAD_ALONE if head_only else loaded_rate if loaded else random_rate
     new_head = loaded and not head_only and not names_model(model.weights)

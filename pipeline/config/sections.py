@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from refract.models.credentials import masked
 from refract.models.fields import Checked, number
+from refract.models.modalities import HASHING, NO_IMAGES, NO_TEXTS
 from refract.remote.address import has_credentials, is_object_store, is_remote
 
 LONGEST_TEXT = 4096
@@ -20,6 +21,9 @@ LONGEST_TEXT = 4096
 
 Rules = Iterator[tuple[str, object, bool, str]]
 """(key, value, whether the value is valid, description of the valid values), for each key whose field cannot declare them."""
+
+
+Normalize = Literal["fixed", "data", "mean_image", "pca", "zca"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class DataConfig(Checked):
     crop_ratio: float = number(0.875, gt=0, le=1)
     color_profile: Literal["convert", "ignore"] = "convert"
     interpolation: Literal["refract", "pillow", "torchvision"] = "refract"
-    normalize: Literal["fixed", "data", "mean_image", "pca", "zca"] = "fixed"
+    normalize: Normalize = "fixed"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     val_fraction: float = number(0.1, gt=0, lt=1)
@@ -148,6 +152,11 @@ class ModelConfig(Checked):
     args: dict = field(default_factory=dict)
 
     @property
+    def reads_images(self) -> bool:
+        """Whether there is an image network."""
+        return self.name != NO_IMAGES
+
+    @property
     def on_embeddings(self) -> bool:
         """Whether the head is fitted on embeddings, without epochs."""
         return self.mode in EMBEDDING_HEADS
@@ -161,6 +170,11 @@ class ModelConfig(Checked):
     def head_name(self) -> str:
         """The head of the network, which some modes determine."""
         return EMBEDDING_HEADS.get(self.mode, self.head)
+
+    def record(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """Return a bundle's record of the network: name, image_size as [height, width], and arguments, enough to build it again."""
+        head = {} if self.head_name == "linear" else {"head": self.head_name}
+        return {"name": self.name, "image_size": list(image_size), "args": self.args | head}
 
 
 EMBEDDING_HEADS: Mapping[str, str] = MappingProxyType({"probe": "linear", "knn": "knn", "prototype": "cosine"})
@@ -192,6 +206,16 @@ class TextConfig(Checked):
     drop_image: float = number(0.15, ge=0, le=1)
     drop_text: float = number(0.15, ge=0, le=1)
     args: dict = field(default_factory=dict)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether there is a text network."""
+        return self.name != NO_TEXTS
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether the text network starts from pretrained weights."""
+        return self.reads_texts and self.name != HASHING and self.weights != "none"
 
 
 @dataclass(frozen=True)

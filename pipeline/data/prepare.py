@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING
 from refract.errors import RefractError
 from refract.models.bundle.info import BundleInfo
 from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.config.sections import DataConfig
 from refract.pipeline.data.folds import draw_folds, with_fold
 from refract.pipeline.data.hierarchy import with_hierarchy
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest, reject_untrainable
 from refract.pipeline.data.near_duplicates import near_pairs
 from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.splits import draw_splits, extend_splits
-from refract.pipeline.data.validation import check_classes, drop_bad, drop_contradictory, drop_shared, remark_lines
-from refract.pipeline.training.build import check_inputs, reads
+from refract.pipeline.data.validation import (
+    check_classes,
+    check_inputs,
+    drop_bad,
+    drop_contradictory,
+    drop_shared,
+    remark_lines,
+)
 
 if TYPE_CHECKING:
     from refract.pipeline.labels.apply import AppliedLabels
@@ -87,31 +94,34 @@ class ReadSamples:
     identity: Mapping[str, str]
 
 
-def read_samples(config: Config) -> ReadSamples:
-    """Read and decode all samples, and apply the decisions of `data.labels`. DataError for data that cannot be trained on."""
-    source = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
-    if config.data.labels is None:  # else the decisions may add classes
-        source = with_hierarchy(source, config.data.hierarchy)
+def read_samples(data: DataConfig, reads: frozenset[str]) -> ReadSamples:
+    """Read and decode all samples, and apply the decisions of `data.labels`. DataError for data that cannot be trained on.
+
+    reads: `Config.reads`.
+    """
+    source = load_manifest(data.source, data.task, to_train=data.labels is None)
+    if data.labels is None:  # else the decisions may add classes
+        source = with_hierarchy(source, data.hierarchy)
     log.info("checking %s samples of %s", f"{len(source.samples):,}", source.source)
-    check_inputs(config, source)
-    scanned = scan(source.samples, reads=reads(config))
-    source = drop_bad(source, scanned, config.data.on_bad_file)
-    manifest, scanned, applied = with_labels(config, source, scanned)
+    check_inputs(source, reads)
+    scanned = scan(source.samples, reads=reads)
+    source = drop_bad(source, scanned, data.on_bad_file)
+    manifest, scanned, applied = with_labels(data, source, scanned, reads)
     if applied is not None:
-        manifest = with_hierarchy(manifest, config.data.hierarchy)
+        manifest = with_hierarchy(manifest, data.hierarchy)
     identity = {"content": scanned.content(manifest)} | ({} if applied is None else applied.identity())
     return ReadSamples(source, manifest, scanned, identity)
 
 
 def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
     """Return (the split manifest without bad samples, its scan, the identity without a fingerprint)."""
-    samples = read_samples(config)
+    data, samples = config.data, read_samples(config.data, config.reads)
     before, scanned = samples.manifest, samples.scanned
-    manifest = drop_contradictory(before, scanned, config.data.on_bad_file)
+    manifest = drop_contradictory(before, scanned, data.on_bad_file)
     _log_skipped("whose copies have other labels", before, manifest)
-    manifest = _split(config, samples.source, manifest, scanned)
+    manifest = _split(data, config.trainer.seed, samples.source, manifest, scanned)
     before = manifest
-    manifest = drop_shared(manifest, scanned, config.data.on_bad_file)
+    manifest = drop_shared(manifest, scanned, data.on_bad_file)
     _log_skipped("whose copies are in another split", before, manifest)
     if scanned.bad:
         log.warning("data: skipped %d unreadable images", len(scanned.bad))
@@ -120,18 +130,20 @@ def _checked(config: Config) -> tuple[Manifest, Scan, dict[str, str]]:
     return manifest, scanned, dict(samples.identity)
 
 
-def with_labels(config: Config, manifest: Manifest, scanned: Scan) -> tuple[Manifest, Scan, "AppliedLabels | None"]:
+def with_labels(
+    data: DataConfig, manifest: Manifest, scanned: Scan, reads: frozenset[str]
+) -> tuple[Manifest, Scan, "AppliedLabels | None"]:
     """Apply the label history of `data.labels`, if there is one, and log what it changes.
 
     manifest: the readable samples. Returns (the corrected manifest, its scan, the summary). Raises as `apply_labels`, and DataError for
     data that cannot be trained on.
     """
-    if config.data.labels is None:
+    if data.labels is None:
         return manifest, scanned, None
     from refract.pipeline.labels.address import split_address
     from refract.pipeline.labels.apply import apply_labels
 
-    manifest, scanned, applied = apply_labels(config, manifest, scanned, reads(config))
+    manifest, scanned, applied = apply_labels(data.labels, data.task, manifest, scanned, reads)
     reject_untrainable(manifest)
     log.info("labels: %s", applied.text())
     if applied.not_applied:
@@ -142,19 +154,19 @@ def with_labels(config: Config, manifest: Manifest, scanned: Scan) -> tuple[Mani
         log.warning(
             "labels: images with conflicting decisions, of which the last applies: %d; `refract labels log %s --conflicts` lists them",
             applied.conflicts,
-            split_address(config.data.labels)[0],
+            split_address(data.labels)[0],
         )
     return manifest, scanned, applied
 
 
-def _split(config: Config, source: Manifest, manifest: Manifest, scanned: Scan) -> Manifest:
+def _split(data: DataConfig, seed: int, source: Manifest, manifest: Manifest, scanned: Scan) -> Manifest:
     """Draw the missing splits. Corrected samples keep the split that they have without decisions."""
-    fractions = {"val_fraction": config.data.val_fraction, "test_fraction": config.data.test_fraction}
-    if config.data.labels is None:
-        return draw_splits(manifest, scanned.groups, **fractions, seed=config.trainer.seed)
+    fractions = {"val_fraction": data.val_fraction, "test_fraction": data.test_fraction}
+    if data.labels is None:
+        return draw_splits(manifest, scanned.groups, **fractions, seed=seed)
     without_decisions = drop_contradictory(source, scanned, "skip")
-    drawn = draw_splits(without_decisions, scanned.groups, **fractions, seed=config.trainer.seed)
-    return extend_splits(manifest, drawn, scanned.groups, **fractions, seed=config.trainer.seed)
+    drawn = draw_splits(without_decisions, scanned.groups, **fractions, seed=seed)
+    return extend_splits(manifest, drawn, scanned.groups, **fractions, seed=seed)
 
 
 def _completed(manifest: Manifest, scanned: Scan, identity: Mapping[str, str]) -> tuple[Manifest, dict[str, str]]:
@@ -189,8 +201,9 @@ def split_as_trained(info: BundleInfo, manifest: Manifest, use: str = "measuring
     """
     # The bundle has the hierarchy; its file may be on another machine.
     config = config_from_dict(info.config).changed({"data.source": manifest.source, "data.hierarchy": None})
-    scanned = scan(manifest.samples, reads=reads(config))
-    if _content_with_labels(config, drop_bad(manifest, scanned, "skip"), scanned) == info.data.get("content"):
+    scanned = scan(manifest.samples, reads=config.reads)
+    readable = drop_bad(manifest, scanned, "skip")
+    if _content_with_labels(config.data, readable, scanned, config.reads) == info.data.get("content"):
         print(f"these are the training images of the bundle; {use}")
         split, identity = prepare_data(config)
         if identity["fingerprint"] == info.data.get("fingerprint"):
@@ -203,13 +216,13 @@ def split_as_trained(info: BundleInfo, manifest: Manifest, use: str = "measuring
     )
 
 
-def _content_with_labels(config: Config, readable: Manifest, scanned: Scan) -> str:
+def _content_with_labels(data: DataConfig, readable: Manifest, scanned: Scan, reads: frozenset[str]) -> str:
     """Return the content with the decisions of `data.labels`, or without them if they do not fit these samples."""
-    if config.data.labels is not None:
+    if data.labels is not None:
         from refract.pipeline.labels.apply import apply_labels
 
         try:
-            readable, scanned, _ = apply_labels(config, readable, scanned, reads(config))
+            readable, scanned, _ = apply_labels(data.labels, data.task, readable, scanned, reads)
         except RefractError as error:
             log.debug("data.labels of the bundle is not applied: %s", error)
     return scanned.content(readable)

@@ -11,6 +11,25 @@ SHOWN = 20
 """Entries that an error lists."""
 
 
+def check_inputs(manifest: Manifest, reads: frozenset[str]) -> None:
+    """Raise DataError for samples without any modality that the network reads, see `Config.reads`."""
+    from refract.models.multimodal.tokens import trimmed
+
+    empty = [
+        s
+        for s in manifest.samples
+        if not ((s.has_image and "images" in reads) or (trimmed(s.text) and "texts" in reads))
+    ]
+    if empty:
+        missing = "image" if reads == {"images"} else "text" if reads == {"texts"} else "image and no text"
+        hint = "; to read texts, set text.name: hashing" if reads == {"images"} else ""
+        raise DataError(f"{manifest.source}: {len(empty)} samples have no {missing}, such as {empty[0].path}{hint}")
+    if "texts" in reads and not any(trimmed(sample.text) for sample in manifest.samples):
+        raise DataError(
+            f"{manifest.source}: the data have no texts (column `text`) for the text network; set text.name: none"
+        )
+
+
 def drop_bad(manifest: Manifest, scanned: Scan, on_bad_file: str) -> Manifest:
     """Return the manifest without unreadable images. DataError lists them if `on_bad_file` is `error`."""
     if scanned.bad and on_bad_file == "error":

@@ -7,7 +7,6 @@ import numpy as np
 
 from refract.augment.ops.composition import CompositionOp
 from refract.models.classifier import inputs_of
-from refract.pipeline.config.config import Config
 from refract.pipeline.doctor.record import Normalisation, Record
 from refract.pipeline.doctor.watch import OVERFIT_IMAGES, Doctor
 
@@ -42,7 +41,7 @@ def make_doctor(assembly: "Assembly") -> Doctor:
         ops=tuple(_names(augmenter.policy.ops)),
     )
     if config.data.normalize == "fixed" and record.pretrained:
-        record.normalisation, record.weights_normalisation = _normalisations(assembly, config)
+        record.normalisation, record.weights_normalisation = _normalisations(assembly)
     doctor = Doctor(record, config)
     if config.model.on_embeddings:  # without steps, which the checks would predict
         return doctor
@@ -57,13 +56,12 @@ def make_doctor(assembly: "Assembly") -> Doctor:
     return doctor
 
 
-def _normalisations(assembly: "Assembly", config: Config) -> tuple[Normalisation, Normalisation | None]:
+def _normalisations(assembly: "Assembly") -> tuple[Normalisation, Normalisation | None]:
     """Return (mean, std) of the run, and those of its weights' training or None if they are unknown."""
     from refract.models.registry import weights_preprocess
 
-    weights_record = (
-        (weights_preprocess(config.model.name, assembly.weights) or {}) if config.model.name != "none" else {}
-    )
+    model = assembly.config.model
+    weights_record = (weights_preprocess(model.name, assembly.weights) or {}) if model.reads_images else {}
     weights_normalisation = (
         (tuple(weights_record["mean"]), tuple(weights_record["std"]))
         if "mean" in weights_record and "std" in weights_record

@@ -12,9 +12,9 @@ from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle
 from refract.models.classifier import Classifier
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
+from refract.pipeline.data.new_data import MOST, NewData, read_data
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
-from refract.pipeline.drift.new_data import MOST, NewData, read_data
 from refract.pipeline.drift.outputs import stored_outputs_suffice
 from refract.pipeline.drift.profile import MOST_IMAGES, Profile, ProfiledSamples, profile
 from refract.pipeline.drift.report import SHOWN, drift_numbers, furthest_images, make_drift_report

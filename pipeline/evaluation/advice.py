@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import EvaluationConfig
 from refract.pipeline.evaluation.evaluate import Evaluation
 from refract.pipeline.evaluation.report.summary import predicts_parents
 
@@ -34,10 +34,13 @@ def notes_on(evaluation: Evaluation, *, drawn: bool) -> list[str]:
     ]
 
 
-def closing_notes(run_dir: Path, config: Config, prefix: str) -> list[tuple[str, str]]:
+def closing_notes(
+    run_dir: Path, evaluation: EvaluationConfig, prefix: str, *, source: str, images: bool
+) -> list[tuple[str, str]]:
     """Return (topic, sentence) pairs to print when a training ends, from the run's `report.json`.
 
-    prefix: text before `refract` in printed commands, see `console.bin_prefix`.
+    source: `data.source`; images: whether the network reads images; prefix: text before `refract` in printed commands, see
+    `console.bin_prefix`.
     """
     try:
         numbers = json.loads((run_dir / "report.json").read_text("utf-8"))
@@ -45,17 +48,17 @@ def closing_notes(run_dir: Path, config: Config, prefix: str) -> list[tuple[str,
         return []
     notes = [("note", note) for note in numbers.get("notes", [])]
     if numbers.get("abstaining", {}).get("abstain_below", 0) >= 1:
-        wanted = config.evaluation.precision
+        wanted = evaluation.precision
         what = "abstains on every image" + (" and predicts parents only" if predicts_parents(numbers) else "")
         notes.append(
             ("note", f"The bundle {what}: on the validation set no confidence reaches {wanted:.0%} precision. "
              "Add validation images, or lower --evaluation.precision.")
         )  # fmt: skip
-    full = f"{prefix}refract evaluate {shlex.quote(str(run_dir / 'bundle'))} {shlex.quote(config.data.source)} --robustness full"
+    full = f"{prefix}refract evaluate {shlex.quote(str(run_dir / 'bundle'))} {shlex.quote(source)} --robustness full"
     if (robustness := numbers.get("robustness")) is not None:
-        command = "" if config.evaluation.robustness == "full" else f"; to measure all images: {full}"
+        command = "" if evaluation.robustness == "full" else f"; to measure all images: {full}"
         return [*notes, ("robust", robustness["summary"] + command)]
-    if config.evaluation.robustness == "auto" and config.model.name != "none":
+    if evaluation.robustness == "auto" and images:
         reason = "it would take more than a third of the training time"
         return [*notes, ("robust", f"not measured, because {reason}; to measure it: {full}")]
     return notes

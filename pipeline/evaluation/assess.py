@@ -16,7 +16,7 @@ from refract.models.classifier import Classifier, probabilities
 from refract.models.head import head_inputs
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.config.config import Config
-from refract.pipeline.config.sections import EvaluationConfig
+from refract.pipeline.config.sections import EvaluationConfig, ModelConfig, TrainerConfig
 from refract.pipeline.data.manifest import Manifest
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.advice import notes_on
@@ -106,14 +106,16 @@ def assess(
     evaluation = with_levels(evaluation, manifest.hierarchy)
     checked = None
     if embedded is not None:
-        manifest, checked = _checked_on_embeddings(embedded, manifest, config, evaluation, features)
+        manifest, checked = _checked_on_embeddings(embedded, manifest, config.trainer.seed, evaluation, features)
     more = {}
     if config.trainer.tta != "none":  # the metrics without it stay, as `refract evaluate` and the server report those
         tta = config.trainer.tta
         tta_evaluation = evaluate(classifier, preprocess, test, labels=manifest.labels, tta=tta, **decision_options)
         more = {f"tta_{metric}": value for metric, value in tta_evaluation.metrics.items()}
     robustness = None
-    effort = _effort(classifier, config, seen=len(manifest.of("train")) * len(history), available=len(test))
+    size = config.data.sides()
+    seen = len(manifest.of("train")) * len(history)
+    effort = _effort(classifier, config.evaluation.robustness, size, seen=seen, available=len(test))
     if effort is not None:
         count = min(len(test), effort.images or len(test))
         log.info("measuring robustness to 19 corruptions on %s images", f"{count:,}")
@@ -124,9 +126,9 @@ def assess(
     facts = {
         "network": config.model.name,
         "test set": f"{len(test):,} images of {manifest.source}",
-        "training": f"{len(manifest.of('train')):,} images, {_effort_of_training(config)}",
+        "training": f"{len(manifest.of('train')):,} images, {_effort_of_training(config.model, config.trainer)}",
         "temperature": f"{decision.temperature:.3f}",
-        "time per image": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
+        "time per image": f"{_milliseconds(classifier, size):.2f} ms, the network alone in batches of 64",
     }
     findings = [] if doctor is None else _findings(doctor, evaluation, manifest, history)
     report = make_report(
@@ -143,7 +145,7 @@ def assess(
 
 
 def _checked_on_embeddings(
-    fit: "EmbeddedFit", manifest: Manifest, config: Config, evaluation: Evaluation, features: "list[Tensor]"
+    fit: "EmbeddedFit", manifest: Manifest, seed: int, evaluation: Evaluation, features: "list[Tensor]"
 ) -> tuple[Manifest, Predictions]:
     """Return (the manifest with the near-duplicates that embeddings show, predictions by which all labels are checked).
 
@@ -155,7 +157,7 @@ def _checked_on_embeddings(
     from refract.pipeline.features.training import out_of_fold
 
     manifest = with_near_duplicates(manifest, fit, torch.cat(features).numpy())
-    return manifest, _with_held_out(evaluation, out_of_fold(fit, manifest, config))
+    return manifest, _with_held_out(evaluation, out_of_fold(fit, manifest, seed))
 
 
 def _with_held_out(evaluation: Evaluation, held_out: "OutOfFold") -> Predictions:
@@ -196,12 +198,13 @@ def _findings(
     return doctor.findings(history)
 
 
-def _effort(classifier: Classifier, config: Config, *, seen: int, available: int) -> Effort | None:
+def _effort(classifier: Classifier, setting: str, size: tuple[int, int], *, seen: int, available: int) -> Effort | None:
     """Choose the effort of the robustness measurement, None to skip it.
 
-    seen, available: see `refract.pipeline.evaluation.robustness_cost.affordable`.
+    setting: `evaluation.robustness`; size: (height, width) of the network's input; seen, available: see
+    `refract.pipeline.evaluation.robustness_cost.affordable`.
     """
-    setting, (height, width) = config.evaluation.robustness, config.data.sides()
+    height, width = size
     if setting == "none" or "images" not in classifier.reads:
         return None
     if setting != "auto":
@@ -211,10 +214,10 @@ def _effort(classifier: Classifier, config: Config, *, seen: int, available: int
     return affordable(seen=seen, available=available, pixels=height * width, flops=flops)
 
 
-def _effort_of_training(config: Config) -> str:
-    if config.model.on_embeddings:
-        return f"{config.model.mode} on embeddings"
-    return f"{config.trainer.max_epochs} epochs, seed {config.trainer.seed}"
+def _effort_of_training(model: ModelConfig, trainer: TrainerConfig) -> str:
+    if model.on_embeddings:
+        return f"{model.mode} on embeddings"
+    return f"{trainer.max_epochs} epochs, seed {trainer.seed}"
 
 
 def _class_fractions(indices: np.ndarray, labels: Sequence[str]) -> dict[str, float]:

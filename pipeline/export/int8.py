@@ -13,8 +13,8 @@ from refract.models.bundle.bundle import Bundle, BundleInfo
 from refract.models.conversion.int8 import MOST_THUMBNAILS, calibration_images
 from refract.models.prediction import predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.data.prepare import split_as_trained
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.evaluation.evaluate import truth_of
 from refract.pipeline.evaluation.test_data import labelled_data, samples_of
 from refract.pipeline.export.target import ExportError, Run

@@ -14,11 +14,11 @@ from refract.models.credentials import masked
 from refract.models.head import called_head
 from refract.models.pretrained.weights import folder_arrays
 from refract.models.registry import build, weights_preprocess
-from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.config.model_weights import is_in_mlflow
+from refract.pipeline.config.sections import DataConfig, ModelConfig
 from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.preprocessing import make_preprocess
 from refract.pipeline.inference.scoring import preprocess_of
-from refract.pipeline.training.build import make_preprocess
-from refract.pipeline.training.network_record import network_record
 from refract.plugins import provider
 
 INFO = "bundle.json"
@@ -90,7 +90,7 @@ def open_model(model: str, weights: str = "none", image_size: Size | None = None
         raise DataError(
             f"--model {model}: the folder holds neither a bundle nor a run; name one, or a network such as resnet18"
         )
-    if model.startswith(("models:", "runs:")):
+    if is_in_mlflow(model):
         raise DataError(
             f"--model {model}: models of MLflow are not accepted here; name a folder, such as runs/NAME/bundle"
         )
@@ -123,39 +123,42 @@ def _network_model(name: str, weights: str, image_size: Size | None) -> Embeddin
         recorded = weights_preprocess(name, weights) or {}
         if weights == "none":
             raise ValueError("a network needs weights; add --weights default or --weights FILE, or name a bundle")
-        size = image_size or recorded.get("image_size", DEFAULT_SIZE)
-        config = _default_config(name, weights, size)
-        preprocess = make_preprocess(config)
-        network = build(name, 1, image_size=config.data.sides(), weights=weights)
+        height, width = _sides(image_size or recorded.get("image_size", DEFAULT_SIZE))
+        preprocess = _default_preprocess(name, weights, (height, width))
+        network = build(name, 1, image_size=(height, width), weights=weights)
         arrays: dict[str, Any] = {}
         if preprocess.normalize != "channel":
             arrays = dict(folder_arrays(weights, preprocess.normalize))
         classifier = Classifier(
             network, mean=preprocess.mean, std=preprocess.std, normalize=preprocess.normalize,
-            image_size=config.data.sides(), **arrays,
+            image_size=(height, width), **arrays,
         )  # fmt: skip
     except (ValueError, OSError, RuntimeError, TypeError) as error:
         raise DataError(f"--model {name}: {error}") from error
-    network_facts = network_record(config)["network"]
-    return embedding_model(
-        classifier.eval(), preprocess, network_facts, None, network_values(name, weights, config.data.sides())
-    )
+    record = ModelConfig(name=name).record((height, width))
+    return embedding_model(classifier.eval(), preprocess, record, None, network_values(name, weights, (height, width)))
 
 
-def _default_config(name: str, weights: str, size: Size) -> Config:
-    config = config_from_dict({"model": {"name": name, "weights": weights}, "tracking": {"enabled": False}})
-    return config.changed({"data.image_size": size if isinstance(size, int) else tuple(size)})
+def _sides(size: Size) -> tuple[int, int]:
+    """Return (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def values_of(config: Config, weights: str, preprocess: Preprocess, run_dir: Path) -> dict[str, Any]:
+def _default_preprocess(name: str, weights: str, size: tuple[int, int]) -> Preprocess:
+    """Return the preprocessing that a training's config gives the network by default."""
+    return make_preprocess(DataConfig(image_size=size), ModelConfig(name=name, weights=weights))
+
+
+def values_of(model: ModelConfig, weights: str, preprocess: Preprocess, run_dir: Path) -> dict[str, Any]:
     """Return the record from which `reopen` builds the network of a training again.
 
     It is the network if name, weights and size determine it, else the bundle that the training writes. weights: `model.weights`, with a
     folder on this machine in place of a model's name.
     """
-    model, size = config.model, config.data.sides()
+    size = (preprocess.height, preprocess.width)
     alone = weights != "none" and not model.args
-    if alone and preprocess == make_preprocess(_default_config(model.name, weights, size)):
+    if alone and preprocess == _default_preprocess(model.name, weights, size):
         return network_values(model.name, weights, size)
     return {"bundle": str((run_dir / "bundle").resolve()), "name": run_dir.name}
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
-from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.data.new_data import read_data
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refract.models.classifier import Classifier
 from refract.models.head import called_head, head_inputs
-from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.features.embed import Options, Stored, embed, source_name
 from refract.pipeline.features.heads import Part, fit_head
@@ -36,11 +36,14 @@ CHECKED = 4
 class EmbeddedFit:
     """A head that was fitted on embeddings.
 
-    history: its metrics, as those of one epoch; choice: its setting, see `refract.pipeline.features.heads`; samples: the training and
-    validation samples; keys: of their embeddings in `store`; device: the device of the training; model: with the fitted head.
+    history: its metrics, as those of one epoch; mode: `model.mode`; balanced: whether the classes are weighted; choice: its setting, see
+    `refract.pipeline.features.heads`; samples: the training and validation samples; keys: of their embeddings in `store`; device: the
+    device of the training; model: with the fitted head.
     """
 
     history: list[dict[str, float]]
+    mode: str
+    balanced: bool
     choice: str
     samples: list[Sample]
     keys: list[Key]
@@ -54,28 +57,27 @@ class EmbeddedFit:
         return Stored(self.model, self.store, "cuda" if self.device == "cuda" else "cpu")
 
 
-def fit_on_embeddings(
-    assembly: "Assembly", network: dict[str, Any], run_dir: Path, tracker: "Tracker | None"
-) -> EmbeddedFit:
+def fit_on_embeddings(assembly: "Assembly", run_dir: Path, tracker: "Tracker | None") -> EmbeddedFit:
     """Fit the head by `model.mode`, and track its metrics as those of one epoch. Arguments and errors: see `fitted_head`."""
-    fit = fitted_head(assembly, assembly.config.model.mode, network, run_dir)
+    fit = fitted_head(assembly, assembly.config.model.mode, run_dir)
     if tracker is not None:
         tracker.log_metrics(fit.history[0], step=1)
     return fit
 
 
-def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_dir: Path) -> EmbeddedFit:
+def fitted_head(assembly: "Assembly", mode: str, run_dir: Path) -> EmbeddedFit:
     """Embed the training and validation samples, fit the head and install it.
 
-    mode: `probe`, `knn` or `prototype`; network: the bundle's record of the network; run_dir: where the training writes its bundle.
+    mode: `probe`, `knn` or `prototype`; run_dir: where the training writes its bundle.
     Embeddings come from the store `data.features` where it has them. The classifier is in eval mode afterwards. Raises DataError for an
     image that cannot be embedded, ConfigError for a network whose head cannot be set, and Stopped after SIGTERM or Ctrl-C.
     """
     config, manifest, module = assembly.config, assembly.manifest, assembly.module
     classifier = module.classifier.to(assembly.device).eval()
     started = time.perf_counter()
-    values = values_of(config, assembly.weights, assembly.data.preprocess, run_dir)
-    model = embedding_model(classifier, assembly.data.preprocess, network, assembly.text, values)
+    preprocess = assembly.data.preprocess
+    values = values_of(config.model, assembly.weights, preprocess, run_dir)
+    model = embedding_model(classifier, preprocess, assembly.network_record, assembly.text, values)
     store = FeatureStore(Path(config.data.features), model.key, model.record)
     samples = [*manifest.of("train"), *manifest.of("val")]
     needed = len(samples)
@@ -93,11 +95,11 @@ def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_di
     samples, keys = samples[:needed], [key for key in embedded.keys[:needed] if key is not None]
     count = len(manifest.of("train"))
     parts = slice(count), slice(count, needed)
+    balanced = config.loss.class_weights == "balanced"
     train, val = (_part(store, keys[rows], manifest, samples[rows]) for rows in parts)
     try:
         fitted = fit_head(
-            mode, train, val, multilabel=manifest.task == "multilabel",
-            balanced=config.loss.class_weights == "balanced",
+            mode, train, val, multilabel=manifest.task == "multilabel", balanced=balanced,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -106,16 +108,16 @@ def fitted_head(assembly: "Assembly", mode: str, network: dict[str, Any], run_di
     metrics = _named(fitted.metrics, module.monitor) | {"epoch_seconds": time.perf_counter() - started}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch_seconds")
     log.info("%s, %s: %s  %.1f s", mode, fitted.choice, shown, metrics["epoch_seconds"])
-    return EmbeddedFit([metrics], fitted.choice, samples, keys, store, assembly.device, model)
+    return EmbeddedFit([metrics], mode, balanced, fitted.choice, samples, keys, store, assembly.device, model)
 
 
-def out_of_fold(fit: EmbeddedFit, manifest: Manifest, config: Config) -> OutOfFold:
+def out_of_fold(fit: EmbeddedFit, manifest: Manifest, seed: int) -> OutOfFold:
     """Predict each training and validation sample by a head of the chosen setting that was not fitted on it."""
     log.info("predicting the %s training and validation samples by cross-validation", f"{len(fit.samples):,}")
     return predict_out_of_fold(
-        config.model.mode, fit.choice, _part(fit.store, fit.keys, manifest, fit.samples), fit.samples,
+        fit.mode, fit.choice, _part(fit.store, fit.keys, manifest, fit.samples), fit.samples,
         [key.content for key in fit.keys], multilabel=manifest.task == "multilabel",
-        balanced=config.loss.class_weights == "balanced", seed=config.trainer.seed,
+        balanced=fit.balanced, seed=seed,
     )  # fmt: skip
 
 

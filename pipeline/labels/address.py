@@ -2,17 +2,15 @@
 
 import re
 
-from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.labels.decisions import LabelError
 from refract.pipeline.labels.history import LabelHistory
 
 
-def pinned(config: Config) -> Config:
-    """Return the config with the newest decision in `data.labels`, as `labels.db@57`: later decisions do not change this run."""
-    address, number = split_address(config.data.labels)
-    if address is None or number is not None:
-        return config
-    return config.changed({"data.labels": f"{address}@{opened(address).state().last}"})
+def pinned(labels: str | None) -> str | None:
+    """Return `data.labels` with the newest decision, as `labels.db@57`: later decisions do not change this run."""
+    address, number = split_address(labels)
+    return labels if address is None or number is not None else f"{address}@{opened(address).state().last}"
 
 
 def split_address(value: str | None) -> tuple[str | None, int | None]:

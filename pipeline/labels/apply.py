@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.sources.folders import label_of
@@ -75,15 +75,16 @@ def listed_pairs(pairs: Mapping[tuple[str, str], int]) -> str:
 
 
 def apply_labels(
-    config: Config, manifest: Manifest, scanned: Scan, reads: frozenset[str]
+    labels: str, task: str, manifest: Manifest, scanned: Scan, reads: frozenset[str]
 ) -> tuple[Manifest, Scan, AppliedLabels]:
     """Apply the history of `data.labels` to the readable samples of a source.
 
-    scanned: the scan of the samples; reads: as for `scan`. Returns the manifest, with new classes in its sorted labels and without classes
-    that lost all samples; the scan of its samples; and a summary. Samples keep the splits of the source; added ones have none.
+    task: `data.task`; scanned: the scan of the samples; reads: as for `scan`. Returns the manifest, with new classes in its sorted labels
+    and without classes that lost all samples; the scan of its samples; and a summary. Samples keep the splits of the source; added ones
+    have none.
     ConfigError or LabelError for a database that cannot be used, or for decisions that do not fit `data.task`.
     """
-    address, number = split_address(config.data.labels)
+    address, number = split_address(labels)
     assert address is not None
     history = opened(address)
     state = history.state(until=number)
@@ -113,7 +114,7 @@ def apply_labels(
         (*refused.values(), *_absences(history, absent, manifest)),
         len(state.conflicts()),
     )
-    return _relabelled(manifest, samples, names, config.data.task), scanned, summary
+    return _relabelled(manifest, samples, names, task), scanned, summary
 
 
 def _added(

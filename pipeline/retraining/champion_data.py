@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import DataConfig
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
 from refract.pipeline.data.storage import scheme_of
 from refract.pipeline.retraining.exact_duplicates import contents
@@ -18,7 +19,6 @@ from refract.pipeline.retraining.holdout import TABLE
 from refract.pipeline.retraining.workspace import Workspace
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
 from refract.pipeline.tracking.model_registry import registry_of
-from refract.pipeline.training.build import reads
 from refract.progress import tracked
 
 if TYPE_CHECKING:
@@ -50,26 +50,26 @@ class ChampionData:
 
 def champion_data(config: Config, client: "MlflowClient", version: str) -> ChampionData | None:
     """Read the sample list of a registered version's run; None if MLflow has no such list."""
-    rows = _listed(config, client, version)
-    return None if rows is None else _known(config, rows)
+    rows = _listed(client, str(config.tracking.model_name), version)
+    return None if rows is None else _known(rows, _digests(rows, config.data, config.reads))
 
 
 def champion_splits(config: Config, client: "MlflowClient", version: str) -> dict[str, str] | None:
     """Return content → split of a registered version's training and validation samples; None if MLflow has no list of them."""
-    rows = _listed(config, client, version)
+    rows = _listed(client, str(config.tracking.model_name), version)
     if rows is None:
         return None
-    digests = _digests(config, rows)
+    digests = _digests(rows, config.data, config.reads)
     known = [(digest, row.split) for digest, row in zip(digests, rows, strict=True) if digest and row.split != "test"]
     return dict(sorted(known, key=lambda entry: entry[1], reverse=True))  # `train` comes last, and replaces `val`
 
 
-def _listed(config: Config, client: "MlflowClient", version: str) -> "list[_Row] | None":
+def _listed(client: "MlflowClient", name: str, version: str) -> "list[_Row] | None":
     """Read the sample list of a version's run; None if MLflow has no such list."""
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_model_version(str(config.tracking.model_name), version).run_id
+        run = client.get_model_version(name, version).run_id
         if not run or SPLITS not in {artifact.path for artifact in client.list_artifacts(run)}:
             return None
     except MlflowException as error:
@@ -89,7 +89,7 @@ def data_of_first_champion(config: Config, workspace: Workspace) -> ChampionData
     database = sqlite_path(absolute(tracking_uri(config.tracking)))
     if config.gate.holdout is not None or (workspace.holdout / TABLE).exists() or (database and not database.exists()):
         return None
-    client, name, aliases = registry_of(config)
+    client, name, aliases = registry_of(config.tracking)
     champion = aliases.get(CHAMPION)
     if champion is None or "snapshot" in client.get_model_version(name, champion).tags:
         return None
@@ -112,17 +112,16 @@ def _rows(client: "MlflowClient", run: str) -> list[_Row]:
     return [_Row(*row) for row in zip(table["path"], table["text"], table["split"], strict=True)]
 
 
-def _digests(config: Config, rows: Sequence[_Row]) -> list[str | None]:
+def _digests(rows: Sequence[_Row], data: DataConfig, reads: frozenset[str]) -> list[str | None]:
     """Return each row's content, None if its file cannot be read."""
-    embedded, images = _embedded(config, rows), "images" in reads(config)
+    embedded, images = _embedded(rows, data), "images" in reads
     samples = [embedded.get(row.path) or Sample(row.path, (), text=row.text, has_image=bool(row.path)) for row in rows]
     with ThreadPoolExecutor() as pool:
         results = pool.map(partial(_digest, images=images), samples)
         return list(tracked(results, "reading the champion's data", len(samples)))
 
 
-def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
-    digests = _digests(config, rows)
+def _known(rows: Sequence[_Row], digests: Sequence[str | None]) -> ChampionData:
     of_split: dict[bool, set[str | None]] = {True: set(), False: set()}
     for row, digest in zip(rows, digests, strict=True):
         of_split[row.split == "test"].add(digest)
@@ -131,12 +130,12 @@ def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
     return ChampionData(trained, tested - trained, missing)
 
 
-def _embedded(config: Config, rows: Sequence[_Row]) -> Mapping[str, Sample]:
+def _embedded(rows: Sequence[_Row], data: DataConfig) -> Mapping[str, Sample]:
     """Return name → sample for data without files, such as the digits: `splits.csv` lists their names, and absolute paths of files."""
     if all(not row.path or Path(row.path).is_absolute() or scheme_of(row.path) for row in rows):
         return {}
     try:
-        manifest = load_manifest(config.data.source, config.data.task, to_train=False)
+        manifest = load_manifest(data.source, data.task, to_train=False)
     except DataError:
         return {}
     return {sample.path: sample for sample in manifest.samples if sample.has_image and sample.data is not None}

@@ -47,7 +47,7 @@ def champion_drift(config: Config, data: str, known: dict[str, Any]) -> dict[str
         thresholds = parse_thresholds(config.retrain.drift_thresholds, THRESHOLDS)
     except ValueError as error:
         raise ConfigError(f"retrain.drift_thresholds: {error}") from error
-    client, name, aliases = registry_of(config)
+    client, name, aliases = registry_of(config.tracking)
     champion, digest = aliases.get(CHAMPION), digest_of_files(data)
     result: dict[str, Any] = {"level": None, "champion": champion, "data": digest}
     if champion is None:

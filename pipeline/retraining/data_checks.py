@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.retraining_sections import RetrainConfig
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
 from refract.pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
 from refract.pipeline.retraining.champion_data import ChampionData, champion_data
@@ -19,7 +20,6 @@ from refract.pipeline.retraining.snapshot import Snapshot
 from refract.pipeline.retraining.stored_snapshots import FILES, known_contents
 from refract.pipeline.retraining.workspace import Check, CheckedDrift, Workspace, read
 from refract.pipeline.tracking.model_registry import download, registry_of
-from refract.pipeline.training.build import reads
 
 if TYPE_CHECKING:
     from refract.models.bundle.bundle import Bundle
@@ -67,14 +67,15 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
     return total
 
 
-def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> Check:
+def changed_labels(
+    retrain: RetrainConfig, reads: frozenset[str], now: Snapshot, before: Snapshot, folder: Path
+) -> Check:
     """Report known content whose label changed since the last accepted run: `level` (none, warn or stop), `summary`, and numbers.
 
     From level warn on, `folder` gets `relabelled.csv`, the list of all such samples, and the record names it as `file`.
     """
-    settings = config.retrain
-    changes = label_changes(now, before, reads(config))
-    record = changes.record(Threshold(settings.relabelled_warn, settings.relabelled_stop))
+    changes = label_changes(now, before, reads)
+    record = changes.record(Threshold(retrain.relabelled_warn, retrain.relabelled_stop))
     if record["level"] == "none":
         return record
     changes.write(folder / RELABELLED)
@@ -95,9 +96,10 @@ def compared_with_champion(
     """
     from refract.pipeline.tracking.aliases import CHAMPION
 
-    thresholds, by_label = _thresholds(config), _by_label(config)
+    thresholds = _thresholds(config.retrain)
+    by_label = Threshold(config.retrain.disagreement_warn, config.retrain.disagreement_stop)
     enabled = config.retrain.drift != "none", by_label != (None, None)
-    client, name, aliases = registry_of(config)
+    client, name, aliases = registry_of(config.tracking)
     champion = aliases.get(CHAMPION)
     if champion is None:
         return _neither(enabled, "no champion yet")
@@ -127,10 +129,6 @@ def _neither(enabled: tuple[bool, bool], why: str) -> tuple[Check | None, Check 
     return _drift_not_compared(why) if drift else None, _labels_not_compared(why) if labels else None
 
 
-def _by_label(config: Config) -> Threshold:
-    return Threshold(config.retrain.disagreement_warn, config.retrain.disagreement_stop)
-
-
 def disagreed(
     bundle: "Bundle", now: Snapshot, new: "New", profiled: "ProfiledSamples | None", threshold: Threshold
 ) -> Check:
@@ -138,7 +136,7 @@ def disagreed(
 
     profiled: the champion's predictions if the drift check computed them.
     """
-    from refract.pipeline.drift.new_data import MOST
+    from refract.pipeline.data.new_data import MOST
     from refract.pipeline.retraining.label_checks import disagreement
 
     known = set(bundle.info.labels)
@@ -165,10 +163,10 @@ def _labels_not_compared(why: str) -> Check:
     return {"level": "none", "summary": f"new labels not compared with the champion: {why}"}
 
 
-def _thresholds(config: Config) -> dict[str, Threshold]:
+def _thresholds(retrain: RetrainConfig) -> dict[str, Threshold]:
     defaults = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
     try:
-        return parse_thresholds(config.retrain.drift_thresholds, defaults)
+        return parse_thresholds(retrain.drift_thresholds, defaults)
     except ValueError as error:
         raise ConfigError(f"retrain.drift_thresholds: {error}") from error
 

@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from refract.cores import mapped
-from refract.pipeline.config.config import Config
 from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from refract.pipeline.data.scan import scan
 from refract.pipeline.data.validation import drop_bad, drop_contradictory
 from refract.pipeline.files import write_atomically
 from refract.pipeline.retraining.workspace import read, write
-from refract.pipeline.training.build import reads
 from refract.progress import tracked
 
 TABLE, SOURCE = "holdout.csv", "source.json"
@@ -73,12 +71,13 @@ def digest_of_copies(manifest: Manifest) -> str:
     return _digest(manifest, [Path(s.path).stem for s in manifest.samples])
 
 
-def named(config: Config, folder: Path, task: str, current: Holdout | None) -> Manifest | None:
+def named(
+    source: str | None, folder: Path, task: str, current: Holdout | None, reads: frozenset[str]
+) -> Manifest | None:
     """Load what `gate.holdout` names, to be frozen; None if it is unset or frozen already. DataError if other data are frozen.
 
-    current: the frozen holdout, None before the first one.
+    source: `gate.holdout`; current: the frozen holdout, None before the first one; reads: `Config.reads`.
     """
-    source = config.gate.holdout
     if source is None:
         return None
     record = read(folder / SOURCE) if (folder / SOURCE).exists() else {}
@@ -86,7 +85,7 @@ def named(config: Config, folder: Path, task: str, current: Holdout | None) -> M
         return None  # its copy is the holdout
     manifest = load_manifest(source, task, to_train=False)
     if current is None:
-        seen = scan(manifest.samples, reads=reads(config))
+        seen = scan(manifest.samples, reads=reads)
         return drop_contradictory(drop_bad(manifest, seen, "error"), seen, "error")
     if record.get("digest") != _digest_of(manifest):
         raise DataError(

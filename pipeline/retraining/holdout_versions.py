@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.files import write_atomically
 from refract.pipeline.labels.apply import listed_pairs
@@ -102,14 +101,17 @@ def as_in_source(added: Manifest, source: Manifest, contents: Mapping[str, str],
 
 
 def corrected(
-    config: Config, frozen: Holdout, trained: Collection[str], content_of: Callable[[Sample], str] = content_of_copy
+    decisions: str | None,
+    frozen: Holdout,
+    trained: Collection[str],
+    content_of: Callable[[Sample], str] = content_of_copy,
 ) -> tuple[Holdout, Corrections]:
-    """Apply the decisions of `data.labels` to the frozen samples, by the SHA-256 of their images.
+    """Apply the decisions of a label history to the frozen samples, by the SHA-256 of their images.
 
-    trained: the labels of training images. A decision for another label does not apply: no model could predict it. content_of: returns
-    that SHA-256. Raises as `apply_labels` for a database that cannot be used.
+    decisions: `data.labels`; trained: the labels of training images. A decision for another label does not apply: no model could predict
+    it. content_of: returns that SHA-256. Raises as `apply_labels` for a database that cannot be used.
     """
-    effects = _effects(config)
+    effects = _effects(decisions)
     manifest, multilabel = frozen.manifest, frozen.manifest.task == "multilabel"
     names: dict[str, Names] = {}
     relabelled: Counter[tuple[str, str]] = Counter()
@@ -148,8 +150,11 @@ def difference(before: Manifest, now: Manifest) -> Corrections:
     return Corrections(relabelled, sum(key not in new for key in old))
 
 
-def propose(folder: Path, version: Holdout, frozen: Holdout, config: Config, corrections: Corrections) -> None:
-    """Write a version's table and its record; `record_version` lists it once the data of the run are accepted."""
+def propose(folder: Path, version: Holdout, frozen: Holdout, decisions: str | None, corrections: Corrections) -> None:
+    """Write a version's table and its record; `record_version` lists it once the data of the run are accepted.
+
+    decisions: `data.labels`.
+    """
     from refract.pipeline.labels.address import split_address
 
     name = _name(version.digest)
@@ -171,7 +176,7 @@ def propose(folder: Path, version: Holdout, frozen: Holdout, config: Config, cor
         "digest": version.digest,
         "frozen": frozen.digest,
         "samples": len(rows),
-        "decision": split_address(config.data.labels)[1] or 0,
+        "decision": split_address(decisions)[1] or 0,
         "corrections": corrections.text() if corrections.count else "",
     }
     write(folder / f"{name}.json", record)
@@ -222,13 +227,13 @@ def load_version(folder: Path, digest: str, task: str) -> Manifest | None:
     return version.manifest
 
 
-def _effects(config: Config) -> dict[str, tuple[bool, Names]]:
+def _effects(decisions: str | None) -> dict[str, tuple[bool, Names]]:
     """Return SHA-256 of an image → (whether it is in the data, its labels), by the decisions of `data.labels`."""
-    if config.data.labels is None:
+    if decisions is None:
         return {}
     from refract.pipeline.labels.address import opened, split_address
 
-    address, number = split_address(config.data.labels)
+    address, number = split_address(decisions)
     assert address is not None
     return {content: one.applied.effect for content, one in opened(address).state(until=number).images.items()}
 

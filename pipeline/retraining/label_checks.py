@@ -14,7 +14,7 @@ import numpy as np
 from refract.models.multimodal.tokens import trimmed
 from refract.models.prediction import predicted_labels
 from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
-from refract.pipeline.drift.new_data import NewData
+from refract.pipeline.data.new_data import NewData
 from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
 from refract.pipeline.files import write_atomically
 from refract.pipeline.retraining.snapshot import Snapshot

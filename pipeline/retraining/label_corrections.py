@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.scan import Scan
 from refract.pipeline.labels.address import opened, split_address
@@ -53,15 +53,15 @@ class TakenIn:
         return f"{count:,} image{'s' * (count != 1)} corrected{since}" + (f": {listed}{others}" if listed else "")
 
 
-def decision_of_champion(config: Config) -> int:
+def decision_of_champion(tracking: TrackingConfig) -> int:
     """Return the ID of the last decision that the champion was trained with, 0 without a champion or decisions.
 
     A retraining run tags its version with the ID; the config of `refract train`, in MLflow, has it in `data.labels`.
     """
-    database = sqlite_path(absolute(tracking_uri(config.tracking)))
+    database = sqlite_path(absolute(tracking_uri(tracking)))
     if database and not database.exists():
         return 0
-    client, name, aliases = registry_of(config)
+    client, name, aliases = registry_of(tracking)
     champion = aliases.get(CHAMPION)
     if champion is None:
         return 0
@@ -79,9 +79,12 @@ def decision_of_champion(config: Config) -> int:
     return split_address(labels)[1] or 0
 
 
-def taken_in(config: Config, source: Manifest, scanned: Scan, since: int) -> TakenIn:
-    """Compare the decisions after `since` with those of the run. source: the data without decisions. Raises as `apply_labels`."""
-    address, until = split_address(config.data.labels)
+def taken_in(labels: str, source: Manifest, scanned: Scan, since: int) -> TakenIn:
+    """Compare the decisions after `since` with those of the run. Raises as `apply_labels`.
+
+    labels: `data.labels`; source: the data without decisions.
+    """
+    address, until = split_address(labels)
     assert address is not None
     history = opened(address)
     now = history.state(until=until)

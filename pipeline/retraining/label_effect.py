@@ -31,7 +31,7 @@ def train_without(folder: Path, config: Config, record: Record, taken: Snapshot)
     table = taken.folder / WITHOUT_TABLE
     if not table.exists():
         return {"summary": "not measured: the corrections change no training image"}
-    run = training_run(folder, config, WITHOUT)
+    run = training_run(folder, config.trainer.runs_dir, config.tracking.model_name, WITHOUT)
     log.info("labels: training without the corrections, to measure their effect")
     changes = {"data.source": str(table), "data.on_bad_file": "skip"}
     tags = {"data.corrections": f"without those since decision {corrections['since']}"}

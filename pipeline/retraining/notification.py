@@ -41,7 +41,9 @@ def notify(folder: Path, config: Config, record: Record, outcome: int, why: str)
             return
         name = name_of(outcome, record)
         if name in config.retrain.webhook_on:
-            box.add(event_of(folder, config, record, name, why), event=_id_of(folder, record, name))
+            box.add(
+                event_of(folder, str(config.tracking.model_name), record, name, why), event=_id_of(folder, record, name)
+            )
         box.deliver_in_background()
     except ConfigError as error:
         log.warning("webhook: %s", error)
@@ -62,24 +64,24 @@ def _id_of(folder: Path, record: Record, outcome: str) -> str | None:
     return hashlib.sha256(json.dumps([str(folder.absolute()), known], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def event_of(folder: Path, config: Config, record: Record, outcome: str, why: str) -> dict[str, Any]:
-    """Return the body of an event. Entries of steps that did not run are missing."""
+def event_of(folder: Path, model: str, record: Record, outcome: str, why: str) -> dict[str, Any]:
+    """Return the body of an event. Entries of steps that did not run are missing. model: `tracking.model_name`."""
     lines = record.get("gate", {}).get("lines", ())
     body: dict[str, Any] = {
         "event": "retraining",
         "outcome": outcome,
         "why": why,
-        "model": config.tracking.model_name,
+        "model": model,
         "run": folder.name,
         "began": record.get("began"),
         "metrics": {line["name"]: line["value"] for line in lines if line["value"] is not None},
-        "links": links_of(folder, config, record),
+        "links": links_of(folder, model, record),
     }
     keys = ("version", "champion", "gate", "labels", "drift", "start", "corrections", "label_effect")
     return body | {key: record[key] for key in keys if key in record}  # type: ignore[literal-required] # keys of Record
 
 
-def links_of(folder: Path, config: Config, record: Record) -> dict[str, str]:
+def links_of(folder: Path, model: str, record: Record) -> dict[str, str]:
     """Return name → path on this machine, or address of MLflow's page if its server has pages."""
     links = {"run": str(folder.absolute())}
     training = Path(record.get("training_run", "")) / "report.html" if "training_run" in record else None
@@ -88,6 +90,6 @@ def links_of(folder: Path, config: Config, record: Record) -> dict[str, str]:
             links[name] = str(page.absolute())
     server = masked(record.get("mlflow", "")).rstrip("/")
     if server.startswith(("http://", "https://")) and "version" in record:
-        links["mlflow_version"] = f"{server}/#/models/{config.tracking.model_name}/versions/{record['version']}"
+        links["mlflow_version"] = f"{server}/#/models/{model}/versions/{record['version']}"
         links["mlflow_run"] = f"{server}/#/runs/{record['mlflow_run']}" if "mlflow_run" in record else server
     return links

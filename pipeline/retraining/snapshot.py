@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from refract.cores import mapped
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
+from refract.pipeline.config.sections import DataConfig
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from refract.pipeline.data.prepare import with_labels
 from refract.pipeline.data.scan import Scan, scan
 from refract.pipeline.data.sources.folders import skipped_lines
 from refract.pipeline.data.splits import draw_splits, write_splits
 from refract.pipeline.data.storage import absolute
-from refract.pipeline.data.validation import check_classes, drop_bad, drop_contradictory, drop_shared
+from refract.pipeline.data.validation import check_classes, check_inputs, drop_bad, drop_contradictory, drop_shared
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
@@ -53,16 +55,19 @@ from refract.pipeline.retraining.stored_snapshots import (
     trained_before,
 )
 from refract.pipeline.retraining.workspace import Workspace, read, write
-from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
 
 if TYPE_CHECKING:
     from refract.pipeline.labels.apply import AppliedLabels
+    from refract.pipeline.retraining.label_corrections import TakenIn
 
 log = logging.getLogger(__name__)
 
 WITHOUT_TABLE = "without_corrections.csv"
 """The table of the data without the corrections since the champion, for `retrain.effect_of_labels`."""
+
+Draw = Callable[[Manifest], Manifest]
+"""`draw_splits` with the fractions and the seed of the config."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +122,34 @@ def take(
     training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split. since: ID
     of the last decision that the champion took in, for the list of corrections; None without a label history.
     """
-    source, manifest, scanned, applied = _scanned(config)
+    source, manifest, scanned, applied = _scanned(config.data, config.reads)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
     current = frozen(workspace.holdout, kind)
-    configured = named(config, workspace.holdout, kind, current)
+    configured = named(config.gate.holdout, workspace.holdout, kind, current, config.reads)
     manifest, trained_labels = _without_copies_of_other_labels(manifest, scanned, current)
     known = current.manifest if current else configured
     version = None
     if known is not None:
         content_of = content_of_copy if current else content_of_file
-        version = corrected(config, Holdout(known, current.digest if current else ""), trained_labels, content_of)[0]
+        known_holdout = Holdout(known, current.digest if current else "")
+        version = corrected(config.data.labels, known_holdout, trained_labels, content_of)[0]
     labels = tuple(sorted({*manifest.labels, *(version.manifest.labels if version else ())}))
     task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
     held = as_test_samples(version.manifest, labels) if version else []
-    added = _lacking(config, workspace, data, held, scanned, champion)
+    draw: Draw = partial(
+        draw_splits,
+        hashes=scanned.groups,
+        val_fraction=config.data.val_fraction,
+        test_fraction=config.data.test_fraction,
+        seed=config.trainer.seed,
+    )
+    added = _lacking(data, held, scanned, workspace, champion, config.reads, draw)
     held = [*held, *added]
     copies = [*(known.samples if known else ()), *added]  # with the excluded ones
-    pool = without_copies([s for s in data.samples if s.split != "test"], copies, scanned, reads(config))
+    pool = without_copies([s for s in data.samples if s.split != "test"], copies, scanned, config.reads)
     whole = data.with_samples([*pool, *held])
-    whole = _with_splits(config, whole, scanned, splits)
+    whole = _with_splits(whole, scanned, splits, draw)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
     trained = drop_shared(trained, scanned, config.data.on_bad_file)
     check_classes(trained.with_samples([*trained.samples, *held]))
@@ -145,25 +158,26 @@ def take(
         frozen_labels = tuple(sorted({*new.labels, *(configured.labels if configured else ())}))
         added = [s for one in (configured, new) if one for s in as_test_samples(one, frozen_labels)]
         current = freeze(workspace.holdout, frozen_labels, added, kind, configured)
-    version, corrections = corrected(config, current, trained_labels)
+    version, corrections = corrected(config.data.labels, current, trained_labels)
     _report(corrections)
-    propose(workspace.holdout, version, current, config, corrections)
+    propose(workspace.holdout, version, current, config.data.labels, corrections)
     whole = trained.with_samples([*trained.samples, *as_test_samples(version.manifest, labels)])
     snapshot = _written(workspace, whole, version, scanned, applied)
-    return snapshot if since is None else _with_corrections(config, snapshot, source, whole, scanned, since)
-
-
-def _with_corrections(
-    config: Config, snapshot: Snapshot, source: Manifest, whole: Manifest, scanned: Scan, since: int
-) -> Snapshot:
-    """Return the snapshot with the corrections since the champion; write the data without them if the run measures their effect."""
+    if since is None or config.data.labels is None:
+        return snapshot
     from refract.pipeline.retraining.label_corrections import taken_in, without
 
-    taken = taken_in(config, source, scanned, since)
+    taken = taken_in(config.data.labels, source, scanned, since)
+    without_them = without(whole, source, scanned, taken) if config.retrain.effect_of_labels else None
+    return _with_corrections(snapshot, taken, without_them)
+
+
+def _with_corrections(snapshot: Snapshot, taken: "TakenIn", without_them: Manifest | None) -> Snapshot:
+    """Return the snapshot with the corrections since the champion, and write the data without them if the run needs these."""
     table = snapshot.folder / WITHOUT_TABLE
     table.unlink(missing_ok=True)
-    if config.retrain.effect_of_labels and (before := without(whole, source, scanned, taken)) is not None:
-        _write_table(_on_disk(before, snapshot.folder), table)
+    if without_them is not None:
+        _write_table(_on_disk(without_them, snapshot.folder), table)
     return replace(snapshot, corrections=taken.record())
 
 
@@ -195,40 +209,41 @@ def _report(corrections: Corrections) -> None:
         )
 
 
-def _with_splits(config: Config, whole: Manifest, scanned: Scan, splits: Mapping[str, str]) -> Manifest:
+def _with_splits(whole: Manifest, scanned: Scan, splits: Mapping[str, str], draw: Draw) -> Manifest:
     """Draw the validation split from the samples without an entry in `splits`, content → split."""
     fixed: dict[str, str] = {}
     if "val" not in whole.splits():
         groups = {sample.key: scanned.groups[sample.key] for sample in whole.samples if sample.split in ("", "train")}
         fixed = {key: splits[content] for key, content in groups.items() if content in splits}
     drawn = whole.with_samples([sample for sample in whole.samples if sample.key not in fixed])
-    drawn = draw_splits(drawn, scanned.groups, **_fractions(config), seed=config.trainer.seed)
+    drawn = draw(drawn)
     split_of = {sample.key: sample.split for sample in drawn.samples} | fixed
     return replace(drawn, samples=tuple(replace(sample, split=split_of[sample.key]) for sample in whole.samples))
 
 
-def _scanned(config: Config) -> tuple[Manifest, Manifest, Scan, "AppliedLabels | None"]:
+def _scanned(data: DataConfig, reads: frozenset[str]) -> tuple[Manifest, Manifest, Scan, "AppliedLabels | None"]:
     """Load and check the data, and apply `data.labels`.
 
     Returns (the readable samples without decisions, the usable samples, the scan of all samples, what decisions changed).
     """
-    manifest = load_manifest(config.data.source, config.data.task, to_train=config.data.labels is None)
+    manifest = load_manifest(data.source, data.task, to_train=data.labels is None)
     for line in (*manifest.notes, *skipped_lines(manifest.skipped)):
         log.warning("data: %s", line)
-    check_inputs(config, manifest)
-    scanned = scan(manifest.samples, reads=reads(config))
-    source = drop_bad(manifest, scanned, config.data.on_bad_file)
-    manifest, scanned, applied = with_labels(config, source, scanned)
-    return source, drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned, applied
+    check_inputs(manifest, reads)
+    scanned = scan(manifest.samples, reads=reads)
+    source = drop_bad(manifest, scanned, data.on_bad_file)
+    manifest, scanned, applied = with_labels(data, source, scanned, reads)
+    return source, drop_contradictory(manifest, scanned, data.on_bad_file), scanned, applied
 
 
 def _lacking(
-    config: Config,
-    workspace: Workspace,
     data: Manifest,
     held: Sequence[Sample],
     scanned: Scan,
+    workspace: Workspace,
     champion: ChampionData | None,
+    reads: frozenset[str],
+    draw: Draw,
 ) -> list[Sample]:
     """Choose the samples to add to the holdout: the data's own test split if it is empty, then images of each class that it lacks."""
     lacking = set(range(len(data.labels))) - _labels_of(held)
@@ -237,15 +252,14 @@ def _lacking(
     trained: frozenset[str] = trained_before(workspace) if held else champion.trained if champion else frozenset()
     candidates = [sample for sample in data.samples if not held or lacking & set(sample.labels)]
     seen = {sample.key for sample in candidates if trained and trained & contents(sample)}
-    fresh = without_copies([sample for sample in candidates if sample.key not in seen], held, scanned, reads(config))
+    fresh = without_copies([sample for sample in candidates if sample.key not in seen], held, scanned, reads)
     drawing = not held and "test" not in data.splits()
     if drawing and champion:
         fresh = [replace(s, split="test") if scanned.groups[s.key] in champion.tested else s for s in fresh]
     test_split = [sample for sample in fresh if sample.split == "test"]
     lacking -= _labels_of(test_split)
     rest = [s for s in fresh if s.split != "test" and (drawing or lacking & set(s.labels))]
-    drawn = data.with_samples([replace(sample, split="") for sample in rest])
-    drawn = draw_splits(drawn, scanned.groups, **_fractions(config), seed=config.trainer.seed)
+    drawn = draw(data.with_samples([replace(sample, split="") for sample in rest]))
     added = [*test_split, *drawn.of("test")]
     rare = lacking - _labels_of(added)
     learned = _labels_of(sample for sample in candidates if sample.key in seen)
@@ -255,7 +269,7 @@ def _lacking(
             log.warning(
                 "data: the holdout includes training images of the champion, as the others are too few; the gate counts them"
             )
-            return _lacking(config, workspace, data, held, scanned, None)
+            return _lacking(data, held, scanned, workspace, None, reads, draw)
         names = ", ".join(data.labels[i] for i in sorted(refused or rare or lacking))
         raise DataError(
             f"{data.source}: too few images of {names} for a holdout; add some, or raise data.test_fraction"
@@ -277,10 +291,6 @@ def accept(workspace: Workspace, snapshot: Snapshot) -> None:
     holdout.accept(workspace.holdout, frozen_digest(workspace.holdout, snapshot.holdout))
     record_version(workspace.holdout, snapshot.holdout)
     (snapshot.folder / PROPOSED).unlink(missing_ok=True)
-
-
-def _fractions(config: Config) -> dict[str, float]:
-    return {"val_fraction": config.data.val_fraction, "test_fraction": config.data.test_fraction}
 
 
 def _written(

@@ -34,7 +34,7 @@ def plan(config: Config) -> tuple[Start, Mapping[str, str]]:
     wanted = config.retrain.start_from
     if wanted == SCRATCH:
         return {}, {}
-    client, _, aliases = registry_of(config)
+    client, _, aliases = registry_of(config.tracking)
     version = aliases.get(CHAMPION)
     if version is None:
         return _from_scratch({}, "no version is champion yet"), {}

@@ -106,10 +106,11 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.start_from import checked, plan
     from refract.pipeline.training.provenance import code_state, versions
 
-    workspace, config = workspace_of(config), pinned(config)
+    workspace = workspace_of(config)
+    config = config.changed({"data.labels": pinned(config.data.labels)})
     try:
         start, splits = plan(config)
-        since = None if config.data.labels is None else decision_of_champion(config)
+        since = None if config.data.labels is None else decision_of_champion(config.tracking)
         taken = take(config, workspace, data_of_first_champion(config, workspace), splits, since)
     except DataError as error:
         return _ends(Outcome.REFUSED, str(error))
@@ -137,17 +138,16 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
     """
     from refract.pipeline.retraining.data_checks import changed_labels, compared_with_champion, problems
     from refract.pipeline.retraining.snapshot import accept, read_snapshot
-    from refract.pipeline.training.build import reads
 
     workspace = workspace_of(config)
     last = workspace.last()
     before = read_snapshot(Path(last["snapshot_folder"]), last["snapshot"]) if last else None
     now = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     result: Record = {"labels": {}}
-    failures = problems(now, before, config.retrain.largest_loss, reads(config))
+    failures = problems(now, before, config.retrain.largest_loss, config.reads)
     remedies = ["raise retrain.largest_loss"] if failures else []
     if before is not None:
-        changes = result["labels"]["changed"] = changed_labels(config, now, before, folder)
+        changes = result["labels"]["changed"] = changed_labels(config.retrain, config.reads, now, before, folder)
         _log("labels", changes)
         if changes["level"] == "stop":
             failures.append(f"{changes['summary']}; {changes['file']} lists all of them")
@@ -197,7 +197,8 @@ def train(folder: Path, config: Config, record: Record) -> Record:
     tags = {f"data.{key}": value for key, value in taken.labels.items()}
     runs: dict[str, Path] = {}
     for name, candidate in configs.items():
-        run = training_run(folder, config, name if len(configs) > 1 else "")
+        suffix = name if len(configs) > 1 else ""
+        run = training_run(folder, config.trainer.runs_dir, config.tracking.model_name, suffix)
         try:
             train_one(run, candidate, tags)
             runs[name] = run
@@ -346,7 +347,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
         keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
         kept = {key: record.get(key) for key in keys}
         write(workspace.root / "last.json", kept | {"outcome": outcome})
-        remove_unused(workspace, config, record["mlflow"])
+        remove_unused(workspace, config.retrain.keep_snapshots, str(config.tracking.model_name), record["mlflow"])
     if config.retrain.notify:
         import json
 
@@ -357,7 +358,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
                 log.warning("retrain.notify: the command exited with %d", done.returncode)
         except subprocess.TimeoutExpired:
             log.warning("retrain.notify: the command was killed after %d s", NOTIFY_SECONDS)
-    write_report(folder, config, record, name_of(outcome, record), record["why"])
+    write_report(folder, str(config.tracking.model_name), record, name_of(outcome, record), record["why"])
     notify(folder, config, record, outcome, record["why"])
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 

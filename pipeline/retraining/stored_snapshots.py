@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from refract.pipeline.config.config import Config
 from refract.pipeline.retraining.workspace import Workspace, read, read_run, write
 
 log = logging.getLogger(__name__)
@@ -38,8 +37,10 @@ def trained_before(workspace: Workspace) -> frozenset[str]:
     return _contents_of(_folders(workspace)) | _contents_of_removed(workspace)
 
 
-def remove_unused(workspace: Workspace, config: Config, mlflow: str) -> None:
-    """Remove old snapshots by `retrain.keep_snapshots`. mlflow: address of the registry.
+def remove_unused(workspace: Workspace, keep: int | None, name: str, mlflow: str) -> None:
+    """Remove all but the newest snapshots.
+
+    keep: `retrain.keep_snapshots`, None for all; name: the registered model; mlflow: address of the registry.
 
     Snapshots of versions with an alias, of the last accepted run and of unfinished runs stay. A failure is only logged: the run is
     complete without it.
@@ -47,7 +48,6 @@ def remove_unused(workspace: Workspace, config: Config, mlflow: str) -> None:
     from refract.pipeline.tracking.aliases import aliases
     from refract.pipeline.tracking.model_registry import client_of
 
-    keep, name = config.retrain.keep_snapshots, str(config.tracking.model_name)
     if keep is None or len(_folders(workspace)) <= keep:
         return
     try:

@@ -11,9 +11,12 @@ WITHOUT = "without-corrections"
 """The name of the training that `retrain.effect_of_labels` adds."""
 
 
-def training_run(folder: Path, config: Config, name: str = "") -> Path:
-    """Return the folder of a training in a retraining run's step `train`. name: its start, if the step trains from several, or WITHOUT."""
-    return Path(config.trainer.runs_dir) / "-".join(filter(None, (config.tracking.model_name, folder.name, name)))
+def training_run(folder: Path, runs_dir: str, model_name: str | None, name: str = "") -> Path:
+    """Return the folder of a training in the step `train` of the retraining run in `folder`.
+
+    runs_dir: `trainer.runs_dir`; model_name: `tracking.model_name`; name: its start, if the step trains from several, or WITHOUT.
+    """
+    return Path(runs_dir) / "-".join(filter(None, (model_name, folder.name, name)))
 
 
 def join_training(folder: Path) -> None:
@@ -21,13 +24,14 @@ def join_training(folder: Path) -> None:
     from refract.pipeline.training.run import train as train_run
     from refract.pipeline.training.run_directory import stored_config
 
-    run = _latest_run(folder, run_config(folder))
+    config = run_config(folder)
+    run = _latest_run(folder, config.trainer.runs_dir, config.tracking.model_name)
     train_run(stored_config(run), resume=run)
 
 
-def _latest_run(folder: Path, config: Config) -> Path:
+def _latest_run(folder: Path, runs_dir: str, model_name: str | None) -> Path:
     """Return the folder of the step's training that started last; before the first one, that of a single training."""
-    runs = [training_run(folder, config, name) for name in (WITHOUT, "champion", "scratch", "")]
+    runs = [training_run(folder, runs_dir, model_name, name) for name in (WITHOUT, "champion", "scratch", "")]
     return next((run for run in runs if run.is_dir()), runs[-1])
 
 

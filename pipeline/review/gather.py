@@ -16,9 +16,9 @@ from refract.models.familiarity import Reduced
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from refract.pipeline.data.near_duplicates import near_duplicates_among
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.data.prepare import read_samples
 from refract.pipeline.data.storage import absolute
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.features.embed import Options, embed, source_name
 from refract.pipeline.features.heads import Part
 from refract.pipeline.features.model import EmbeddingModel
@@ -75,11 +75,11 @@ def gather(config: Config, model: EmbeddingModel, sources: Sources, history: Lab
     config: its `data.labels` is the history; model: whose embeddings the head of the predictions reads. Embeddings come from the store
     `data.features` where it has them. DataError for unusable data, Stopped after a stop signal; finished embeddings stay in the store.
     """
-    read = read_samples(config.changed({"data.on_bad_file": "skip"}))
+    read = read_samples(replace(config.data, on_bad_file="skip"), config.reads)
     manifest, contents = read.manifest, read.scanned.images
     samples, contradictory = _distinct(manifest, contents)
     new = _new_images(sources, set(contents.values()))
-    vectors, embedded = _embedded(model, config, manifest, samples, new, stop)
+    vectors, embedded = _embedded(model, Path(config.data.features), manifest, samples, new, stop)
     samples = [sample for sample, known in zip(samples, embedded, strict=False) if known]
     new = [one for one, known in zip(new, embedded[len(embedded) - len(new) :], strict=True) if known]
     if len(samples) < 2:
@@ -206,14 +206,14 @@ def _new_images(sources: Sources, known: set[str]) -> list[_New]:
 
 def _embedded(
     model: EmbeddingModel,
-    config: Config,
+    folder: Path,
     manifest: Manifest,
     samples: Sequence[Sample],
     new: Sequence[_New],
     stop: Stop,
 ) -> tuple[np.ndarray, list[bool]]:
-    """Return (embeddings float32 (K, D), whether each of the samples and new images has one)."""
-    store = FeatureStore(Path(config.data.features), model.key, model.record)
+    """Return (embeddings float32 (K, D), whether each of the samples and new images has one). folder: of the store."""
+    store = FeatureStore(folder, model.key, model.record)
     options = Options(device="auto" if torch.cuda.is_available() else "cpu")
     names = [_names(manifest, sample) for sample in samples]
     done = embed(model, samples, names, store, source_name(manifest.source), options, stop)

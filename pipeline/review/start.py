@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refract.pipeline.config.config import Config, config_from_dict, load_config
+from refract.pipeline.config.model_weights import bundle_folder
+from refract.pipeline.config.sections import ModelConfig
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.labels.address import split_address
 from refract.pipeline.stopping import stop_requests
-from refract.pipeline.training.source_model import bundle_folder
 
 if TYPE_CHECKING:
     from refract.models.bundle.bundle import Bundle
@@ -76,7 +77,8 @@ def start_review(options: ReviewOptions) -> "tuple[ReviewSession, str]":
     if bundle is not None and sources.splits is None:
         log.warning("review: %s is not in a run with splits.csv, so its confident errors are not listed", bundle.path)
     with stop_requests("after this shard; finished embeddings are kept") as stop:
-        data = gather(config, _model(config, bundle, options.subject), sources, history, stop)
+        model = _model(config.model, config.data.sides(), bundle, options.subject)
+        data = gather(config, model, sources, history, stop)
     reads_images_alone = bundle is not None and bundle.info.text is None
     session = ReviewSession(
         Path(config.data.source).name,
@@ -106,19 +108,19 @@ def _bundle(name: str, where: str) -> "Bundle":
     return load_bundle(folder)
 
 
-def _model(config: Config, bundle: "Bundle | None", subject: str) -> "EmbeddingModel":
+def _model(model: ModelConfig, size: tuple[int, int], bundle: "Bundle | None", subject: str) -> "EmbeddingModel":
     from refract.pipeline.features.model import bundle_model, open_model
 
     if bundle is not None:
         return bundle_model(bundle)
-    if config.model.weights == "none":
+    if model.weights == "none":
         raise DataError(
             f"{subject}: model.weights is none, so it has no features yet; train it and name its run, or set model.weights: default"
         )
     try:
-        return open_model(config.model.name, config.model.weights, config.data.sides())
+        return open_model(model.name, model.weights, size)
     except DataError as error:
-        raise DataError(f"{subject}: model: {str(error).removeprefix(f'--model {config.model.name}: ')}") from error
+        raise DataError(f"{subject}: model: {str(error).removeprefix(f'--model {model.name}: ')}") from error
 
 
 def _beside(source: str, subject: str) -> str:

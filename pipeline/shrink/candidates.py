@@ -9,6 +9,7 @@ from refract.errors import InputError
 from refract.models.bundle.bundle import Bundle
 from refract.models.registry import build, locate
 from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import ModelConfig
 from refract.pipeline.suggest.backbones import has_weights
 
 FRACTIONS = (0.75, 0.5)
@@ -54,13 +55,13 @@ class Candidate:
         return cls(**{**values, "size": tuple(values["size"])})
 
 
-def default_candidates(bundle: Bundle, config: Config) -> list[Candidate]:
+def default_candidates(bundle: Bundle, model: ModelConfig) -> list[Candidate]:
     """Return the bundle's network at smaller sizes, and small other networks with fewer parameters than it has."""
     size = _size_of(bundle)
     step = 32 if min(size) >= 128 else 8
     sides = dict.fromkeys(round(min(size) * fraction / step) * step for fraction in FRACTIONS)
     smaller = [_scaled(size, side) for side in sides if SMALLEST_SIDE <= side < min(size)]
-    own = [candidate for smaller_size in smaller if (candidate := _own(bundle, config, smaller_size)) is not None]
+    own = [candidate for smaller_size in smaller if (candidate := _own(bundle, model, smaller_size)) is not None]
     names: Sequence[str] = FROM_SCRATCH
     if min(size) > SMALL_IMAGES:
         names = [name for name in PRETRAINED if has_weights(name)] or PRETRAINED[1:2]
@@ -70,12 +71,12 @@ def default_candidates(bundle: Bundle, config: Config) -> list[Candidate]:
     return own + [candidate for candidate in other if 0 < _size_in_parameters(candidate, count) < largest]
 
 
-def named_candidates(bundle: Bundle, config: Config, entries: Sequence[str]) -> list[Candidate]:
+def named_candidates(bundle: Bundle, model: ModelConfig, entries: Sequence[str]) -> list[Candidate]:
     """Return the candidates of `--networks`: NAME or NAME:PIXELS, the shorter side. ShrinkError for an entry that cannot be built."""
-    return list({(made := _named(bundle, config, entry)).name: made for entry in entries}.values())
+    return list({(made := _named(bundle, model, entry)).name: made for entry in entries}.values())
 
 
-def _named(bundle: Bundle, config: Config, entry: str) -> Candidate:
+def _named(bundle: Bundle, model: ModelConfig, entry: str) -> Candidate:
     size = _size_of(bundle)
     name, _, pixels = entry.partition(":")
     if pixels and not (pixels.isdecimal() and SMALLEST_SIDE <= int(pixels) <= min(size)):
@@ -88,7 +89,7 @@ def _named(bundle: Bundle, config: Config, entry: str) -> Candidate:
             raise ShrinkError(
                 f"--networks {entry}: is the bundle's network itself; add a smaller size, as in {name}:PIXELS"
             )
-        candidate = _own(bundle, config, size)
+        candidate = _own(bundle, model, size)
         if candidate is None:
             raise ShrinkError(f"--networks {entry}: the network cannot be built for {size[0]}×{size[1]} pixels")
         return candidate
@@ -122,17 +123,17 @@ def config_of(candidate: Candidate, bundle: Bundle, config: Config, runs: str) -
     return config.changed(changes)
 
 
-def _own(bundle: Bundle, config: Config, size: tuple[int, int]) -> Candidate | None:
+def _own(bundle: Bundle, model: ModelConfig, size: tuple[int, int]) -> Candidate | None:
     """Return the bundle's network at another size, which starts from the bundle if its weights fit; None if it cannot be built."""
     network = bundle.info.network["name"]
-    args, head = dict(config.model.args), config.model.head
+    args, head = dict(model.args), model.head
     try:
         built = build(network, len(bundle.info.labels), image_size=size, head=head, args=args)
     except (ValueError, RuntimeError):
         return None
     expected = {f"network.{key}": tensor.shape for key, tensor in built.state_dict().items()}
     given = {key: tensor.shape for key, tensor in bundle.weights().items() if key.startswith("network.")}
-    without = "default" if config.model.weights == "default" else "none"
+    without = "default" if model.weights == "default" else "none"
     return Candidate(network, size, str(bundle.path.resolve()) if expected == given else without, args, head)
 
 

@@ -83,7 +83,8 @@ def open_plan(folder: Path, bundle: Bundle, config: Config, networks: Sequence[s
     """Read the plan of the folder, or write one. ShrinkError for the plan of another shrink."""
     source = config.data.source
     if not (folder / PLAN).exists():
-        candidates = named_candidates(bundle, config, networks) if networks else default_candidates(bundle, config)
+        model = config.model
+        candidates = named_candidates(bundle, model, networks) if networks else default_candidates(bundle, model)
         plan = Plan(bundle.digest, source, fingerprint, tuple(networks), tuple(candidates))
         write_atomically(folder / PLAN, (json.dumps(plan.to_dict(), indent=1) + "\n").encode())
         return plan

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import ConfigError
-from refract.pipeline.training.source_model import bundle_folder, check_no_hub_page, is_remote_bundle
+from refract.pipeline.config.model_weights import bundle_folder, check_no_hub_page, is_in_mlflow, is_remote_bundle
 from refract.remote.address import is_remote
 
 
@@ -36,7 +36,7 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
     if name is None and weights in (None, "none"):
         return None
     check_no_hub_page(weights or "none")
-    if weights is not None and (weights.startswith(("models:", "runs:")) or is_remote_bundle(weights)):
+    if weights is not None and (is_in_mlflow(weights) or is_remote_bundle(weights)):
         raise ConfigError(
             f"--model.weights {weights}: init reads no model of MLflow and no bundle at a URL; give the folder of a bundle or a run, "
             f"and write {weights} to the config's model.weights afterwards"

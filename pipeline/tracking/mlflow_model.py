@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.bundle.info import BundleInfo
-from refract.models.factory import NO_IMAGES
+from refract.models.modalities import NO_IMAGES
 from refract.pipeline.inference.pyfunc import CONFIG, LOADER, outputs_of
 
 if TYPE_CHECKING:

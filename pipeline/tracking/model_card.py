@@ -9,7 +9,7 @@ from typing import Any
 
 from refract.models.bundle.bundle import load_bundle
 from refract.models.bundle.info import BundleInfo
-from refract.models.factory import NO_IMAGES
+from refract.models.modalities import NO_IMAGES
 from refract.pipeline.evaluation.error_images import FOLDER
 from refract.pipeline.files import write_atomically
 

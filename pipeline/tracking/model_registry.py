@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking.address import absolute, tracking_uri, with_credentials
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def client_of(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
+def registry_of(tracking: TrackingConfig) -> tuple[Any, str, dict[str, str]]:
     """Return (client, the registered model's name, its aliases). The aliases are empty if the model is not registered yet."""
     from refract.pipeline.tracking.aliases import PromotionError, aliases
     from refract.pipeline.tracking.database import make_database
 
-    uri, name = absolute(tracking_uri(config.tracking)), str(config.tracking.model_name)
+    uri, name = absolute(tracking_uri(tracking)), str(tracking.model_name)
     make_database(uri)
     client = client_of(uri)
     try:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.stopping import stop_requests
-from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.ranks import Ranks, batches_of_step, current_ranks, from_rank_0
 from refract.pipeline.training.source_model import SourceModel, source_model
 from refract.plugins import load
@@ -62,6 +61,11 @@ class Assembly:
         return self.config.model.weights if self.source is None else str(self.source.bundle.path)
 
     @property
+    def network_record(self) -> dict[str, Any]:
+        """The bundle's record of the image network."""
+        return self.config.model.record(self.config.data.sides())
+
+    @property
     def start(self) -> dict[str, str]:
         """The record of the model or of the Hub's weights that training starts from: `source` is model.weights as configured; else {}."""
         if self.source is not None:
@@ -86,15 +90,10 @@ def assemble(
     from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
-    from refract.pipeline.training.build import (
-        check_recipe,
-        check_task,
-        make_module,
-        make_preprocess,
-        with_normalisation,
-    )
+    from refract.pipeline.data.preprocessing import make_preprocess, with_normalisation
+    from refract.pipeline.training.build import make_module
     from refract.pipeline.training.device import choose_device, choose_precision
-    from refract.pipeline.training.strategies import check_ranks
+    from refract.pipeline.training.recipe import check_ranks, check_recipe, check_task
 
     if config.trainer.folds and config.trainer.fold is None:
         raise ConfigError(
@@ -125,16 +124,17 @@ def assemble(
     pinned_from = config.model.weights if is_on_hub(config.model.weights) else None
     if pinned_from is not None:
         config = config.changed({"model.weights": from_rank_0("weights", lambda: pinned(pinned_from))})
-    source, local = source_model(config, source_digest), config
+    source = source_model(config.model.weights, Path(config.trainer.runs_dir), config.tracking, source_digest)
+    local = config
     if source is not None:
         config = config.changed({"model.weights": source.weights})
         local = config.changed({"model.weights": str(source.bundle.path)})
-    preprocess = make_preprocess(local)
+    preprocess = make_preprocess(local.data, local.model)
     manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config.loss, manifest.task)
     check_ranks(config, len(manifest.of("val")), ranks.count)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
-    preprocess, arrays = with_normalisation(local, preprocess, manifest)
+    preprocess, arrays = with_normalisation(preprocess, manifest, local.data.normalize, local.model.weights)
     module, text = make_module(local, manifest, augmenter, preprocess, arrays, source)
     if config.model.starts_from_probe:
         config = _with_fitted_head(config, module, manifest, asked)
@@ -198,7 +198,7 @@ def fit(
     if assembly.config.model.on_embeddings:
         from refract.pipeline.features.training import fit_on_embeddings
 
-        return fit_on_embeddings(assembly, network_record(assembly.config)["network"], run_dir, tracker).history
+        return fit_on_embeddings(assembly, run_dir, tracker).history
     import torch
 
     from refract.models.training.lightning_imports import EarlyStopping
@@ -215,7 +215,7 @@ def fit(
     if config.model.starts_from_probe and checkpoint is None:
         from refract.pipeline.features.training import fitted_head
 
-        fitted_head(assembly, "probe", network_record(config)["network"], run_dir)
+        fitted_head(assembly, "probe", run_dir)
         module.train()
     swa = config.trainer.swa_start
     folder = run_dir.resolve() / CHECKPOINTS
@@ -278,7 +278,7 @@ def _network_facts(assembly: Assembly) -> dict[str, Any]:
     preprocess, config = assembly.data.preprocess, assembly.config
     tokens = assembly.module.classifier.tokens
     return {
-        **network_record(config),
+        "network": assembly.network_record,
         "text": assembly.text,
         "files": {} if tokens is None else dict(tokens.files),
         "classes": len(assembly.manifest.labels),
@@ -337,6 +337,6 @@ def with_decisions_of_rank_0(config: Config) -> Config:
     """Return the config with the last decision in `data.labels`. Ranks that start some minutes later use the same one."""
     from refract.pipeline.labels.address import pinned
 
-    if config.data.labels is None:
+    if (labels := config.data.labels) is None:
         return config
-    return config.changed({"data.labels": from_rank_0("labels", lambda: str(pinned(config).data.labels))})
+    return config.changed({"data.labels": from_rank_0("labels", lambda: str(pinned(labels)))})

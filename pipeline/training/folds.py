@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from refract.augment.policy import load_policy
 from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.sections import TrainerConfig
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin
 from refract.pipeline.training.ranks import current_ranks
@@ -57,10 +58,10 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
 
     load(config.plugins)
     device = choose_device(config.trainer.device)
-    _refuse_ranks(config, device)
+    _refuse_ranks(config.trainer, device)
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
-    config = pinned(config)
+    config = config.changed({"data.labels": pinned(config.data.labels)})
     data = prepare_folds(config)
     code, _ = code_state()
     hardware = machine(device, choose_precision(config.trainer, device))
@@ -86,11 +87,11 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
     return FoldsResult(run.path, assessment, waiting, copy.error)
 
 
-def _refuse_ranks(config: Config, device: str) -> None:
-    count = current_ranks(config.trainer.devices, device).count
+def _refuse_ranks(trainer: TrainerConfig, device: str) -> None:
+    count = current_ranks(trainer.devices, device).count
     if count > 1:
         raise ConfigError(
-            f"trainer.folds: {config.trainer.folds} trains in one process, got {count} ranks (trainer.devices or torchrun); "
+            f"trainer.folds: {trainer.folds} trains in one process, got {count} ranks (trainer.devices or torchrun); "
             "set trainer.devices: 1, or train each fold by itself, from trainer.fold: 1 on"
         )
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import ModelConfig
 
 if TYPE_CHECKING:
     from refract.augment import Preprocess
@@ -16,14 +16,6 @@ log = logging.getLogger(__name__)
 
 MOST_IMAGES = 5000
 """Largest number of training images that a network or an initialisation gets before the first step."""
-
-
-def loads_weights(config: Config) -> bool:
-    """Whether training starts from loaded weights, of the image network or of the text network."""
-    from refract.models.multimodal.text_networks import HASHING
-
-    text = config.text
-    return config.model.weights != "none" or (text.name not in ("none", HASHING) and text.weights != "none")
 
 
 def head_rows(source: "SourceModel | None", labels: Sequence[str]) -> list[int | None] | None:
@@ -43,7 +35,7 @@ def head_rows(source: "SourceModel | None", labels: Sequence[str]) -> list[int |
     return rows
 
 
-def start_weights(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
+def start_weights(model: ModelConfig, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
     """Apply model.init, and prepare networks that need training images before the first step.
 
     With loaded weights, model.init applies only to the head, and the network is already prepared.
@@ -53,12 +45,12 @@ def start_weights(config: Config, classifier: "Classifier", preprocess: "Preproc
     from refract.models.multimodal.fusion import Reader
 
     network: Any = classifier.network
-    init = config.model.init
-    if config.model.weights != "none" and init != "default":
+    init = model.init
+    if model.weights != "none" and init != "default":
         initialise(head_of(network), init)
     if isinstance(network, Reader):  # text.weights initialises the text network
         network = network.images
-    if config.model.weights != "none" or network is None:
+    if model.weights != "none" or network is None:
         return
     prepare = getattr(network, "prepare", None)
     images = _training_images(preprocess, manifest) if prepare is not None or init == "lsuv" else None

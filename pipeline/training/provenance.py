@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.config.model_weights import bundle_folder
 from refract.pipeline.config.plugin_files import plugin_digests
-from refract.pipeline.training.source_model import bundle_folder
 
 PACKAGES = (
     "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",

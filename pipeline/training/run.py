@@ -15,7 +15,6 @@ from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit
 from refract.pipeline.training.further_ranks import start_of_ranks, train_further_rank
-from refract.pipeline.training.network_record import network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
 from refract.pipeline.training.ranks import from_rank_0
 from refract.plugins import provider
@@ -270,7 +269,7 @@ def _fit(
         return fit(assembly, run.path, tracker, checkpoint, watchers), None
     from refract.pipeline.features.training import fit_on_embeddings
 
-    embedded = fit_on_embeddings(assembly, network_record(assembly.config)["network"], run.path, tracker)
+    embedded = fit_on_embeddings(assembly, run.path, tracker)
     return embedded.history, embedded
 
 
@@ -349,8 +348,8 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment", embedde
         name=config.tracking.model_name or run_dir.name,
         task=manifest.task,
         labels=manifest.labels,
-        **network_record(config),
-        plugins=_network_plugins(config),
+        network=assembly.network_record,
+        plugins=_network_plugins(config.model.name),
         text=assembly.text,
         preprocess=preprocess.to_dict(),
         temperature=decision.temperature,
@@ -378,9 +377,9 @@ def _hierarchy(manifest: "Manifest", threshold: float | None) -> dict[str, Any] 
     return None if manifest.hierarchy is None else {"parents": dict(manifest.hierarchy.parents), "threshold": threshold}
 
 
-def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:
+def _network_plugins(name: str) -> tuple[dict[str, str], ...]:
     """Return the bundle's record of the plugin that the network needs, empty for a network of Refract or a catalogue."""
-    plugin = provider("network", config.model.name)
+    plugin = provider("network", name)
     return () if plugin is None else ({"name": plugin.name, "sha256": plugin.sha256},)
 
 

@@ -6,14 +6,21 @@ Each is a verified bundle on this machine. Independent of networks.
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from refract.pipeline.config.config import Config, ConfigError
-from refract.remote.address import is_remote
+from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.model_weights import (
+    BUNDLE,
+    bundle_folder,
+    check_no_hub_page,
+    is_in_mlflow,
+    is_remote_bundle,
+)
+from refract.pipeline.config.sections import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,11 +31,8 @@ FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID"
 DOWNLOADS = ".models"
 """The folder in `trainer.runs_dir` with the downloaded bundles, named by their digests. It can be removed when no run is unfinished."""
 
-BUNDLE, RECORD = "bundle", "bundle.json"
-
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 _MLFLOW_RUN = re.compile(r"runs:/(?P<run>[A-Za-z0-9_-]+)(/bundle)?")
-_HUB_PAGE = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)/?")
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -45,47 +49,18 @@ class SourceModel:
     record: dict[str, str]
 
 
-def names_model(weights: str) -> bool:
-    """Whether model.weights names a model: its head has labels, and its batch norms have statistics of a training of Refract."""
-    return _is_in_mlflow(weights) or is_remote_bundle(weights) or bundle_folder(weights) is not None
-
-
-def is_remote_bundle(weights: str) -> bool:
-    """Whether model.weights is the URL of a bundle: of a folder that is not on the Hugging Face Hub, whose repositories have weights.
-
-    On a web server, only a name without a suffix can be a folder.
-    """
-    from refract.models.pretrained.weights_files import SUFFIXES, is_on_hub, is_web
-
-    if not is_remote(weights) or is_on_hub(weights):
-        return False
-    name = PurePosixPath(urlsplit(weights).path)
-    return not name.suffix if is_web(weights) else name.suffix not in SUFFIXES
-
-
-def check_no_hub_page(weights: str) -> None:
-    """Raise ConfigError if model.weights is the address of a repository's page on the Hugging Face Hub."""
-    if (page := _HUB_PAGE.fullmatch(weights)) is not None:
-        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page[1]}")
-
-
-def bundle_folder(weights: str) -> Path | None:
-    """Return the bundle's folder if model.weights is the folder of a bundle or of a run; else None."""
-    if weights in ("none", "default") or _is_in_mlflow(weights):
-        return None
-    candidates = (Path(weights), Path(weights) / BUNDLE)
-    return next((folder for folder in candidates if (folder / RECORD).is_file()), None)
-
-
-def source_model(config: Config, digest: str | None = None) -> SourceModel | None:
+def source_model(
+    weights: str, runs_dir: Path, tracking: TrackingConfig, digest: str | None = None
+) -> SourceModel | None:
     """Return the model that `model.weights` names, verified. None if it names other weights.
 
-    digest: the digest of the bundle that a resumed run started from; its download is then used without MLflow.
+    runs_dir: `trainer.runs_dir`, whose DOWNLOADS keeps a model of MLflow; tracking: where MLflow is; digest: the digest of the
+    bundle that a resumed run started from; its download is then used without MLflow.
     ConfigError if the model is unknown, has no bundle, is damaged, or has another digest; TrackingError if MLflow cannot be reached.
     """
-    weights = config.model.weights
-    if _is_in_mlflow(weights):
-        source = _stored(config, digest) or _downloaded(config)
+    if is_in_mlflow(weights):
+        downloads = runs_dir / DOWNLOADS
+        source = _stored(weights, downloads, digest) or _downloaded(weights, downloads, tracking)
     elif is_remote_bundle(weights):
         check_no_hub_page(weights)
         source = SourceModel(_verified(weights, weights), weights, {})
@@ -103,10 +78,6 @@ def source_model(config: Config, digest: str | None = None) -> SourceModel | Non
     return SourceModel(bundle, source.weights, named | source.record)
 
 
-def _is_in_mlflow(weights: str) -> bool:
-    return weights.startswith(("models:", "runs:"))
-
-
 def _verified(folder: str | Path, weights: str) -> "Bundle":
     from refract.models.bundle.bundle import BundleError, load_bundle
 
@@ -116,39 +87,37 @@ def _verified(folder: str | Path, weights: str) -> "Bundle":
         raise ConfigError(f"model.weights: {weights} is not a bundle that can be verified: {error}") from error
 
 
-def _stored(config: Config, digest: str | None) -> SourceModel | None:
+def _stored(weights: str, downloads: Path, digest: str | None) -> SourceModel | None:
     """Return the earlier download of a resumed run's model; None without an intact one."""
-    if digest is None or not (folder := _downloads(config) / digest[:16]).is_dir():
+    if digest is None or not (folder := downloads / digest[:16]).is_dir():
         return None
     try:
-        return SourceModel(_verified(folder, config.model.weights), config.model.weights, {})
+        return SourceModel(_verified(folder, weights), weights, {})
     except ConfigError:
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
-def _downloads(config: Config) -> Path:
-    return Path(config.trainer.runs_dir) / DOWNLOADS
+def _downloaded(weights: str, downloads: Path, tracking: TrackingConfig) -> SourceModel:
+    """Download the bundle from MLflow to its folder in `downloads`."""
+    from refract.pipeline.tracking.address import tracking_uri
 
-
-def _downloaded(config: Config) -> SourceModel:
-    """Download the bundle from MLflow to its folder in `trainer.runs_dir`."""
-    weights = config.model.weights
     registered, run = _REGISTERED.fullmatch(weights), _MLFLOW_RUN.fullmatch(weights)
     if registered is None and run is None:
         raise ConfigError(f"model.weights: {weights!r} is not a model of MLflow; expected {FORMS}")
-    client = _client(config)
-    downloads = _downloads(config)
+    uri = tracking_uri(tracking)
+    client = _client(weights, uri)
     downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=downloads, prefix=".download-") as temporary:
-        if registered is not None:
-            version = _asked(config, lambda: _version(client, registered))
-            pinned, record = f"models:/{registered['name']}/{version}", {"version": version}
-            folder = _asked(config, lambda: _fetch_version(client, registered["name"], version, temporary))
-        else:
-            assert run is not None
-            pinned, record = weights, {"run": run["run"]}
-            folder = _asked(config, lambda: _fetch_run(client, run["run"], temporary))
+        with _located_errors(weights, uri):
+            if registered is not None:
+                version = _version(client, registered)
+                pinned, record = f"models:/{registered['name']}/{version}", {"version": version}
+                folder = _fetch_version(client, registered["name"], version, temporary)
+            else:
+                assert run is not None
+                pinned, record = weights, {"run": run["run"]}
+                folder = _fetch_run(client, run["run"], temporary)
         bundle = _verified(folder, weights)
         target = downloads / bundle.digest[:16]
         if not target.is_dir():
@@ -160,16 +129,16 @@ def _downloaded(config: Config) -> SourceModel:
     return SourceModel(_verified(target, weights), pinned, record)
 
 
-def _client(config: Config) -> Any:
-    from refract.pipeline.tracking.address import absolute, check_address, sqlite_path, tracking_uri
+def _client(weights: str, uri: str) -> Any:
+    from refract.pipeline.tracking.address import absolute, check_address, sqlite_path
     from refract.pipeline.tracking.model_registry import client_of
 
-    uri = absolute(tracking_uri(config.tracking))
+    uri = absolute(uri)
     check_address(uri)
     database = sqlite_path(uri)
     if database is not None and not database.is_file():  # MLflow would create an empty database
         raise ConfigError(
-            f"model.weights: {config.model.weights}: there is no {database}; set tracking.uri or MLFLOW_TRACKING_URI to the "
+            f"model.weights: {weights}: there is no {database}; set tracking.uri or MLFLOW_TRACKING_URI to the "
             "address of the model's MLflow"
         )
     return client_of(uri)
@@ -197,21 +166,21 @@ def _fetch_run(client: "MlflowClient", run: str, folder: str) -> Path:
     return Path(client.download_artifacts(run, BUNDLE, folder))
 
 
-def _asked(config: Config, call: Callable[[], Any]) -> Any:
-    """Return the result of a call of MLflow. ConfigError if MLflow has no such model or run; TrackingError for other failures."""
+@contextmanager
+def _located_errors(weights: str, uri: str) -> Iterator[None]:
+    """Raise ConfigError where MLflow has no such model or run, and TrackingError for its other failures."""
     from mlflow.exceptions import MlflowException
 
     from refract.models.credentials import masked
     from refract.pipeline.tracking import TrackingError
-    from refract.pipeline.tracking.address import tracking_uri
     from refract.pipeline.tracking.store import first_line
 
     try:
-        return call()
+        yield
     except ConfigError:
         raise
     except Exception as error:  # MLflow, and the libraries below it and its artifact stores, raise many types
-        weights, address = config.model.weights, masked(tracking_uri(config.tracking))
+        address = masked(uri)
         if isinstance(error, MlflowException) and error.error_code in _MISSING:
             what = "run" if weights.startswith("runs:") else "model, version or alias"
             raise ConfigError(

@@ -1,19 +1,15 @@
 """Lightning's strategies for several ranks."""
 
 import atexit
-import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from refract.models.training.lightning_imports import DDPStrategy, ModelParallelStrategy, Strategy
-from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.training.attempt import current_attempt
 from refract.pipeline.training.ranks import by_torchrun
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 
 class Replicas(DDPStrategy):
@@ -63,40 +59,6 @@ def strategy_of(ranks: int, mode: str, name: str) -> "Strategy | str":
     if ranks == 1:
         return "auto"
     return Shards(ranks) if name == "fsdp" else Replicas(find_unused_parameters=mode != "fine-tune")
-
-
-def check_ranks(config: Config, val_samples: int, ranks: int) -> None:
-    """Raise ConfigError for settings that several ranks exclude, and for fewer validation samples than ranks."""
-    if ranks == 1:
-        if config.trainer.strategy == "fsdp":
-            log.warning("trainer.strategy: fsdp has no effect with one rank; start several with `refract torchrun`")
-        return
-    if config.model.on_embeddings:
-        raise ConfigError(
-            f"model.mode: {config.model.mode} fits the head in one process, got {ranks} ranks; use `refract train` without torchrun"
-        )
-    if val_samples < ranks:
-        raise ConfigError(
-            f"{ranks} ranks need a validation sample each, got {val_samples}; raise data.val_fraction, or start fewer ranks"
-        )
-    if config.trainer.strategy == "fsdp":
-        _check_shards(config)
-
-
-def _check_shards(config: Config) -> None:
-    """Raise ConfigError for settings that need whole weights on each rank."""
-    for key, value, accepted in (
-        ("model.mode", config.model.mode, "fine-tune"),
-        ("optim.sam", config.optim.sam, 0),
-        ("loss.penalty", config.loss.penalty, 0),
-        ("trainer.compile", config.trainer.compile, False),
-    ):
-        if value != accepted:
-            raise ConfigError(
-                f"{key}: {value} needs the whole weights on each rank; set {key}: {accepted}, or trainer.strategy: ddp"
-            )
-    if config.optim.name == "muon":
-        raise ConfigError("optim.name: muon needs whole matrices; set optim.name: adamw, or trainer.strategy: ddp")
 
 
 def connect(device: "torch.device") -> None:

@@ -166,7 +166,7 @@ def with_decisions(study: optuna.Study, config: Config) -> Config:
     if config.data.labels is None:
         return config
     if LABELS not in study.user_attrs:
-        study.set_user_attr(LABELS, pinned(config).data.labels)
+        study.set_user_attr(LABELS, pinned(config.data.labels))
     return config.changed({"data.labels": study.user_attrs[LABELS]})
 
 

@@ -24,9 +24,9 @@ from refract.pipeline.data.archives.archive import index_of_archive
 from refract.pipeline.data.cache import CacheError
 from refract.pipeline.data.image_paths import listed_images
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import draw_splits, write_splits
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.inference.batch.listing import listing_of
 from refract.pipeline.training.run import train
 

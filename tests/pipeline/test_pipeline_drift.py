@@ -26,9 +26,9 @@ from refract.models.multimodal.tokens import HashedNgrams
 from refract.models.registry import build
 from refract.pipeline.cli.drift import main
 from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.drift.compare import compare
 from refract.pipeline.drift.measure import Measured, measure_drift
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.drift.outputs import stored_outputs_suffice
 from refract.pipeline.drift.profile import Profile, profile
 from refract.pipeline.features.embed import Stored

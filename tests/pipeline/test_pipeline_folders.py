@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from refract.augment.image_files import image_files, list_folder, walk
 from refract.pipeline.data.image_paths import listed_images
 from refract.pipeline.data.manifest import DataError, load_manifest
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.data.sources.folders import split_of
 from refract.pipeline.data.validation import check_classes
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.inference.batch.listing import listing_of
 from refract.pipeline.suggest.survey import _folder_notes
 

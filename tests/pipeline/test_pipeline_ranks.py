@@ -26,8 +26,8 @@ from refract.pipeline.training.callbacks.averaging import best_weights
 from refract.pipeline.training.fit import assemble
 from refract.pipeline.training.rank_failure import store_error
 from refract.pipeline.training.ranks import batches_of_step
+from refract.pipeline.training.recipe import check_ranks
 from refract.pipeline.training.run_directory import stored_config
-from refract.pipeline.training.strategies import check_ranks
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import EvaluationConfig
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation.advice import closing_notes, notes_on
 from refract.pipeline.evaluation.evaluate import Evaluation
@@ -77,15 +77,15 @@ def test_a_small_test_set_gets_a_note() -> None:
 
 @pytest.mark.parametrize("measured", [True, False])
 def test_the_closing_notes_name_the_command_that_measures_all_images(measured: bool, tmp_path: Path) -> None:
-    config = Config().changed({"data.source": "my images"})
+    source = {"source": "my images", "images": True}
     numbers = {"notes": ["a note"], **({"robustness": {"summary": "0.4 on 30 images"}} if measured else {})}
     (tmp_path / "report.json").write_text(json.dumps(numbers))
-    note, robust = closing_notes(tmp_path, config, "bin/")
+    note, robust = closing_notes(tmp_path, EvaluationConfig(), "bin/", **source)
     assert note == ("note", "a note")
     assert f"bin/refract evaluate {tmp_path}/bundle 'my images' --robustness full" in robust[1]
     assert ("0.4 on 30 images" in robust[1]) == measured == ("not measured" not in robust[1])
-    config = config.changed({"evaluation.robustness": "none"})
-    assert measured or closing_notes(tmp_path, config, "") == [("note", "a note")]
+    without = EvaluationConfig(robustness="none")
+    assert measured or closing_notes(tmp_path, without, "", **source) == [("note", "a note")]
 
 
 @pytest.mark.parametrize(("threshold", "reported"), [(1.0, True), (0.98, False)])
@@ -93,7 +93,8 @@ def test_a_bundle_that_always_abstains_is_reported(threshold: float, reported: b
     (tmp_path / "report.json").write_text(
         json.dumps({"abstaining": {"abstain_below": threshold}, "robustness": {"summary": "x"}})
     )
-    notes = [note for topic, note in closing_notes(tmp_path, Config(), "") if topic == "note"]
+    closing = closing_notes(tmp_path, EvaluationConfig(), "", source="digits", images=True)
+    notes = [note for topic, note in closing if topic == "note"]
     assert bool(notes) == reported
     assert all(
         "no confidence reaches 95% precision" in note and "lower --evaluation.precision" in note for note in notes

@@ -214,12 +214,12 @@ def with_config(path: Path, network: str, size: tuple[int, int], config: dict, *
 def test_default_candidates_are_smaller_and_start_from_the_bundle_where_its_weights_fit(tmp_path: Path) -> None:
     bundle = with_config(tmp_path / "resnet", "resnet20", (32, 40), {})
     config = config_of_bundle(bundle, None)
-    found = {candidate.name: candidate for candidate in default_candidates(bundle, config)}
+    found = {candidate.name: candidate for candidate in default_candidates(bundle, config.model)}
     assert [*found] == ["resnet20-24", "resnet20-16", "cnn-32", "lenet5-32"]
     assert found["resnet20-24"].size == (24, 30) and found["cnn-32"].size == (32, 40)
     assert found["resnet20-24"].weights == str(bundle.path) and found["cnn-32"].weights == "none"
     fixed = with_config(tmp_path / "lenet", "lenet5", (32, 32), {})  # its weights depend on the size
-    found = {candidate.name: candidate for candidate in default_candidates(fixed, config_of_bundle(fixed, None))}
+    found = {candidate.name: candidate for candidate in default_candidates(fixed, config_of_bundle(fixed, None).model)}
     assert [*found] == ["lenet5-24", "lenet5-16"] and {candidate.weights for candidate in found.values()} == {"none"}
     assert "resnet20" in NETWORKS and "resnet20-32" not in found, "which has more parameters than lenet5"
 
@@ -232,7 +232,7 @@ def test_a_candidates_config_keeps_the_recipe_and_chooses_the_learning_rate_anew
     }
     bundle = with_config(tmp_path, "resnet20", (32, 32), recipe)
     config = config_of_bundle(bundle, "digits", ["plugin.py"])
-    own, other = named_candidates(bundle, config, ["resnet20:16", "lenet5"])
+    own, other = named_candidates(bundle, config.model, ["resnet20:16", "lenet5"])
     made = config_of(own, bundle, config, "small/runs")
     assert (made.optim.lr, made.optim.head_lr, made.loss.teacher) == (None, None, str(bundle.path))
     assert (made.data.sides(), made.data.source, made.trainer.runs_dir) == ((16, 16), "digits", "small/runs")

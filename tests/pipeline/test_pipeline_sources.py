@@ -16,9 +16,9 @@ from refract.pipeline.data import sources, storage
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.image_paths import listed_images
 from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.data.sources.source import Rows, Source
 from refract.pipeline.data.splits import write_splits
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.inference.batch.listing import listing_of
 
 

@@ -88,7 +88,7 @@ def test_snapshots_of_versions_with_an_alias_stay(
         client.create_model_version("colors", str(tmp_path), tags={"snapshot": snapshot.digest})
     client.set_registered_model_alias("colors", "champion", "1")
     with caplog.at_level(logging.INFO):
-        remove_unused(workspace_of(config), config, str(config.tracking.uri))
+        remove_unused(workspace_of(config), config.retrain.keep_snapshots, "colors", str(config.tracking.uri))
     assert stored(config) == names([first, third])
     assert f"snapshots: removed {second.folder.name}; retrain.keep_snapshots is 1" in caplog.text
 
@@ -96,7 +96,7 @@ def test_snapshots_of_versions_with_an_alias_stay(
 def test_null_keeps_all_snapshots(tmp_path: Path) -> None:
     config = config_at(tmp_path, keep=None)
     snapshots = three(tmp_path, config)
-    remove_unused(workspace_of(config), config, "sqlite:///does/not/exist.db")
+    remove_unused(workspace_of(config), config.retrain.keep_snapshots, "colors", "sqlite:///does/not/exist.db")
     assert stored(config) == names(snapshots)
 
 
@@ -111,10 +111,10 @@ def test_snapshots_of_unfinished_runs_and_of_the_last_accepted_one_stay(tmp_path
         (workspace.root / "runs" / f"{number}").mkdir(parents=True)
         record: Any = {"snapshot": snapshot.record(), **ended}
         write_run(workspace.root / "runs" / f"{number}", record)
-    remove_unused(workspace, config, str(config.tracking.uri))
+    remove_unused(workspace, config.retrain.keep_snapshots, "colors", str(config.tracking.uri))
     assert stored(config) == names(snapshots), "the first is the last accepted one, and the second is in use"
     write(workspace.root / "last.json", {"snapshot": snapshots[2].record()})
-    remove_unused(workspace, config, str(config.tracking.uri))
+    remove_unused(workspace, config.retrain.keep_snapshots, "colors", str(config.tracking.uri))
     assert stored(config) == names(snapshots[1:])
 
 
@@ -127,7 +127,7 @@ def test_without_mlflow_nothing_is_removed(
     if content is not None:
         (tmp_path / "mlflow.db").write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        remove_unused(workspace_of(config), config, f"sqlite:///{tmp_path}/mlflow.db")
+        remove_unused(workspace_of(config), config.retrain.keep_snapshots, "colors", f"sqlite:///{tmp_path}/mlflow.db")
     assert stored(config) == names(snapshots)
     assert "snapshots: old ones stay for now: " in caplog.text
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refract.pipeline.data.manifest import DataError, load_manifest
+from refract.pipeline.data.new_data import read_data
 from refract.pipeline.data.sources.tables import read_table
 from refract.pipeline.data.texts import texts_of
-from refract.pipeline.drift.new_data import read_data
 from refract.pipeline.inference.batch.listing import listing_of
 
 Write = Callable[..., Path]

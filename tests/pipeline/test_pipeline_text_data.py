@@ -11,7 +11,7 @@ from refract.pipeline.config.config import ConfigError, config_from_dict
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.data.scan import scan
 from refract.pipeline.data.splits import draw_splits
-from refract.pipeline.training.build import check_inputs
+from refract.pipeline.data.validation import check_inputs
 
 
 def test_rows_without_an_image_and_images_with_two_captions(tmp_path: Path) -> None:
@@ -34,15 +34,14 @@ def test_rows_without_an_image_and_images_with_two_captions(tmp_path: Path) -> N
         manifest.with_samples(manifest.samples * 1), both.groups, val_fraction=0.2, test_fraction=0.2, seed=1
     )
     assert split.samples[0].split == split.samples[1].split
-    config = config_from_dict({"text": {"name": "hashing"}})
-    check_inputs(config, manifest)
+    check_inputs(manifest, frozenset({"images", "texts"}))
     with pytest.raises(
         DataError, match=r"2 samples have no image, such as m\.csv#4; to read texts, set text\.name: hashing"
     ):
-        check_inputs(config_from_dict({}), manifest)
+        check_inputs(manifest, frozenset({"images"}))
     manifest = load_manifest(rewritten(tmp_path / "m.csv", "n.csv", lambda i, text: "\x07 " if i == 5 else text))
     with pytest.raises(DataError, match="2 samples have no text"):
-        check_inputs(config_from_dict({"model": {"name": "none"}, "text": {"name": "hashing"}}), manifest)
+        check_inputs(manifest, frozenset({"texts"}))
 
 
 @pytest.mark.parametrize(
@@ -119,15 +118,16 @@ def test_samples_without_an_image_do_not_affect_image_statistics_and_cost(tmp_pa
     from refract.augment import Augmenter, Preprocess
     from refract.models.multimodal.tokens import HashedNgrams
     from refract.pipeline.data.datamodule import ImageDataModule, fits_memory
-    from refract.pipeline.training.build import with_normalisation
+    from refract.pipeline.data.preprocessing import with_normalisation
     from refract.pipeline.training.initial_weights import _training_images
 
     captions.write_images(tmp_path, count=4)
     rows = [[f"images/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
     shown = manifest.with_samples([sample for sample in manifest.samples if sample.has_image])
-    preprocess, config = Preprocess(16, 16), config_from_dict({"data": {"normalize": "data"}})
-    assert with_normalisation(config, preprocess, manifest)[0] == with_normalisation(config, preprocess, shown)[0]
+    preprocess = Preprocess(16, 16)
+    of_all, of_shown = (with_normalisation(preprocess, one, "data", "none")[0] for one in (manifest, shown))
+    assert of_all == of_shown != preprocess
     assert len(_training_images(preprocess, manifest)) == 2
     assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.has_image])
     own = {"augmenter": Augmenter([], 3, size=16), "preprocess": preprocess, "batch_size": 2, "tokens": HashedNgrams()}
@@ -157,7 +157,7 @@ def test_texts_of_a_split_exclude_other_splits(tmp_path: Path) -> None:
 
 def test_consistency_with_texts_is_rejected() -> None:
     from refract.augment import Augmenter
-    from refract.pipeline.training.build import check_recipe
+    from refract.pipeline.training.recipe import check_recipe
 
     policy = Augmenter([{"AugMix": {}}])
     check_recipe(config_from_dict({"loss": {"consistency": 12.0}}), policy, "32-true")

@@ -242,24 +242,28 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
     other = untrained(tmp_path / "longer", "images texts", max_length=9)
     student = {reads: load_bundle(path).classifier() for reads, path in bundles.items()}
 
-    def taught(by: Path, reads: str, side: object = 32) -> frozenset[str]:
-        data = {"image_size": side}
-        config = config_from_dict({"data": data, "loss": {"teacher": str(by)}})
-        return _teacher(config, manifest, student[reads])[0].reads
+    def taught(by: Path, reads: str, side: tuple[int, int] = (32, 32)) -> frozenset[str]:
+        height, width = side
+        return _teacher(str(by), (height, width), manifest, student[reads])[0].reads
 
     for path in bundles.values():
         assert taught(path, "images texts") <= {"images", "texts"}
-    assert taught(bundles["texts"], "images texts", side=48) == {"texts"}, "which has no images to be of a size"
+    assert taught(bundles["texts"], "images texts", side=(48, 48)) == {"texts"}, "which has no images to be of a size"
     for by, reads, side, message in (
-        (bundles["images texts"], "images", 32, "reads texts, which this training does not"),
-        (bundles["images"], "texts", 32, "reads images, which this training does not"),
+        (bundles["images texts"], "images", (32, 32), "reads texts, which this training does not"),
+        (bundles["images"], "texts", (32, 32), "reads images, which this training does not"),
         (
             bundles["images"],
             "images texts",
-            [48, 32],
+            (48, 32),
             r"has the image size \(32, 32\), but this training has \(48, 32\)",
         ),
-        (other, "images texts", 32, "tokenises texts differently from this training; use its text.name, text.max"),
+        (
+            other,
+            "images texts",
+            (32, 32),
+            "tokenises texts differently from this training; use its text.name, text.max",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             taught(by, reads, side)
@@ -269,7 +273,8 @@ def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
     import torch
 
     from refract.augment import Augmenter
-    from refract.pipeline.training.build import make_module, make_preprocess
+    from refract.pipeline.data.preprocessing import make_preprocess
+    from refract.pipeline.training.build import make_module
 
     captions.write_images(tmp_path, count=4)
     rows = [[f"images/{i:05}.png", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
@@ -280,7 +285,9 @@ def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
         values = {"data": {"image_size": 32}, "model": {"name": "lenet5", "init": init, "weights": "none"}}
         config = config_from_dict({**values, "text": text, "trainer": trainer})
         torch.manual_seed(0)
-        module, _ = make_module(config, manifest, Augmenter([], size=32), make_preprocess(config), {})
+        module, _ = make_module(
+            config, manifest, Augmenter([], size=32), make_preprocess(config.data, config.model), {}
+        )
         found[init] = module.classifier.network
     for init in ("zeros", "lsuv"):
         one, other = found["default"].state_dict(), found[init].state_dict()

@@ -19,9 +19,9 @@ from refract.pipeline.config.sections import DataConfig, TrainerConfig
 from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.prepare import prepare_data
+from refract.pipeline.data.preprocessing import make_preprocess, with_normalisation
 from refract.pipeline.data.train_order import TrainOrder
 from refract.pipeline.evaluation.evaluate import measured
-from refract.pipeline.training.build import make_preprocess, with_normalisation
 from refract.pipeline.training.fit import Assembly, fit
 from refract.pipeline.training.ranks import Ranks
 
@@ -89,7 +89,7 @@ def test_whitening_of_large_images_is_rejected(folder: Path) -> None:
     config = Config(data=DataConfig(source=str(folder), image_size=64, normalize="pca"))
     manifest, _ = prepare_data(config)
     with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small images .* got 64×64×3"):
-        with_normalisation(config, make_preprocess(config), manifest)
+        with_normalisation(make_preprocess(config.data, config.model), manifest, "pca", "none")
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
