@@ -3,7 +3,6 @@
 import logging
 import os
 import sqlite3
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -15,7 +14,7 @@ import numpy as np
 
 from refract.cache_folder import cache_folder
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.data.storage import scheme_of
+from refract.pipeline.data.storage import scheme_of, state_of
 from refract.pipeline.files import locked
 
 log = logging.getLogger(__name__)
@@ -30,9 +29,6 @@ FORMAT = 1
 DECODERS = ("refract", "numpy", "opencv-python-headless", "pillow", "pillow-heif", "simplejpeg", "turbojpeg")
 """Packages whose version, or absence, may change a record."""
 
-SETTLED_NS = 2_000_000_000
-"""Age of a file's last change, from which on its check is stored. A younger file could change again within one tick of its clock."""
-
 LIMIT = 2 << 30
 """Bytes of the cache, about 12 million files. A larger cache is removed when it is opened."""
 
@@ -44,11 +40,11 @@ ROWS = 5_000
 
 
 class ScanCache:
-    """Checks of local files by path, size, inode, and time of the last change of content and attributes.
+    """Checks of files by their path and their `refract.pipeline.data.storage.State`.
 
-    No program can set the time of the last change of attributes (ctime), so that a changed file is always noticed. The cache is one SQLite
-    file in `cache_folder()`, which several processes may use. If it cannot be used, all files are checked, and the reason is logged for
-    `--verbose`. Of the ranks that torchrun starts on a machine, one checks the images, and the others wait and use its checks.
+    The cache is one SQLite file in `cache_folder()`, which several processes may use. If it cannot be used, all files are checked, and the
+    reason is logged for `--verbose`. Of the ranks that torchrun starts on a machine, one checks the images, and the others wait and use its
+    checks.
     """
 
     _database: sqlite3.Connection | None = None
@@ -79,20 +75,14 @@ class ScanCache:
         self._turn.close()
 
     def states(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Return int64 N×4, the state of each sample's file; zeros for an image that is not in a local file, or whose file is too new."""
+        """Return int64 N×4, the state of each sample's file; zeros for an image without a file, or whose file has no state."""
         states = np.zeros((len(samples), 4), np.int64)
         if self._database is None:
             return states
-        settled = time.time_ns() - SETTLED_NS
-        for state, sample in zip(states, samples, strict=True):
-            if sample.data is None and not scheme_of(sample.path):
-                try:
-                    facts = os.stat(sample.path)  # noqa: PTH116 — a Path takes five times as long
-                except (OSError, ValueError):  # the check reports it
-                    continue
-                if max(facts.st_mtime_ns, facts.st_ctime_ns) <= settled:
-                    state[:] = facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
-        if not states.any():  # no check is stored, as of archives and remote files: the ranks work at the same time
+        for row, sample in zip(states, samples, strict=True):
+            if sample.data is None and (state := state_of(sample.path)) is not None:
+                row[:] = state
+        if not states.any():  # no check is stored, as of images in tables: the ranks work at the same time
             self._turn.close()
         return states
 
@@ -183,4 +173,6 @@ def _version(package: str) -> str:
 
 
 def _key(path: str) -> bytes:
+    if scheme_of(path):
+        return os.fsencode(path)
     return os.fsencode(os.path.abspath(path))  # noqa: PTH100 — a Path takes five times as long, and resolve() follows links

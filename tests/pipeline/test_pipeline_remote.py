@@ -5,6 +5,7 @@ import io
 import operator
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,30 @@ def test_a_file_is_fetched_once_and_a_damaged_copy_again(
     assert storage.read(url) == data
     stored.write_bytes(content[:10])
     assert storage.read(url) == data
+
+
+@pytest.mark.parametrize("name", ["images", "photos.tar"])
+def test_the_checks_of_unchanged_objects_are_kept(
+    name: str, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scan(load_manifest(f"s3://data/{name}").samples)
+    forget(monkeypatch)
+    again = load_manifest(f"s3://data/{name}")
+    shutil.rmtree(tmp_path / "cache" / "data")  # the images are no longer on this machine
+    server.proxy.reads.clear()
+    assert dict(scan(again.samples).images) == dict(first.images) and not server.proxy.reads
+
+
+def test_a_changed_object_is_checked_again(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [storage.read(f"s3://data/images/green/00{number}.png") for number in range(2)]
+    for label in "ab":
+        server.put(f"checked/{label}/1.png", images[0])
+    digests = dict(scan(load_manifest("s3://data/checked").samples).images)
+    server.put("checked/b/1.png", images[1])
+    forget(monkeypatch)
+    now = scan(load_manifest("s3://data/checked").samples).images
+    assert now["s3://data/checked/a/1.png"] == digests["s3://data/checked/a/1.png"]
+    assert now["s3://data/checked/b/1.png"] != digests["s3://data/checked/b/1.png"]
 
 
 def test_a_changed_file_is_noticed_and_never_mixed_with_the_former_one(

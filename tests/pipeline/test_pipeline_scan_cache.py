@@ -1,6 +1,7 @@
 """The cache of image checks: unchanged files are not decoded again, changed ones always are, and no state of the cache changes a result."""
 
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 from small_data import COLORS, make_image, write_image
 
 from refract.pipeline.data import scan as scan_module
-from refract.pipeline.data import scan_cache
+from refract.pipeline.data import scan_cache, storage
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.data.scan import MEASURED, Scan, scan
 from refract.pipeline.data.scan_cache import ScanCache
@@ -25,7 +26,7 @@ from refract.pipeline.data.scan_cache import ScanCache
 def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     """Four images, one unreadable file and one image from memory; checks are stored at once in an empty cache."""
     monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(scan_cache, "SETTLED_NS", 0)
+    monkeypatch.setattr(storage, "SETTLED_NS", 0)
     label = next(iter(COLORS))
     for number in range(4):
         write_image(tmp_path / f"{number}.png", make_image(label, number))
@@ -58,6 +59,26 @@ def test_unchanged_files_are_not_read_again(samples: list[Sample], tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
+def test_members_of_an_unchanged_archive_are_not_decoded_again(
+    kind: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(4):
+        shutil.copy(tmp_path / f"{number}.png", folder)
+    archive = shutil.make_archive(str(tmp_path / "photos"), kind, folder)
+    members = [Sample(f"{archive}/{number}.png", (0,)) for number in range(4)]
+    first = scan(members)
+    with sqlite3.connect(tmp_path / "cache" / "checks.sqlite") as database:
+        database.execute("UPDATE checks SET remark = 'stored'")
+    assert scan(members).remarks == dict.fromkeys((sample.path for sample in members), "stored")
+    shutil.copy(folder / "2.png", folder / "1.png")
+    shutil.make_archive(str(tmp_path / "photos"), kind, folder)
+    second = scan(members)
+    assert not second.remarks and second.images[members[1].path] == first.images[members[2].path]
+
+
 def test_a_change_that_keeps_size_and_time_is_noticed(samples: list[Sample], tmp_path: Path) -> None:
     first, file = scan(samples), tmp_path / "1.png"
     facts, content = file.stat(), bytearray(file.read_bytes())
@@ -79,7 +100,7 @@ def test_a_repaired_file_is_checked_again(samples: list[Sample], tmp_path: Path)
 def test_a_file_that_was_just_written_is_not_stored(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan_cache, "SETTLED_NS", 3_600_000_000_000)
+    monkeypatch.setattr(storage, "SETTLED_NS", 3_600_000_000_000)
     first = scan(samples)
     assert stored(tmp_path) == [] and results(scan(samples)) == results(first)
 
