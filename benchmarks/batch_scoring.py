@@ -45,7 +45,7 @@ def main() -> int:
         for _ in range(args.rounds):
             rates["bare"].append(bare(work / "bundle", files, cores))
             rates["refract score"].append(scored(work, args.engine))
-            print({name: round(own[-1]) for name, own in rates.items()}, flush=True)
+            print({name: round(series[-1]) for name, series in rates.items()}, flush=True)
         processor = in_turns(work)
         kills = killed(work, args.kills, args.engine)
         result = {
@@ -54,11 +54,11 @@ def main() -> int:
             "engine": args.engine,
             "processes": cores,
             "load": round(os.getloadavg()[0], 1),
-            "rows_a_second": {name: round(median(own), 1) for name, own in rates.items()},
-            "all_rounds": {name: [round(rate, 1) for rate in own] for name, own in rates.items()},
+            "rows_a_second": {name: round(median(series), 1) for name, series in rates.items()},
+            "all_rounds": {name: [round(rate, 1) for rate in series] for name, series in rates.items()},
             **kills,
         }
-    ratios = [own / bare for own, bare in zip(rates["refract score"], rates["bare"], strict=True)]
+    ratios = [score_rate / bare for score_rate, bare in zip(rates["refract score"], rates["bare"], strict=True)]
     result["ratio"], result["ratio_of_processor_time"] = round(median(ratios), 3), processor
     result["holds"] = bool(
         result["ratio"] >= GOAL and kills["kills"] == args.kills and kills["every_row_once"] and kills["equal"]
@@ -107,12 +107,14 @@ def bare(bundle: Path, files: list[Path], processes: int) -> float:
     """Return the images per second of plain loops that start together, until the last one ends."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes + 1)
-    own = [context.Process(target=loop, args=(bundle, files[place::processes], ready)) for place in range(processes)]
-    for process in own:
+    workers = [
+        context.Process(target=loop, args=(bundle, files[place::processes], ready)) for place in range(processes)
+    ]
+    for process in workers:
         process.start()
     ready.wait()
     begun = time.perf_counter()
-    for process in own:
+    for process in workers:
         process.join()
     return len(files) / (time.perf_counter() - begun)
 
@@ -166,16 +168,16 @@ def in_turns(work: Path) -> float:
 
 
 def command(work: Path, out: str, engine: str) -> list[str]:
-    own = ["score", str(work / "bundle"), str(work / "images"), "-o", str(work / out)]
-    return [sys.executable, "-m", "refract", *own, "--overwrite", "--batch-size", str(BATCH), "--engine", engine]
+    arguments = ["score", str(work / "bundle"), str(work / "images"), "-o", str(work / out)]
+    return [sys.executable, "-m", "refract", *arguments, "--overwrite", "--batch-size", str(BATCH), "--engine", engine]
 
 
 def scored(work: Path, engine: str) -> float:
     done = subprocess.run(command(work, "calm.parquet", engine), capture_output=True, text=True, check=False)
-    found = re.search(r"([\d,]+) rows a second", done.stdout)
-    if done.returncode or found is None:
+    match = re.search(r"([\d,]+) rows a second", done.stdout)
+    if done.returncode or match is None:
         sys.exit(f"refract score ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return float(found[1].replace(",", ""))
+    return float(match[1].replace(",", ""))
 
 
 def killed(work: Path, kills: int, engine: str) -> dict[str, Any]:

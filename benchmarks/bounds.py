@@ -38,8 +38,8 @@ def main() -> int:
     args = parser.parse_args()
     files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
     with tempfile.TemporaryDirectory() as folder:
-        found = TRIALS[args.trial](files, Path(folder), args)
-    result = {"environment": environment("torch", "fastapi", "uvicorn"), **found}
+        measurements = TRIALS[args.trial](files, Path(folder), args)
+    result = {"environment": environment("torch", "fastapi", "uvicorn"), **measurements}
     print(json.dumps(result, indent=1))
     if args.json:
         write(args.json, result)
@@ -112,8 +112,8 @@ def swaps(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str
             if status != 200:
                 counts[f"status {status}"] += 1
             else:
-                found = json.loads(answer)
-                digest, confidence = found["model"]["digest"], found["predictions"][0]["confidence"]
+                response = json.loads(answer)
+                digest, confidence = response["model"]["digest"], response["predictions"][0]["confidence"]
                 right = abs(confidence - wanted[digest][k % len(data)]) < 1e-4
                 counts[f"{digest[:8]} {'right' if right else 'WRONG'}"] += 1
             k += 1

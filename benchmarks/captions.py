@@ -75,8 +75,8 @@ def write_texts(folder: Path, each: int = 100, held_out: int = 200, seed: int = 
     rows, seen = [], set[str]()
     for split, wanted in (("train", each), ("val", held_out // 4), ("test", held_out)):
         for verb, said in grammar.VERBS.items():
-            ways, found = said.split(), 0
-            while found < wanted:
+            ways, count = said.split(), 0
+            while count < wanted:
                 meaning = grammar.meaning(rng)
                 if verb not in meaning:
                     continue
@@ -87,7 +87,7 @@ def write_texts(folder: Path, each: int = 100, held_out: int = 200, seed: int = 
                     continue
                 seen.add(text)
                 rows.append([verb, split, text])
-                found += 1
+                count += 1
     return _write(folder / "texts.csv", rows, ["label", "split", "text"])
 
 

@@ -141,18 +141,20 @@ def _tracked(work: Path) -> dict[str, Any]:
     client = MlflowClient(f"sqlite:///{work}/mlflow.db")
     experiment = client.get_experiment_by_name("refract")
     assert experiment is not None
-    found = client.search_runs([experiment.experiment_id])
-    runs = {run.info.run_name: run for run in found}
+    mlflow_runs = client.search_runs([experiment.experiment_id])
+    runs = {run.info.run_name: run for run in mlflow_runs}
     history: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, run in runs.items():
-        own = history.setdefault(name, {})
+        points_by_metric = history.setdefault(name, {})
         for metric in run.data.metrics:
-            own[metric] = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
+            points_by_metric[metric] = [
+                (point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)
+            ]
     twice = sum(len(points) - len({step for step, _ in points}) for points in history["killed"].values())
     compared = [name for name in history["calm"] if name != "epoch_seconds" and not name.startswith("cost_")]
     alike = all(history["calm"][name] == history["killed"].get(name) for name in compared)
     return {
-        "runs": len(found),
+        "runs": len(mlflow_runs),
         "metrics": sum(map(len, history["killed"].values())),
         "metrics_logged_twice": twice,
         "metrics_equal": alike,

@@ -61,7 +61,7 @@ def _measured(family: Family, count: int) -> dict[str, Any]:
     occlusion, began = Occlusion(classifier), time.process_time()
     heats = [occlusion.heat(image, int(label)) for image, label in zip(fresh.images, fresh.labels, strict=True)]
     seconds = time.process_time() - began
-    found = inside(heats, fresh.squares)
+    occlusion_scores = inside(heats, fresh.squares)
     rival = inside(
         [grad_cam(classifier, *pair) for pair in zip(fresh.images, fresh.labels, strict=True)], fresh.squares
     )
@@ -69,9 +69,9 @@ def _measured(family: Family, count: int) -> dict[str, Any]:
         "accuracy": round(accuracy, 3),
         "images": len(heats),
         "passes": PASSES,
-        "available": round(len(found) / len(heats), 3),
-        "hottest_inside": _mean([hit for hit, _ in found]),
-        "heat_inside": _mean([mass for _, mass in found]),
+        "available": round(len(occlusion_scores) / len(heats), 3),
+        "hottest_inside": _mean([hit for hit, _ in occlusion_scores]),
+        "heat_inside": _mean([mass for _, mass in occlusion_scores]),
         "cpu_ms": round(1000 * seconds / len(heats), 1),
         "grad_cam_hottest_inside": _mean([hit for hit, _ in rival]),
     }

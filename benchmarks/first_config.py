@@ -116,15 +116,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: dict[str, Any] = {}
+    rows_by_kind: dict[str, Any] = {}
     earlier = json.loads(args.json.read_text("utf-8"))["kinds"] if args.json and args.json.is_file() else {}
     for seed in range(args.seeds):
         for kind in KINDS:
             if (data := getattr(args, kind)) is not None:
-                found.setdefault(kind, []).append(measured(kind, data, seed))
+                rows_by_kind.setdefault(kind, []).append(measured(kind, data, seed))
                 if args.json:  # after each training, because trainings take long
-                    write(args.json, {"kinds": earlier | found, "environment": environment("refract", "torch", "timm")})
-    for kind, rows in found.items():
+                    write(
+                        args.json,
+                        {"kinds": earlier | rows_by_kind, "environment": environment("refract", "torch", "timm")},
+                    )
+    for kind, rows in rows_by_kind.items():
         print(f"{kind:8} refract {mean(r['refract'] for r in rows):.3f}  expert {mean(r['expert'] for r in rows):.3f}")
 
 

@@ -35,9 +35,9 @@ def table(rows: list[dict[str, float]], key: str) -> str:
     lines = ["| holdout | bound | " + " | ".join(f"{100 * d:+g}" for d in DIFFERENCES) + " |"]
     lines.append("|---" * (len(DIFFERENCES) + 2) + "|")
     for size in SIZES:
-        own = [row for row in rows if row["size"] == size]
-        cells = " | ".join(f"{row[key]:.0%}" for row in own)
-        lines.append(f"| {size:,} | {own[0][f'{key}_bound']:.3f} | {cells} |")
+        size_rows = [row for row in rows if row["size"] == size]
+        cells = " | ".join(f"{row[key]:.0%}" for row in size_rows)
+        lines.append(f"| {size:,} | {size_rows[0][f'{key}_bound']:.3f} | {cells} |")
     return "\n".join(lines)
 
 

@@ -37,8 +37,8 @@ def meaning(rng: np.random.Generator) -> Meaning:
     nouns, adjectives, verbs = list(NOUNS), list(ADJECTIVES), list(VERBS)
 
     def part(article: str) -> Meaning:
-        own = (_one_of(adjectives, rng),) if rng.random() < 0.8 else ()
-        return (article, *own, _one_of(nouns, rng))
+        adjective = (_one_of(adjectives, rng),) if rng.random() < 0.8 else ()
+        return (article, *adjective, _one_of(nouns, rng))
 
     more = ("und", *part("ein")) if rng.random() < 0.3 else ()
     return (*part("der"), _one_of(verbs, rng), *part("ein"), *more)
@@ -62,11 +62,11 @@ def means(text: str) -> Meaning:
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Return pairs (English, pivot language), each sentence once."""
     rng = np.random.default_rng(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
+    translations: dict[str, str] = {}
+    while len(translations) < count:
         words = meaning(rng)
-        found[english(words, rng)] = " ".join(words)
-    return list(found.items())
+        translations[english(words, rng)] = " ".join(words)
+    return list(translations.items())
 
 
 def train_models(folder: Path, *, count: int = 4000, steps: int = 600, seed: int = 0) -> tuple[Path, Path]:

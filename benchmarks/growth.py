@@ -96,7 +96,7 @@ def commands(manifest: Path, home: Path) -> dict[str, dict[str, float]]:
     """Run COMMANDS. Returns seconds, processor seconds and the peak memory in MB of each."""
     (home / "config.yaml").write_text(CONFIG)
     (home / "images.csv").write_bytes(manifest.read_bytes())
-    found = {}
+    measurements = {}
     for name, arguments in COMMANDS.items():
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -109,8 +109,8 @@ def commands(manifest: Path, home: Path) -> dict[str, dict[str, float]]:
         seconds, used = time.perf_counter() - started, watch.stop()
         if process.returncode:
             raise RuntimeError(f"refract {name} ended with exit code {process.returncode}:\n{errors[-2000:]}")
-        found[name] = {"seconds": round(seconds, 2), **used}
-    return found
+        measurements[name] = {"seconds": round(seconds, 2), **used}
+    return measurements
 
 
 class _Watch:
@@ -230,10 +230,10 @@ def main() -> None:
     if args.evaluate is not None:
         print(json.dumps(_evaluate(args.evaluate)))
         return
-    found: dict[str, Any] = {"samples": [], "classes": [], "commands": []}
+    measurements: dict[str, Any] = {"samples": [], "classes": [], "commands": []}
     if args.json is not None and args.json.exists():
         stored = json.loads(args.json.read_text())
-        found |= {kind: stored[kind] for kind in found if kind in stored and not getattr(args, kind)}
+        measurements |= {kind: stored[kind] for kind in measurements if kind in stored and not getattr(args, kind)}
     for count in args.samples:
         with tempfile.TemporaryDirectory() as folder:
             manifest = write_images(count, Path(folder) / "images")
@@ -241,20 +241,22 @@ def main() -> None:
             home.mkdir()
             time.sleep(2.5)  # younger files are not cached
             cold, warm = first_step(manifest, home), first_step(manifest, home)
-        found["samples"].append({"samples": count, **cold, **{f"again_{name}": value for name, value in warm.items()}})
-        print(found["samples"][-1], flush=True)
+        measurements["samples"].append(
+            {"samples": count, **cold, **{f"again_{name}": value for name, value in warm.items()}}
+        )
+        print(measurements["samples"][-1], flush=True)
     for count in args.classes:
-        found["classes"].append({"classes": count, **evaluation(count)})
-        print(found["classes"][-1], flush=True)
+        measurements["classes"].append({"classes": count, **evaluation(count)})
+        print(measurements["classes"][-1], flush=True)
     for count in args.commands:
         with tempfile.TemporaryDirectory() as folder:
             manifest = write_images(count, Path(folder) / "images")
             home = Path(folder) / "home"
             home.mkdir()
-            found["commands"].append({"samples": count, **commands(manifest, home)})
-        print(found["commands"][-1], flush=True)
-    found["exponents"] = {
-        f"{kind}, {value}": exponent(found[kind], kind, value)
+            measurements["commands"].append({"samples": count, **commands(manifest, home)})
+        print(measurements["commands"][-1], flush=True)
+    measurements["exponents"] = {
+        f"{kind}, {value}": exponent(measurements[kind], kind, value)
         for kind, values in (
             ("samples", ("processor_seconds", "again_processor_seconds")),
             ("classes", ("processor_seconds",)),
@@ -262,11 +264,11 @@ def main() -> None:
         for value in values
     }
     for name in COMMANDS:
-        rows = [{"samples": row["samples"], **row[name]} for row in found["commands"]]
-        found["exponents"][f"{name}, processor_seconds"] = exponent(rows, "samples", "processor_seconds")
-    print(found["exponents"])
+        rows = [{"samples": row["samples"], **row[name]} for row in measurements["commands"]]
+        measurements["exponents"][f"{name}, processor_seconds"] = exponent(rows, "samples", "processor_seconds")
+    print(measurements["exponents"])
     if args.json is not None:
-        write(args.json, {**found, "environment": environment("refract", "torch", "lightning", "pandas")})
+        write(args.json, {**measurements, "environment": environment("refract", "torch", "lightning", "pandas")})
 
 
 if __name__ == "__main__":

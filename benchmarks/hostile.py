@@ -106,12 +106,16 @@ def compared(url: str, case: Case, answer: bytes) -> str:
     wanted = json.loads(asked(url, f"{PREDICT}?top=10", encoded(case.label_of, "PNG"), "image/png", {})[1])[
         "predictions"
     ][0]
-    found = json.loads(answer)["predictions"][0]
+    prediction = json.loads(answer)["predictions"][0]
     gap = abs(
-        found["confidence"] - next((row["confidence"] for row in wanted["top"] if row["label"] == found["label"]), 0)
+        prediction["confidence"]
+        - next((row["confidence"] for row in wanted["top"] if row["label"] == prediction["label"]), 0)
     )
-    if gap > case.gap or wanted["confidence"] - found["confidence"] > case.gap:
-        return f"answered {found['label']} {found['confidence']:.3f}, the plain image {wanted['label']} {wanted['confidence']:.3f}"
+    if gap > case.gap or wanted["confidence"] - prediction["confidence"] > case.gap:
+        return (
+            f"answered {prediction['label']} {prediction['confidence']:.3f}, "
+            f"the plain image {wanted['label']} {wanted['confidence']:.3f}"
+        )
     return ""
 
 

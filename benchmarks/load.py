@@ -48,7 +48,7 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
     requests = [_request(path, parsed.netloc, file.read_bytes(), args.form) for file in args.images]
     begin = time.perf_counter() + args.warmup
     end = begin + args.seconds
-    found: list[tuple[float, float, float, int]] = []
+    responses: list[tuple[float, float, float, int]] = []
 
     async def one(number: int) -> None:
         reader, writer = await asyncio.open_connection(parsed.hostname, parsed.port)
@@ -61,12 +61,12 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
                 sent = time.perf_counter()
             writer.write(requests[place % len(requests)])
             status = await _answered(reader)
-            found.append((due, sent, time.perf_counter(), status))
+            responses.append((due, sent, time.perf_counter(), status))
             place += args.connections
         writer.close()
 
     await asyncio.gather(*(one(number) for number in range(args.connections)))
-    counted = [row for row in found if begin <= row[1] and row[2] <= end]
+    counted = [row for row in responses if begin <= row[1] and row[2] <= end]
     times = 1000 * np.array([until - due for due, _, until, status in counted if status == 200] or [np.nan])
     after = 1000 * np.array([until - sent for _, sent, until, status in counted if status == 200] or [np.nan])
     return {

@@ -138,14 +138,14 @@ def main() -> None:
             for _ in range(args.rounds):
                 for form, epoch in epochs.items():
                     rates[form].append(rate(epoch, count))
-        rows = {form: round(median(found), 1) for form, found in rates.items()}
+        rows = {form: round(median(form_rates), 1) for form, form_rates in rates.items()}
         report[size] = {
             form: {
-                "images_per_second": found,
-                "ratio_to_folder": round(found / rows["folder"], 2),
+                "images_per_second": median_rate,
+                "ratio_to_folder": round(median_rate / rows["folder"], 2),
                 "megabytes": round(bytes_of[form] / 1e6, 1) if form in bytes_of else None,
             }
-            for form, found in rows.items()
+            for form, median_rate in rows.items()
         }
         for form, row in report[size].items():
             print(

@@ -58,19 +58,19 @@ def speed() -> Figure:
 
 
 def growth() -> Figure:
-    found = json.loads((RESULTS / "growth.json").read_text())
+    results = json.loads((RESULTS / "growth.json").read_text())
     lines = {
-        "first step": [(row["samples"], row) for row in found["samples"]],
+        "first step": [(row["samples"], row) for row in results["samples"]],
         "first step, images checked before": [
             (row["samples"], {key.removeprefix("again_"): value for key, value in row.items() if "again" in key})
-            for row in found["samples"]
+            for row in results["samples"]
         ],
         **{
-            name: [(row["samples"], row[name]) for row in found.get("commands", [])]
+            name: [(row["samples"], row[name]) for row in results.get("commands", [])]
             for name in ("train", "evaluate", "score", "retrain")
         },
     }
-    classes = {"evaluation, two samples per class": [(row["classes"], row) for row in found["classes"]]}
+    classes = {"evaluation, two samples per class": [(row["classes"], row) for row in results["classes"]]}
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", layout="constrained", width_ratios=(2, 1))
     for column, (size, each) in enumerate((("samples", lines), ("classes", classes))):
         for row, (value, title) in enumerate(

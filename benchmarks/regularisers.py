@@ -55,12 +55,12 @@ def main() -> None:
     base = runs["flips and shifts"]
     table = {
         name: {
-            "errors": own,
-            "mean": round(mean(own), 4),
-            "deviation": round(stdev(own), 4) if len(own) > 1 else None,
-            "against_base": round(mean(a - b for a, b in zip(own, base, strict=True)), 4),
+            "errors": errors,
+            "mean": round(mean(errors), 4),
+            "deviation": round(stdev(errors), 4) if len(errors) > 1 else None,
+            "against_base": round(mean(a - b for a, b in zip(errors, base, strict=True)), 4),
         }
-        for name, own in runs.items()
+        for name, errors in runs.items()
     }
     for name, row in table.items():
         print(f"{name:<18} {row['mean']:.4f} ± {row['deviation']}  {row['against_base']:+.4f}")

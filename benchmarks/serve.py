@@ -91,7 +91,7 @@ def main() -> int:
     if args.quick:
         args.networks, args.connections, args.seconds = ["resnet18"], [8], 4.0
     files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
-    found: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = [sys.executable, "-m", "benchmarks.servers.mlflow_model", f"{folder}/mlflow"]
         golden_samples = [file.read_bytes() for file in files]
@@ -101,16 +101,16 @@ def main() -> int:
                 subprocess.run(
                     model, check=True, capture_output=True, env={**os.environ, "REFRACT_BENCH_BUNDLE": str(bundle)}
                 )
-            found[network] = measured(bundle, files, args)
-        found["tiny"] = tiny(files, Path(folder) / "tiny", args.seconds)
-    goals = [line for network in args.networks for line in held(network, found[network])]
-    rate = found["tiny"]["Refract"]["rate"]
+            measurements[network] = measured(bundle, files, args)
+        measurements["tiny"] = tiny(files, Path(folder) / "tiny", args.seconds)
+    goals = [line for network in args.networks for line in held(network, measurements[network])]
+    rate = measurements["tiny"]["Refract"]["rate"]
     goals.append((f"lenet5, 16 connections: {rate:.0f} images per second (goal 4000)", rate >= 4000))
     for line, _ in goals:
         print(line)
     result = {
         "environment": environment("torch", "fastapi", "uvicorn", "litserve", "mlflow", "openvino", "onnxruntime"),
-        "networks": found,
+        "networks": measurements,
         "goals": [line for line, _ in goals],
         "holds": all(good for _, good in goals),
     }
@@ -173,8 +173,8 @@ def load(url: str, files: list[Path], form: str, connections: int, seconds: floa
     """Run `benchmarks.load` in a separate process and return its measurements."""
     options = ["--connections", str(connections), "--seconds", str(seconds), "--form", form, "--rate", str(rate)]
     run = [sys.executable, "-m", "benchmarks.load", url, *map(str, files), *options]
-    found: dict[str, Any] = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-    return found
+    measurements: dict[str, Any] = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    return measurements
 
 
 def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
@@ -203,8 +203,8 @@ def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
         check=True,
         env={**os.environ, "HOME": str(bundle.parent)},
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return rates
 
 
 def answered(url: str, image: Path, form: str) -> str:
@@ -229,10 +229,13 @@ def held(network: str, rows: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     for peer, goal in GOALS.items():
         if peer not in rows:
             continue
-        for own in ("Refract, eager" if peer == "LitServe" else "Refract, engines", "Refract, int8"):
-            ratio = rows[own]["loads"][busiest]["rate"] / max(rows[peer]["loads"][busiest]["rate"], 1e-9)
-            same = f"{rows[own]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 predictions equal those of eager"
-            yield f"{network}, {busiest} connections: {own} {ratio:.2f} × {peer} (goal {goal}), {same}", ratio >= goal
+        for variant in ("Refract, eager" if peer == "LitServe" else "Refract, engines", "Refract, int8"):
+            ratio = rows[variant]["loads"][busiest]["rate"] / max(rows[peer]["loads"][busiest]["rate"], 1e-9)
+            same = f"{rows[variant]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 predictions equal those of eager"
+            yield (
+                f"{network}, {busiest} connections: {variant} {ratio:.2f} × {peer} (goal {goal}), {same}",
+                ratio >= goal,
+            )
     served = rows["Refract, engines"]["loads"][busiest]["rate"]
     share = served / max(rows["bare engine"].values())
     yield f"{network}: {share:.2f} of the bare engine's rate (goal {OF_ENGINE})", share >= OF_ENGINE

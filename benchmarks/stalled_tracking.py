@@ -49,14 +49,14 @@ def main() -> int:
                 name = f"{way.replace(' ', '-')}-{number}"
                 seconds[way].append(_train(work, *options, "--trainer.run_name", name))
                 print(f"round {number + 1}, {way}: {seconds[way][-1]:.2f} s", flush=True)
-        kept, wanted = _synced(work, "silent-server-0"), args.epochs
+        delivered_epochs, wanted = _synced(work, "silent-server-0"), args.epochs
     base = median(seconds["without tracking"])
     result = {
         "epochs": args.epochs - 1,
-        "seconds": {way: [round(value, 2) for value in own] for way, own in seconds.items()},
-        "cost": {way: round(median(own) / base - 1, 4) for way, own in seconds.items()},
-        "epochs_delivered_later": kept,
-        "holds": median(seconds["silent server"]) < 1.01 * base and kept == wanted,
+        "seconds": {way: [round(value, 2) for value in times] for way, times in seconds.items()},
+        "cost": {way: round(median(times) / base - 1, 4) for way, times in seconds.items()},
+        "epochs_delivered_later": delivered_epochs,
+        "holds": median(seconds["silent server"]) < 1.01 * base and delivered_epochs == wanted,
     }
     print(result)
     if args.json:
@@ -85,11 +85,11 @@ def _synced(work: Path, run: str) -> int:
     command = [sys.executable, "-m", "refract", "sync", f"runs/{run}", "--uri", database]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     printed = subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"run (\w+)", printed.rpartition("later.db")[2])
-    assert found, printed
+    match = re.search(r"run (\w+)", printed.rpartition("later.db")[2])
+    assert match, printed
     from mlflow import MlflowClient
 
-    return len(MlflowClient(database).get_metric_history(found[1], "train_loss"))
+    return len(MlflowClient(database).get_metric_history(match[1], "train_loss"))
 
 
 if __name__ == "__main__":

@@ -53,13 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         grammar.train_models(Path(folder) / "models", seed=99)
         speed = throughput(Path(folder) / "models")
-        found: dict[str, list[float]] = {name: [] for name in ("nothing", "cheap ops", "back-translation", "both")}
+        errors_by_policy: dict[str, list[float]] = {
+            name: [] for name in ("nothing", "cheap ops", "back-translation", "both")
+        }
         for seed in range(args.seeds):
             for name, value in errors(Path(folder), seed, args.epochs).items():
-                found[name].append(value)
+                errors_by_policy[name].append(value)
                 print(f"seed {seed}  {name:<18} {value:.1%} wrong", flush=True)
     rows = {
-        name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v), "errors": v} for name, v in found.items()
+        name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v), "errors": v}
+        for name, v in errors_by_policy.items()
     }
     costs = op_costs()
     print(f"{'policy':<18} {'wrong':>7}")
@@ -97,7 +100,7 @@ def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
     plan = Plan(f"{folder}/models/{{from}}-{{to}}", "en", ("de",), 4, Filter(), seed=seed)
     paraphrase(texts_of(manifest, "train"), plan, cache)
     back = [{"BackTranslation": {"p": 0.7, "cache": str(cache)}}]
-    found = {}
+    error_by_policy = {}
     for name, policy in {"nothing": [], "cheap ops": CHEAP, "back-translation": back, "both": back + CHEAP}.items():
         values = {
             "data": {"source": str(manifest), "batch_size": 32},
@@ -110,8 +113,8 @@ def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
         }
         result = train(config_from_dict(values), name=f"{seed}{name.replace(' ', '')}")
         assert result is not None
-        found[name] = 1 - result.metrics["accuracy"]
-    return found
+        error_by_policy[name] = 1 - result.metrics["accuracy"]
+    return error_by_policy
 
 
 def throughput(models: Path, count: int = 256, alone: int = 16) -> dict[str, float]:

@@ -110,15 +110,15 @@ def quota_group(count: int) -> Iterator[Path]:
 
 
 def measured(group: Path | None, images: int) -> dict[str, Any]:
-    found = {}
+    measurements = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", images)
         (folder / "config.yaml").write_text(CONFIG)
         for command, arguments in COMMANDS.items():
-            found[command] = measure(arguments, folder, group)
-            print(command, found[command], flush=True)
-    return found
+            measurements[command] = measure(arguments, folder, group)
+            print(command, measurements[command], flush=True)
+    return measurements
 
 
 def main() -> None:
@@ -127,12 +127,12 @@ def main() -> None:
     parser.add_argument("--quota", type=int, metavar="CORES")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = {"cores": cores(), "commands": measured(None, args.images)}
+    report = {"cores": cores(), "commands": measured(None, args.images)}
     if args.quota is not None:
         with quota_group(args.quota) as group:
-            found["quota"] = {"cores": args.quota, "commands": measured(group, args.images)}
+            report["quota"] = {"cores": args.quota, "commands": measured(group, args.images)}
     if args.json is not None:
-        write(args.json, {**found, "environment": environment("refract", "torch", "opencv-python-headless")})
+        write(args.json, {**report, "environment": environment("refract", "torch", "opencv-python-headless")})
 
 
 if __name__ == "__main__":

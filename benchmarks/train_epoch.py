@@ -71,21 +71,21 @@ def through_refract(assembly: "Assembly") -> dict[str, float]:
     import lightning
     from lightning.pytorch.callbacks import Callback
 
-    found: list[dict[str, float]] = []
+    measurements: list[dict[str, float]] = []
 
     class Meter(Callback):
         def on_train_epoch_start(self, *_: Any) -> None:
             self.measured = meter()
 
         def on_train_epoch_end(self, *_: Any) -> None:
-            found.append(self.measured())
+            measurements.append(self.measured())
 
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=1, precision=assembly.precision, callbacks=[Meter()], limit_val_batches=0, logger=False,  # type: ignore[arg-type]
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(assembly.module, datamodule=assembly.data)
-    return found[0]
+    return measurements[0]
 
 
 def meter() -> Callable[[], dict[str, float]]:

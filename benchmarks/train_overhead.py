@@ -77,7 +77,7 @@ def main() -> None:
     device = choose_device("auto")
     precision = choose_precision(TrainerConfig(), device)
     torch.manual_seed(1)
-    made = [
+    random_batches = [
         {
             "images": torch.randint(0, 256, (args.batch_size, 3, SIDE, SIDE), dtype=torch.uint8),
             "targets": torch.randint(0, CLASSES, (args.batch_size,)),
@@ -85,7 +85,7 @@ def main() -> None:
         }
         for _ in range(WARM_UP + args.steps)
     ]
-    batches: DataLoader = DataLoader(made, batch_size=None)  # type: ignore[arg-type]
+    batches: DataLoader = DataLoader(random_batches, batch_size=None)  # type: ignore[arg-type]
     rows = {}
     for name in args.networks:
         times: dict[str, list[float]] = {"plain": [], "lightning": []}

@@ -92,16 +92,16 @@ def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Return the mean and the standard deviation over the seeds, by mode, the best first."""
     rows = []
     for contender, mode in dict.fromkeys((o.contender, o.mode) for o in outcomes):
-        own = [o for o in outcomes if (o.contender, o.mode) == (contender, mode)]
-        accuracies = [o.accuracy for o in own]
+        group = [o for o in outcomes if (o.contender, o.mode) == (contender, mode)]
+        accuracies = [o.accuracy for o in group]
         rows.append(
             {
                 "contender": contender,
                 "mode": mode,
                 "accuracy": round(mean(accuracies), 4),
-                "deviation": round(stdev(accuracies), 4) if len(own) > 1 else None,
-                "processor_seconds": round(mean(o.processor_seconds for o in own), 1),
-                "seeds": len(own),
+                "deviation": round(stdev(accuracies), 4) if len(group) > 1 else None,
+                "processor_seconds": round(mean(o.processor_seconds for o in group), 1),
+                "seeds": len(group),
             }
         )
     return sorted(rows, key=lambda row: (MODES.index(row["mode"]), -row["accuracy"]))
@@ -145,13 +145,13 @@ def main() -> None:
                     if not args.settings:
                         outcomes.append(run(contender, replace(task, mode=mode)))
                     for setting in args.settings:
-                        own = replace(task, mode=mode, settings=(setting,))
-                        outcomes.append(run(f"{contender} with {setting}", own))
+                        task_with_setting = replace(task, mode=mode, settings=(setting,))
+                        outcomes.append(run(f"{contender} with {setting}", task_with_setting))
             if args.json is not None:  # after each seed, so that what an interruption leaves can be read
                 setting = {"epochs": args.epochs, "size": args.size, "network": NAME, "data": args.data.name}
                 packages = environment("refract", "torch", "timm", "lightning", "fastai", "scikit-learn")
-                found = {"rows": summarise(outcomes), "runs": [vars(outcome) for outcome in outcomes]}
-                write(args.json, {**setting, **found, "environment": packages})
+                results = {"rows": summarise(outcomes), "runs": [vars(outcome) for outcome in outcomes]}
+                write(args.json, {**setting, **results, "environment": packages})
     show(summarise(outcomes))
 
 

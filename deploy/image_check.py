@@ -72,11 +72,11 @@ def _look(container: "Docker | Chroot") -> None:
     print(f"runs as {user or 'root'}")
     if user.partition(":")[0] in ("", "0", "root"):
         raise CheckError("the image's user is root")
-    found = json.loads(container.output("python", "-c", LOOK))
-    largest = sorted(found["folders"].items(), key=lambda item: -item[1])[:12]
-    print(f"/opt/refract: {found['dependencies'] / 1e6:.0f} MB; of its packages the largest:")
+    contents = json.loads(container.output("python", "-c", LOOK))
+    largest = sorted(contents["folders"].items(), key=lambda item: -item[1])[:12]
+    print(f"/opt/refract: {contents['dependencies'] / 1e6:.0f} MB; of its packages the largest:")
     print("\n".join(f"  {size / 1e6:6.0f} MB  {name}" for name, size in largest))
-    if wrong := sorted(set(ABSENT) & set(found["names"])):
+    if wrong := sorted(set(ABSENT) & set(contents["names"])):
         raise CheckError(f"the image contains {', '.join(wrong)}")
 
 
@@ -114,8 +114,8 @@ def _ready(client: httpx.Client) -> bool:
 def _compare(answer: httpx.Response, golden: GoldenSample, labels: tuple[str, ...]) -> None:
     if answer.status_code != 200:
         raise CheckError(f"{golden.name}: {answer.status_code} {answer.text}")
-    found = {row["label"]: row["confidence"] for row in answer.json()["predictions"][0]["top"]}
-    gap = max(abs(found[label] - wanted) for label, wanted in zip(labels, golden.probabilities, strict=True))
+    confidences = {row["label"]: row["confidence"] for row in answer.json()["predictions"][0]["top"]}
+    gap = max(abs(confidences[label] - wanted) for label, wanted in zip(labels, golden.probabilities, strict=True))
     if gap > AGREED:
         raise CheckError(f"{golden.name}: the answer differs from the bundle's by {gap:.3f}")
 
@@ -231,9 +231,9 @@ class Chroot:
         user, _, group = config["User"].partition(":")
         Path(root, "model").mkdir(exist_ok=True)
         bound = [f"mount --rbind /{name} {root}/{name}" for name in ("proc", "sys", "dev")]
-        own = [f"mount -t tmpfs tmpfs {root}/tmp", f"mount --bind {model} {root}/model"]
+        tmp_and_model = [f"mount -t tmpfs tmpfs {root}/tmp", f"mount --bind {model} {root}/model"]
         closed = [f"mount -o remount,bind,ro {path}" for path in (f"{root}/model", root)]
-        mounts = " && ".join([f"mount --bind {root} {root}", *bound, *own, *closed])
+        mounts = " && ".join([f"mount --bind {root} {root}", *bound, *tmp_and_model, *closed])
         rights = [
             "--reuid",
             user,

@@ -56,8 +56,8 @@ def main() -> None:
         sys.exit(f"no library of {libraries} is linked with one of NVIDIA's: this build of torch is not supported")
     wanted = {name for library in linked for name in symbols(library, "--undefined-only")}
     for name in sorted(asked):
-        found = symbols(vendor[name], "--defined-only")
-        replace(libraries / name, {function: found[function] for function in sorted(found.keys() & wanted)})
+        versions = symbols(vendor[name], "--defined-only")
+        replace(libraries / name, {function: versions[function] for function in sorted(versions.keys() & wanted)})
     drop_kernels(libraries / "libtorch_cuda.so")
     remove_packages(site)
 

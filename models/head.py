@@ -71,9 +71,9 @@ class NeighbourHead(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """Take the number of training samples from the state dict."""
         for name in ("directions", "votes"):
-            stored, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(stored, Tensor) and stored.shape[1:] == own.shape[1:]:
-                setattr(self, name, own.new_zeros(stored.shape))
+            stored, buffer = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(stored, Tensor) and stored.shape[1:] == buffer.shape[1:]:
+                setattr(self, name, buffer.new_zeros(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *more)
         self._read_settings()
 

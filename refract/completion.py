@@ -38,17 +38,17 @@ def options() -> Mapping[str, list[str]]:
     """Return the long options of each command, as its help lists them."""
     from refract.cli import COMMANDS
 
-    found: dict[str, set[str]] = {}
+    options_by_command: dict[str, set[str]] = {}
     for command, (module, _) in COMMANDS.items():
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             importlib.import_module(module).main(["--help"])
         text.write(help_of(command))
-        found[command] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue())) - {ANY_OPTION}
-    keys = {option for option in found["train"] if "." in option} - {PLACEHOLDER}
+        options_by_command[command] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue())) - {ANY_OPTION}
+    keys = {option for option in options_by_command["train"] if "." in option} - {PLACEHOLDER}
     return {
         command: sorted((names | keys if PLACEHOLDER in names else names) - {PLACEHOLDER})
-        for command, names in found.items()
+        for command, names in options_by_command.items()
     }
 
 

@@ -52,12 +52,12 @@ def _spliced(rng: np.random.Generator) -> Iterator[Case]:
         place = int(rng.integers(len(data)))
         match k % 3:
             case 0:
-                made = data[:place] + more + data[place:]
+                splice = data[:place] + more + data[place:]
             case 1:
-                made = data[:place] + rng.bytes(int(rng.integers(1, 64))) + data[place + 8 :]
+                splice = data[:place] + rng.bytes(int(rng.integers(1, 64))) + data[place + 8 :]
             case _:
-                made = data[:place] + more[int(rng.integers(len(more))) :]
-        yield Case(f"{form} spliced with {other} {k}", made)
+                splice = data[:place] + more[int(rng.integers(len(more))) :]
+        yield Case(f"{form} spliced with {other} {k}", splice)
 
 
 def _garbage(rng: np.random.Generator) -> Iterator[Case]:

@@ -84,7 +84,7 @@ def _measure(
     )
     train, test = embed(files), embed(others)
     labels, test_labels = np.array(names), np.array(other_names)
-    found: dict[str, dict[str, list[float]]] = {}
+    aurocs_by_method: dict[str, dict[str, list[float]]] = {}
     draw = np.random.default_rng(SEED)
     for _ in range(args.draws if len(classes) > HELD_OUT else 1):
         left = min(HELD_OUT, len(classes) - 2)
@@ -94,9 +94,9 @@ def _measure(
         for name, distances in _methods(train[of_train], labels[of_train]).items():
             of_same = distances(test[of_test])
             for other, rows in sets.items():
-                found.setdefault(name, {}).setdefault(other, []).append(_auroc(of_same, distances(rows)))
+                aurocs_by_method.setdefault(name, {}).setdefault(other, []).append(_auroc(of_same, distances(rows)))
     methods = {}
-    for name, aurocs in found.items():
+    for name, aurocs in aurocs_by_method.items():
         methods[name] = {other: round(float(np.mean(values)), 4) for other, values in aurocs.items()}
         if len(aurocs.get("near", [])) > 1:
             methods[name]["near, lowest"] = round(min(aurocs["near"]), 4)

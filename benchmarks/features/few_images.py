@@ -112,14 +112,14 @@ def _measured(
     data: Embedded, images: int, args: argparse.Namespace, weights: Path, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """Yield the accuracy over the seeds and the mean processor seconds of a fit, for each contender."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    outcomes_by_contender: dict[str, list[tuple[float, float]]] = {}
     probe: list[float] = []
     for seed in range(args.seeds):
         drawn = _draw(data, images, seed)
         for name, fitted in FITTED.items():
             started = time.process_time()
             accuracy = fitted(data, drawn)
-            found.setdefault(name, []).append((accuracy, time.process_time() - started))
+            outcomes_by_contender.setdefault(name, []).append((accuracy, time.process_time() - started))
         if seed < args.trained:
             drawn = drawn._replace(test=_at_most(drawn.test, args.test))
             probe.append(FITTED["refract probe"](data, drawn))
@@ -133,8 +133,10 @@ def _measured(
                 if contender == "fastai" and not importlib.util.find_spec("fastai"):
                     continue
                 outcome = train(contender, replace(task, mode=mode))
-                found.setdefault(f"{name}, trained", []).append((outcome.accuracy, outcome.processor_seconds))
-    for name, outcomes in found.items():
+                outcomes_by_contender.setdefault(f"{name}, trained", []).append(
+                    (outcome.accuracy, outcome.processor_seconds)
+                )
+    for name, outcomes in outcomes_by_contender.items():
         accuracies = [accuracy for accuracy, _ in outcomes]
         row = {
             "images": images, "contender": name, "accuracy": round(mean(accuracies), 4), "seeds": len(outcomes),
@@ -161,10 +163,10 @@ def _draw(data: Embedded, images: int, seed: int) -> Drawn:
     further: list[int] = []
     for label in range(data.labels.max() + 1):
         all_of_label = draw.permutation(np.flatnonzero(data.is_train & (data.labels == label)))
-        own = all_of_label[:images]
-        count = max(1, round(0.8 * len(own)))
-        fit += own[:count].tolist()
-        choose += own[count:].tolist()
+        label_rows = all_of_label[:images]
+        count = max(1, round(0.8 * len(label_rows)))
+        fit += label_rows[:count].tolist()
+        choose += label_rows[count:].tolist()
         further += all_of_label[images : images + 1].tolist()
     return Drawn(np.array(fit), np.array(choose, int), np.flatnonzero(~data.is_train), np.array(further, int))
 

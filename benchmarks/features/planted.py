@@ -120,9 +120,9 @@ def _near_duplicates(data: Embedded, model: EmbeddingModel, folder: Path, args: 
         Sample(sample.path, (0,), part) for part, rows in (("train", train), ("test", measured)) for sample in rows
     ]
     by_hash = {*near_pairs(Manifest("", tuple(split), ("a",), "multiclass"), scan(split).difference_hashes)}
-    found = {"hash": by_hash, "embeddings": by_features, "both": by_hash | by_features}
+    pairs_by_method = {"hash": by_hash, "embeddings": by_features, "both": by_hash | by_features}
     rows = {}
-    for method, method_pairs in found.items():
+    for method, method_pairs in pairs_by_method.items():
         counts: defaultdict[str, int] = defaultdict(int)
         for path, other in method_pairs:
             counts[Path(path).parent.name] += source_of.get(path) == other
@@ -153,13 +153,13 @@ def _plant(train: Sequence[Sample], folder: Path, count: int) -> dict[str, str]:
 
 def _label_errors(data: Embedded, seeds: int) -> Iterator[dict[str, Any]]:
     """Yield the precision and recall of each method's list, and of the first FRACTIONS of its ranking, the mean over the seeds."""
-    found: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    scores_by_method: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for seed in range(seeds):
         for mode in MODES:
             truth, given = _with_wrong_labels(data, seed)
             for method, (rows, predicted) in _methods(mode, data, given, seed).items():
-                found[mode, method].append(_scores(rows, predicted, given, truth))
-    for (mode, method), scores in found.items():
+                scores_by_method[mode, method].append(_scores(rows, predicted, given, truth))
+    for (mode, method), scores in scores_by_method.items():
         # A list without an entry has no precision.
         values = {name: [score[name] for score in scores if score[name] is not None] for name in scores[0]}
         row = {name: round(mean(numbers), 3) if numbers else None for name, numbers in values.items()}
@@ -204,10 +204,10 @@ def _methods(mode: str, data: Embedded, given: np.ndarray, seed: int) -> dict[st
 def _scores(rows: np.ndarray, predicted: np.ndarray, given: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     wrong = given != truth
     listed = rows[likely_label_errors(predicted, given[rows])]
-    own = predicted[np.arange(len(rows)), given[rows]]
+    given_probability = predicted[np.arange(len(rows)), given[rows]]
     others = predicted.copy()
     others[np.arange(len(rows)), given[rows]] = -1
-    ranked = rows[np.argsort(own - others.max(axis=1), kind="stable")]
+    ranked = rows[np.argsort(given_probability - others.max(axis=1), kind="stable")]
     scores: dict[str, Any] = {
         "listed": float(len(listed)),
         "precision": float(wrong[listed].mean()) if len(listed) else None,

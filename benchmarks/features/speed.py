@@ -78,7 +78,7 @@ def _heads() -> dict[str, dict[str, float]]:
     targets = np.eye(CLASSES, dtype=bool)[labels]
     first = COUNT * 4 // 5
     train, val = Part(features[:first], targets[:first]), Part(features[first:], targets[first:])
-    found = {f"refract {mode}": _timed(partial(fit_head, mode, train, val, multilabel=False)) for mode in MODES}
+    timings = {f"refract {mode}": _timed(partial(fit_head, mode, train, val, multilabel=False)) for mode in MODES}
 
     def peer() -> None:
         from sklearn.linear_model import LogisticRegression
@@ -89,10 +89,10 @@ def _heads() -> dict[str, dict[str, float]]:
         ]
         max(models, key=lambda model: model.score(val.features, labels[first:]))
 
-    found["scikit-learn"] = _timed(peer)
-    for name, seconds in found.items():
+    timings["scikit-learn"] = _timed(peer)
+    for name, seconds in timings.items():
         print(f"{name:20} {seconds}", flush=True)
-    return found
+    return timings
 
 
 def _search() -> dict[str, float]:
@@ -112,13 +112,13 @@ def _search() -> dict[str, float]:
             started = time.perf_counter()
             nearest(store, queries, 5)
             times.append(1000 * (time.perf_counter() - started) / QUERIES)
-    found = {
+    measurements = {
         "stored": COUNT,
         "queries_at_once": QUERIES,
         **{f"milliseconds_{name}": value for name, value in summary(times).items()},
     }
-    print(f"search               {found}", flush=True)
-    return found
+    print(f"search               {measurements}", flush=True)
+    return measurements
 
 
 def _memory(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _memory(folder: Path) -> dict[str, Any]:
     vectors = store.vectors([Key(sample.content) for sample in index.samples])
     vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
     searched, queries = vectors[:-QUERIES_ALONE], vectors[-QUERIES_ALONE:]
-    found: dict[str, Any] = {"stored": len(searched)}
+    measurements: dict[str, Any] = {"stored": len(searched)}
     units, small = normalised(searched), CosineIndex(searched)
     for name, work in (
         ("search", lambda query: small.nearest(query, 5)),
@@ -139,9 +139,9 @@ def _memory(folder: Path) -> dict[str, Any]:
             started = time.thread_time()
             work(query[None])
             times.append(1000 * (time.thread_time() - started))
-        found[name] = {f"processor_milliseconds_{key}": value for key, value in summary(times).items()}
-    print(f"memory               {found}", flush=True)
-    return found
+        measurements[name] = {f"processor_milliseconds_{key}": value for key, value in summary(times).items()}
+    print(f"memory               {measurements}", flush=True)
+    return measurements
 
 
 def _embedding(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,9 +163,9 @@ def _embedding(args: argparse.Namespace) -> dict[str, Any]:
             started = time.perf_counter()
             classifier(images)
             rates.append(len(images) / (time.perf_counter() - started))
-    found = {
+    measurements = {
         "images": len(samples), "computed": done.computed, "images_per_second": round(done.computed / seconds, 1),
         "bare_images_per_second": round(float(np.median(rates)), 1), "threads": torch.get_num_threads(),
     }  # fmt: skip
-    print(f"embedding            {found}", flush=True)
-    return found
+    print(f"embedding            {measurements}", flush=True)
+    return measurements

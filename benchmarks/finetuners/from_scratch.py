@@ -73,13 +73,13 @@ def main() -> None:
     steps = task.epochs * len(loaders["train"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.25)
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
-    best, kept = -1.0, model.state_dict()
+    best, best_state = -1.0, model.state_dict()
     for _ in range(task.epochs):
         model.train()
         train_epoch(model, loaders["train"], loss_of, optimizer, schedule)
         if (score := accuracy(model, loaders["val"])) >= best:
-            best, kept = score, copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
+            best, best_state = score, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
     answer(accuracy(model, loaders["test"]))
 
 

@@ -23,8 +23,8 @@ def main() -> None:
     def features(split: str) -> tuple[np.ndarray, list[str]]:
         rows = task.rows(split)
         with torch.inference_mode():
-            found = [network(transform(Image.open(path).convert("RGB"))[None])[0].numpy() for path, _ in rows]
-        return np.stack(found), [label for _, label in rows]
+            vectors = [network(transform(Image.open(path).convert("RGB"))[None])[0].numpy() for path, _ in rows]
+        return np.stack(vectors), [label for _, label in rows]
 
     parts = {split: features(split) for split in ("train", "val", "test")}
     fitted = [

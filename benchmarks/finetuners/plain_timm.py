@@ -55,7 +55,7 @@ def main() -> None:
         split: DataLoader(Images(task, split), task.batch_size, shuffle=split == "train", num_workers=2)
         for split in ("train", "val", "test")
     }
-    best, kept = -1.0, model.state_dict()
+    best, best_state = -1.0, model.state_dict()
     for whole, epochs, peak in phases(task):
         model.requires_grad_(whole)
         head.requires_grad_(True)
@@ -74,8 +74,8 @@ def main() -> None:
             model.train(whole)
             train_epoch(model, loaders["train"], nn.functional.cross_entropy, optimizer, schedule)
             if (score := accuracy(model, loaders["val"])) >= best:
-                best, kept = score, copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
+                best, best_state = score, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
     answer(accuracy(model, loaders["test"]))
 
 

@@ -192,8 +192,8 @@ def _accuracy(classifier: "Classifier", assembly: "Assembly", tta: Any) -> float
     from refract.pipeline.evaluation.evaluate import evaluate
 
     manifest = assembly.manifest
-    found = evaluate(
+    evaluation = evaluate(
         classifier.eval(), assembly.data.preprocess, manifest.of("test"), task=manifest.task, labels=manifest.labels,
         tta=tta,
     )  # fmt: skip
-    return found.metrics["accuracy"]
+    return evaluation.metrics["accuracy"]

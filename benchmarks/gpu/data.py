@@ -18,14 +18,14 @@ def jpegs(count: int, *, height: int, width: int, seed: int = 0, quality: int = 
     import numpy as np
     import simplejpeg
 
-    found = []
+    files = []
     for number in range(count):
         random = np.random.default_rng([seed, number])
         colours = random.integers(0, 256, (9, 12, 3)).astype(np.float32)
         smooth = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
         noisy = smooth + 6 * random.standard_normal((height, width, 3), np.float32)
-        found.append(simplejpeg.encode_jpeg(np.clip(noisy, 0, 255).astype(np.uint8), quality, "RGB", "420"))
-    return found
+        files.append(simplejpeg.encode_jpeg(np.clip(noisy, 0, 255).astype(np.uint8), quality, "RGB", "420"))
+    return files
 
 
 def write_jpegs(folder: Path, images: list[bytes]) -> list[Path]:

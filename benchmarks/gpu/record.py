@@ -48,8 +48,8 @@ class Record:
 
     def value(self, name: str) -> float | None:
         """A number that was measured before, None where it is missing."""
-        found: float | None = self._data["values"].get(name)
-        return found
+        number: float | None = self._data["values"].get(name)
+        return number
 
     def _known(self, name: str) -> str:
         if name not in self._names:

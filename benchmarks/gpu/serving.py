@@ -91,19 +91,19 @@ def _backend(
     from refract.models.bundle.bundle import BundleError
     from refract.serve.runtime.engine import Engine
 
-    found: dict[int, float] = {}
+    rates: dict[int, float] = {}
     try:
         engine = Engine(bundle, options.device, backend)
     except BundleError as err:
         for size in BATCHES:
             record.skip(f"{name} {backend}, batch {size}", str(err))
-        return found
+        return rates
     rows = [engine.preprocess(data) for data in images]
     for size in reversed(BATCHES):  # a compiled network is compiled once more for a batch of one
         batch = np.stack((rows * (1 + size // len(rows)))[:size])
-        found[size] = size / _predict(engine, batch, options, seconds / len(BATCHES))
-        record.measure(f"{name} {backend}, batch {size}", found[size])
-    return found
+        rates[size] = size / _predict(engine, batch, options, seconds / len(BATCHES))
+        record.measure(f"{name} {backend}, batch {size}", rates[size])
+    return rates
 
 
 def _predict(engine: "Engine", batch: "np.ndarray", options: Options, seconds: float) -> float:
@@ -138,8 +138,8 @@ def _http(
         half = load(route, files, "raw", 4 if quick else HALF_CONNECTIONS, seconds, rate=limit["rate"] / 2)
     record.fact(**{f"{name} served by": backend, f"{name} statuses": limit["statuses"]})
     record.measure(f"{name} HTTP at the limit", limit["rate"])
-    for where, found in (("at the limit", limit), ("at half load", half)):
-        record.measure(f"{name} p50 {where}", found["p50"])
-        record.measure(f"{name} p99 {where}", found["p99"])
+    for where, measurements in (("at the limit", limit), ("at half load", half)):
+        record.measure(f"{name} p50 {where}", measurements["p50"])
+        record.measure(f"{name} p99 {where}", measurements["p99"])
     record.measure(f"{name} HTTP / min(engine, decoding)", limit["rate"] / bound)
     record.measure(f"{name} p99 at half load / (2.5 × inference + wait)", half["p99"] / (TAIL * single + MAX_WAIT_MS))

@@ -35,12 +35,12 @@ def device_facts(device: str) -> dict[str, Any]:
 
     if not device.startswith("cuda"):
         return {"device": device, "threads": torch.get_num_threads()}
-    found = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "device": found.name,
-        "memory_gib": round(found.total_memory / 2**30, 1),
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
+        "device": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
         "driver": _driver(),
     }

@@ -62,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def entries(lock: str, names: Sequence[str]) -> Iterator[str]:
     """The entries of a lock file, with their hashes, of these packages. KeyError for a package that the lock lacks."""
-    found = {
+    lock_entries = {
         match[1].lower(): match[0]
         for match in re.finditer(r"^([A-Za-z0-9_.-]+)==[^\n]*\n(?:    [^\n]*\n)*", lock, re.M)
     }
     for name in names:
-        if name not in found:
+        if name not in lock_entries:
             raise KeyError(f"requirements.lock has no {name}; adapt PACKAGES in {Path(__file__).name}")
-        yield found[name]
+        yield lock_entries[name]
 
 
 def _target() -> list[str]:

@@ -26,15 +26,15 @@ OURS = "refract, two passes"
 def rankings(probabilities: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
     """Return name → indices of all images, the likeliest errors first."""
     targets = np.eye(probabilities.shape[1], dtype=bool)[given]
-    found = {"refract": np.argsort(-doubt(probabilities, targets, multilabel=False), kind="stable")}
+    orders = {"refract": np.argsort(-doubt(probabilities, targets, multilabel=False), kind="stable")}
     try:
         from cleanlab.rank import get_label_quality_scores
     except ImportError:
-        return found
+        return orders
     for method in ("self_confidence", "normalized_margin", "confidence_weighted_entropy"):
         scores = get_label_quality_scores(given, probabilities, method=method)
-        found[f"cleanlab {method}"] = np.argsort(scores, kind="stable")
-    return found
+        orders[f"cleanlab {method}"] = np.argsort(scores, kind="stable")
+    return orders
 
 
 def measured(labels: tuple[str, ...], train: Split, test: Split, noise: float, seed: int) -> dict[str, Any]:
@@ -45,13 +45,13 @@ def measured(labels: tuple[str, ...], train: Split, test: Split, noise: float, s
     given[flipped] = (given[flipped] + rng.integers(1, len(labels), len(flipped))) % len(labels)
     noisy = part(train.vectors, given, len(labels))
     choice = chosen(noisy, seed)
-    made = {
+    predictions = {
         "one pass": out_of_fold(choice, noisy, train.samples, train.contents, multilabel=False),
         "two passes": robust_out_of_fold(choice, noisy, train.samples, train.contents, multilabel=False),
     }
     orders = {
         f"{name}, {passes}": order
-        for passes, probabilities in made.items()
+        for passes, probabilities in predictions.items()
         for name, order in rankings(probabilities, given).items()
     }
     wrong = np.zeros(len(given), bool)

@@ -67,17 +67,17 @@ def _pack(args: argparse.Namespace) -> int:
     images = StoredImages(args.resize, args.quality, args.raw)
     with stop_requests("after this shard; finished shards are kept") as stop:
         record, written = pack(manifest, images, folder, stop, shard_size=args.shard_size, fingerprint=fingerprint)
-    kept = sum(shard.kept for shard in record.shards)
+    undecodable = sum(shard.kept for shard in record.shards)
     size = sum(shard.bytes for shard in record.shards)
     reused = f"; {len(record.shards) - written:,} of them complete before" if written < len(record.shards) else ""
     print(f"{folder}: {record.samples:,} samples, {size / 1e6:,.1f} MB, tars: {len(record.shards):,}{reused}")
-    if kept:
-        print(f"images that cannot be decoded, stored as they are: {kept:,}", file=sys.stderr)
+    if undecodable:
+        print(f"images that cannot be decoded, stored as they are: {undecodable:,}", file=sys.stderr)
     print(f"next:     {next_step}")
     output.result(
         {
             "pack": folder, "samples": record.samples, "bytes": size, "shards": len(record.shards), "written": written,
-            "undecodable": kept, "fingerprint": fingerprint or None,
+            "undecodable": undecodable, "fingerprint": fingerprint or None,
         }
     )  # fmt: skip
     return 0

@@ -37,8 +37,8 @@ def _search(args: argparse.Namespace) -> int:
 
     model = _model(args)
     vectors = embed_images(model, args.images)
-    found = nearest(FeatureStore(args.features, model.key, model.record), vectors, args.top)
-    for image, neighbours in zip(args.images, found, strict=True):
+    results = nearest(FeatureStore(args.features, model.key, model.record), vectors, args.top)
+    for image, neighbours in zip(args.images, results, strict=True):
         print(f"{printable(str(image))}:")
         for neighbour in neighbours:
             labels = ";".join(neighbour.sample.labels)
@@ -54,7 +54,7 @@ def _search(args: argparse.Namespace) -> int:
                 }
                 for n in neighbours
             ]
-            for image, neighbours in zip(args.images, found, strict=True)
+            for image, neighbours in zip(args.images, results, strict=True)
         }
     )
     return 0

@@ -92,14 +92,14 @@ def _copied(folders: list[Path]) -> dict[Path, str]:
     from refract.pipeline.config.config import ConfigError
     from refract.pipeline.training.run_directory import CONFIG, RECORD, read_record
 
-    found = {}
+    urls = {}
     for run in _folders_with(RECORD, folders):
         with suppress(OSError, yaml.YAMLError, ConfigError):
             read_record(run)  # not that of a retraining
             values = yaml.safe_load((run / CONFIG).read_text("utf-8"))
             if isinstance(values, dict) and (url := (values.get("trainer") or {}).get("copy_to")):
-                found[run] = url
-    return found
+                urls[run] = url
+    return urls
 
 
 def _folders_with(name: str, folders: list[Path]) -> list[Path]:

@@ -94,7 +94,7 @@ def pack(
     lock = unfinished / ".lock"
     with locked(lock, DataError(f"{unfinished}: another process is packing into it; wait for its end")):
         record = _resumed(unfinished, record)
-        kept = len(record.shards)
+        complete_shards = len(record.shards)
         record = _write_shards(unfinished, record, manifest, images, stop)
         if _identity(manifest, images, shard_size) != record.identity:
             raise DataError(
@@ -103,7 +103,7 @@ def pack(
         _verify(unfinished, record, manifest)
         lock.unlink()
         unfinished.replace(folder)  # an empty folder is replaced
-    return Packed(record, len(record.shards) - kept)
+    return Packed(record, len(record.shards) - complete_shards)
 
 
 def _target(folder: Path, manifest: Manifest) -> Path:
@@ -180,7 +180,7 @@ def _write_shard(
     file: Path, first: int, samples: Sequence[Sample], labels: Sequence[str], images: StoredImages, progress: Progress
 ) -> ShardRecord:
     """Write a tar. first: number of its first sample. OSError names an image that cannot be read."""
-    kept = 0
+    undecodable = 0
     with written_atomically(file) as target:
         hashed = _Hashed(target)
         with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]  # writes alone
@@ -189,11 +189,11 @@ def _write_shard(
             ):
                 if stored is not None:
                     data, suffix, as_it_was = stored
-                    kept += as_it_was
+                    undecodable += as_it_was
                     _add(tar, f"{number:08}{suffix}", data)
                 _add(tar, f"{number:08}.json", _fields(sample, labels))
                 progress.update()
-    return ShardRecord(file.name, hashed.sha.hexdigest(), hashed.bytes, len(samples), kept)
+    return ShardRecord(file.name, hashed.sha.hexdigest(), hashed.bytes, len(samples), undecodable)
 
 
 def _stored(images: StoredImages, sample: Sample) -> tuple[bytes, str, bool] | None:
@@ -255,10 +255,10 @@ def _verify(folder: Path, record: PackRecord, manifest: Manifest) -> None:
         raise DataError(
             f"{folder}: has the labels {', '.join(packed.labels)}, not {', '.join(manifest.labels)}; rename them"
         )
-    for wanted, found in zip(_rows(manifest), _rows(packed), strict=True):
-        if wanted != found:
+    for wanted, packed_row in zip(_rows(manifest), _rows(packed), strict=True):
+        if wanted != packed_row:
             raise DataError(
-                f"{folder}: the sample of {wanted[0]} is read as {found[1:]}, not {wanted[1:]}; rename its label or column"
+                f"{folder}: the sample of {wanted[0]} is read as {packed_row[1:]}, not {wanted[1:]}; rename its label or column"
             )
 
 

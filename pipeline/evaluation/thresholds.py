@@ -47,10 +47,10 @@ def choose_thresholds(probabilities: np.ndarray, truth: np.ndarray, *, aim: Aim,
     values, missed = [], []
     for column in range(count):
         cuts = _cuts(probabilities[:, column], 0.5, pooled)
-        own = _Ranked(probabilities[:, column], truth[:, column]).counts(cuts)
-        best = _best(cuts, own, own.plus(everything.counts(cuts), weight), aim, target)
+        label_counts = _Ranked(probabilities[:, column], truth[:, column]).counts(cuts)
+        best = _best(cuts, label_counts, label_counts.plus(everything.counts(cuts), weight), aim, target)
         values.append(float(cuts[best]))
-        if aim != "f1" and own.present and own.rate(aim)[best] < target:
+        if aim != "f1" and label_counts.present and label_counts.rate(aim)[best] < target:
             missed.append(column)
     return Thresholds(tuple(values), tuple(missed))
 
@@ -99,9 +99,9 @@ def _cuts(probabilities: np.ndarray, *further: float) -> np.ndarray:
     return np.concatenate([np.array(further, np.float32), middle[inside]])
 
 
-def _best(cuts: np.ndarray, own: _Counts, joint: _Counts, aim: Aim, target: float) -> int:
-    """Return the index of the chosen cut. cuts: 0.5 first; own: the label's counts; joint: these plus the pooled ones."""
-    own_rate, rate = own.rate(aim), joint.rate(aim)
+def _best(cuts: np.ndarray, label_counts: _Counts, joint: _Counts, aim: Aim, target: float) -> int:
+    """Return the index of the chosen cut. cuts: 0.5 first; label_counts: the label's counts; joint: these plus the pooled ones."""
+    own_rate, rate = label_counts.rate(aim), joint.rate(aim)
     accepted = own_rate >= (own_rate[0] if aim == "f1" else target)
     if not accepted.any():
         accepted = np.ones_like(accepted)

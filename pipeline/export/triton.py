@@ -38,8 +38,8 @@ def write_model_repository(onnx_file: Path, labels: Sequence[str], folder: Path,
     inputs, outputs = _tensors(onnx_file)
     labelled = next((tensor for tensor in outputs if tensor.name == LABELLED), None)
     if labelled is None or list(labelled.dims) != [len(labels)]:
-        found = "missing" if labelled is None else f"of shape {[-1, *labelled.dims]}"
-        raise ValueError(f"{onnx_file}: the output `{LABELLED}` is {found}; expected {[-1, len(labels)]}")
+        problem = "missing" if labelled is None else f"of shape {[-1, *labelled.dims]}"
+        raise ValueError(f"{onnx_file}: the output `{LABELLED}` is {problem}; expected {[-1, len(labels)]}")
     if several := [label for label in labels if label.splitlines() != [label]]:
         raise ValueError(f"label {several[0]!r} must be one line of text, as labels.txt has one label on each line")
     model = folder / repository_name(name)

@@ -54,8 +54,8 @@ def nearest(store: FeatureStore, vectors: np.ndarray, count: int) -> list[list[N
         similarities = _cosines(store.matrix(file), units)[file_rows]
         for query, column in enumerate(similarities.T):
             order = np.argsort(-column, kind="stable")[:count]
-            found = [Neighbour(samples[positions[i]], float(column[i])) for i in order]
-            best[query] = _first(best[query] + found, count)
+            neighbours = [Neighbour(samples[positions[i]], float(column[i])) for i in order]
+            best[query] = _first(best[query] + neighbours, count)
     return best
 
 

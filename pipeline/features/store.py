@@ -149,13 +149,13 @@ class FeatureStore:
 
     def samples(self) -> list[StoredSample]:
         """Return the samples of all sources, each path once."""
-        found: dict[tuple[str, str], StoredSample] = {}
+        samples: dict[tuple[str, str], StoredSample] = {}
         for file in sorted(self.folder.glob("samples-*.parquet"), key=lambda file: file.stat().st_mtime):
             for content, path, labels, split, text in zip(
                 *_columns(file, ["sha256", "path", "labels", "split", "text"]), strict=True
             ):
-                found[path, text] = StoredSample(content, path, tuple(labels), split, text)
-        return list(found.values())
+                samples[path, text] = StoredSample(content, path, tuple(labels), split, text)
+        return list(samples.values())
 
 
 def write_vectors(folder: Path, keys: Sequence[Key], samples: Sequence[StoredSample], vectors: np.ndarray) -> None:

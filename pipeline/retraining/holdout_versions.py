@@ -115,7 +115,7 @@ def corrected(
     manifest, multilabel = frozen.manifest, frozen.manifest.task == "multilabel"
     names: dict[str, Names] = {}
     relabelled: Counter[tuple[str, str]] = Counter()
-    excluded = kept = 0
+    excluded = inapplicable = 0
     for sample in manifest.samples:
         now = before = _names(manifest, sample)
         included, labels = effects.get(content_of(sample), (True, before))
@@ -127,10 +127,10 @@ def corrected(
                 now = labels
                 relabelled[";".join(before), ";".join(now)] += 1
             else:
-                kept += 1
+                inapplicable += 1
         names[sample.key] = now
     if not relabelled and not excluded:
-        return frozen, Corrections({}, 0, kept)
+        return frozen, Corrections({}, 0, inapplicable)
     labels_now = tuple(sorted({name for row in names.values() for name in row}))
     index = {label: i for i, label in enumerate(labels_now)}
     samples = [
@@ -138,7 +138,7 @@ def corrected(
         for sample in manifest.samples if sample.key in names
     ]  # fmt: skip
     version = replace(manifest, samples=tuple(samples), labels=labels_now)
-    return Holdout(version, digest_of_copies(version)), Corrections(relabelled, excluded, kept)
+    return Holdout(version, digest_of_copies(version)), Corrections(relabelled, excluded, inapplicable)
 
 
 def difference(before: Manifest, now: Manifest) -> Corrections:

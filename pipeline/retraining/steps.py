@@ -345,8 +345,8 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     workspace = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
         keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "label_decision")
-        kept = {key: record.get(key) for key in keys}
-        write(workspace.root / "last.json", kept | {"outcome": outcome})
+        last_run = {key: record.get(key) for key in keys}
+        write(workspace.root / "last.json", last_run | {"outcome": outcome})
         remove_unused(workspace, config.retrain.keep_snapshots, str(config.tracking.model_name), record["mlflow"])
     if config.retrain.notify:
         import json

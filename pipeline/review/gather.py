@@ -181,8 +181,8 @@ def _new_images(sources: Sources, known: set[str]) -> list[_New]:
         captured = captured_images(sources.captured, sources.feedback)
     samples = [Sample(str(one.file), ()) for one in captured]
     if sources.unlabelled is not None:
-        found = read_data(sources.unlabelled, (), multilabel=False, unlabelled=True).samples
-        samples += [sample for sample in found if sample.has_image]
+        unlabelled_samples = read_data(sources.unlabelled, (), multilabel=False, unlabelled=True).samples
+        samples += [sample for sample in unlabelled_samples if sample.has_image]
     facts = [*(one.captured for one in captured), *[None] * (len(samples) - len(captured))]
     unreadable = unnamed = 0
     for sample, about in zip(samples, facts, strict=True):
@@ -238,12 +238,12 @@ def _splits(sources: Sources, samples: Sequence[Sample]) -> dict[int, str]:
         return {}
     rows = load_manifest(str(sources.splits), to_train=False).samples
     split_of = {absolute(row.path) if row.data is None else row.path: row.split for row in rows}
-    found = {}
+    splits = {}
     for index, sample in enumerate(samples):
         name = absolute(sample.path) if sample.data is None else sample.path
         if name in split_of:
-            found[index] = split_of[name]
-    return found
+            splits[index] = split_of[name]
+    return splits
 
 
 def _predicted(

@@ -175,8 +175,8 @@ class ReviewSession:
             if (repeated := self._decisions.repeated(decision)) is not None:
                 return repeated.id
             if queue == AUDIT:  # whose reviewers do not see what others decided
-                own = self._decisions.of_reviewer(shown.content, reviewer)
-                decision = replace(decision, seen=own.id if own else None)
+                earlier_decision = self._decisions.of_reviewer(shown.content, reviewer)
+                decision = replace(decision, seen=earlier_decision.id if earlier_decision else None)
             record = self._decisions.history.append(decision)
         self._new_labels.update(set(labels) - set(self._data.labels))
         self._decisions.refresh()

@@ -61,19 +61,21 @@ def default_candidates(bundle: Bundle, model: ModelConfig) -> list[Candidate]:
     step = 32 if min(size) >= 128 else 8
     sides = dict.fromkeys(round(min(size) * fraction / step) * step for fraction in FRACTIONS)
     smaller = [_scaled(size, side) for side in sides if SMALLEST_SIDE <= side < min(size)]
-    own = [candidate for smaller_size in smaller if (candidate := _own(bundle, model, smaller_size)) is not None]
+    scaled_candidates = [
+        candidate for smaller_size in smaller if (candidate := _own(bundle, model, smaller_size)) is not None
+    ]
     names: Sequence[str] = FROM_SCRATCH
     if min(size) > SMALL_IMAGES:
         names = [name for name in PRETRAINED if has_weights(name)] or PRETRAINED[1:2]
     largest = _parameters(bundle.classifier().network)
     other = [_other(name, size) for name in names if name != bundle.info.network["name"]]
     count = len(bundle.info.labels)
-    return own + [candidate for candidate in other if 0 < _size_in_parameters(candidate, count) < largest]
+    return scaled_candidates + [candidate for candidate in other if 0 < _size_in_parameters(candidate, count) < largest]
 
 
 def named_candidates(bundle: Bundle, model: ModelConfig, entries: Sequence[str]) -> list[Candidate]:
     """Return the candidates of `--networks`: NAME or NAME:PIXELS, the shorter side. ShrinkError for an entry that cannot be built."""
-    return list({(made := _named(bundle, model, entry)).name: made for entry in entries}.values())
+    return list({(candidate := _named(bundle, model, entry)).name: candidate for entry in entries}.values())
 
 
 def _named(bundle: Bundle, model: ModelConfig, entry: str) -> Candidate:
@@ -107,7 +109,7 @@ def config_of(candidate: Candidate, bundle: Bundle, config: Config, runs: str) -
 
     The learning rates stay only if both trainings start from random weights, for which they were chosen; else they are the defaults.
     """
-    own = candidate.network == bundle.info.network["name"]
+    same_network = candidate.network == bundle.info.network["name"]
     changes: dict[str, Any] = {
         "data.image_size": candidate.size, "model.name": candidate.network, "model.weights": candidate.weights,
         "model.args": candidate.args, "model.head": candidate.head, "model.mode": "fine-tune", "model.unfreeze_epochs": None,
@@ -116,7 +118,7 @@ def config_of(candidate: Candidate, bundle: Bundle, config: Config, runs: str) -
     }  # fmt: skip
     if not (candidate.weights == config.model.weights == "none" and config.model.mode == "fine-tune"):
         changes |= {"optim.lr": None, "optim.head_lr": None}
-    if not own:
+    if not same_network:
         changes |= {"model.init": "default"}
     if candidate.weights == "default":
         changes |= {"data.mean": None, "data.std": None}  # those of the weights

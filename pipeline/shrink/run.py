@@ -137,9 +137,9 @@ def _contenders(
     original: Bundle, bundles: dict[str, Path], data: Manifest, folder: Path
 ) -> tuple[list[Contender], list[tuple[str, str]]]:
     """Return (the original first, then the trained bundles, and the exports of all in 8-bit integers; (title, reason) of failed ones)."""
-    found = [contender(ORIGINAL, original), *(contender(name, path) for name, path in bundles.items())]
+    contenders = [contender(ORIGINAL, original), *(contender(name, path) for name, path in bundles.items())]
     exports, failed = [], []
-    for each in found:
+    for each in contenders:
         for target in _targets():
             path = folder / EXPORTS / f"{each.name}-{target.name}"
             title = f"{each.name} int8 ({target.name})"
@@ -149,7 +149,7 @@ def _contenders(
             except RefractError as err:
                 log.warning("%s is skipped: %s", title, err)
                 failed.append((title, str(err)))
-    return [*found, *exports], failed
+    return [*contenders, *exports], failed
 
 
 def _targets() -> list[Target]:

@@ -240,12 +240,14 @@ def _limits(facts: ModelFacts) -> list[str]:
     else:
         abstaining = report.get("abstaining", {})
         coverage, precision = abstaining.get("coverage"), abstaining.get("precision")
-        kept = (
+        coverage_text = (
             ""
             if precision is None
             else f" It predicts {coverage:.1%} of the test set, {precision:.1%} of these rightly."
         )
-        lines.append(f"Abstaining: below the confidence {info.abstain_below:.3f} a person should decide.{kept}")
+        lines.append(
+            f"Abstaining: below the confidence {info.abstain_below:.3f} a person should decide.{coverage_text}"
+        )
     if (back_off := report.get("back_off", {})) and back_off["threshold"] < 1:
         lines.append(
             f"Class hierarchy: where it abstains, the model names a parent of probability {back_off['threshold']:.3f} or more, "

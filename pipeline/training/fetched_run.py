@@ -119,8 +119,8 @@ def fetch_unfinished(config: Config, name: str) -> Path | None:
         for run, items in runs.items():
             if RECORD in items and (config.trainer.run_name or not _is_finished(items)):
                 _fetch_config(items, Path(temporary) / run)
-        found = unfinished(config.changed({"trainer.runs_dir": temporary}), name)
-    return None if found is None else fetch(f"{folder}/{found.name}", Path(config.trainer.runs_dir))
+        unfinished_run = unfinished(config.changed({"trainer.runs_dir": temporary}), name)
+    return None if unfinished_run is None else fetch(f"{folder}/{unfinished_run.name}", Path(config.trainer.runs_dir))
 
 
 def _is_finished(items: Mapping[str, RemoteObject]) -> bool:

@@ -59,15 +59,15 @@ def training_features_of(
     features = embedded.features.astype(np.float16)
     shown = embedded.thumbnails if thumbnails else [b""] * len(embedded.samples)
     sizes = features[0].nbytes + np.array([len(data) for data in shown])
-    kept = max(1, int((sizes.cumsum() <= MOST_BYTES).sum()))
-    labels = tuple(sample.labels for sample in embedded.samples[:kept])
+    count = max(1, int((sizes.cumsum() <= MOST_BYTES).sum()))
+    labels = tuple(sample.labels for sample in embedded.samples[:count])
     training = TrainingFeatures(
         embedded.width,
-        features[:kept],
+        features[:count],
         labels,
-        np.array([list(embedded.digests[sample.key]) for sample in embedded.samples[:kept]], np.uint8),
-        tuple(_relative(sample, manifest.source) for sample in embedded.samples[:kept]),
-        tuple(shown[:kept]),
+        np.array([list(embedded.digests[sample.key]) for sample in embedded.samples[:count]], np.uint8),
+        tuple(_relative(sample, manifest.source) for sample in embedded.samples[:count]),
+        tuple(shown[:count]),
         np.zeros(0, np.float32),
         distance_for(labels),
     )

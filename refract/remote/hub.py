@@ -111,13 +111,13 @@ def _api() -> "HfApi":
 
 
 def _place(url: str) -> _Place:
-    found = _ADDRESS.fullmatch(url)
-    if found is None:
+    match = _ADDRESS.fullmatch(url)
+    if match is None:
         raise RefusedError(
             f"{url}: is not a complete URL; write hf://datasets/OWNER/NAME or hf://OWNER/NAME, for a file with /PATH"
         )
-    revision = unquote(found["revision"]) if found["revision"] else None
-    return _Place(_KINDS.get(found["kind"], "model"), found["repository"], revision, found["path"] or "")
+    revision = unquote(match["revision"]) if match["revision"] else None
+    return _Place(_KINDS.get(match["kind"], "model"), match["repository"], revision, match["path"] or "")
 
 
 def _object(url: str, entry: Any) -> RemoteObject:

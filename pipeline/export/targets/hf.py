@@ -49,7 +49,9 @@ def _config(network: torch.nn.Module, bundle: Bundle) -> dict[str, Any]:
     height, width = info.network["image_size"]
     args = {key: value for key, value in info.network["args"].items() if key != "head"}
     sized = Timm().sized(locate(info.network["name"])[1], (height, width))
-    kept = {key: given[key] for key in ("first_conv", "classifier", "fixed_input_size") if given.get(key) is not None}
+    layer_settings = {
+        key: given[key] for key in ("first_conv", "classifier", "fixed_input_size") if given.get(key) is not None
+    }
     return {
         "architecture": given["architecture"],
         "num_classes": len(info.labels),
@@ -57,7 +59,7 @@ def _config(network: torch.nn.Module, bundle: Bundle) -> dict[str, Any]:
         "label_names": list(info.labels),
         "model_args": {**sized, **args},
         "pretrained_cfg": {
-            **kept,
+            **layer_settings,
             "tag": "refract",
             "custom_load": False,
             "num_classes": len(info.labels),

@@ -50,14 +50,14 @@ def _pairs(data: ReviewData) -> Iterator[tuple[int, int, float]]:
 def _similar(vectors: np.ndarray, names: Sequence[tuple[str, ...]]) -> list[tuple[int, int]]:
     """Return the MOST most similar pairs with different labels, (N, D) vectors of length 1: of each item its nearest such item."""
     codes = np.unique([";".join(sorted(row)) for row in names], return_inverse=True)[1]
-    found: dict[tuple[int, int], float] = {}
+    cosines: dict[tuple[int, int], float] = {}
     for start in range(0, len(vectors), BLOCK):
         similarities = vectors[start : start + BLOCK] @ vectors.T
         similarities[codes[start : start + BLOCK, None] == codes[None]] = -1
         for row, other in enumerate(similarities.argmax(axis=1).tolist()):
             if (value := float(similarities[row, other])) >= LEAST_COSINE:
-                found[min(start + row, other), max(start + row, other)] = value
-    return sorted(found, key=lambda pair: (-found[pair], pair))[:MOST]
+                cosines[min(start + row, other), max(start + row, other)] = value
+    return sorted(cosines, key=lambda pair: (-cosines[pair], pair))[:MOST]
 
 
 def _thumbnail(sample: Sample) -> np.ndarray | None:
