@@ -61,8 +61,8 @@ class Hub:
         kind = self._repository if self._repository.startswith("datasets/") else f"models/{self._repository}"
         if path == f"/api/{kind}":
             path = f"{path}/revision/main"
-        if found := re.fullmatch(rf"/api/{kind}/(tree|paths-info|revision)/({_REVISION})/?(.*)", path):
-            action, revision, prefix = found.groups()
+        if match := re.fullmatch(rf"/api/{kind}/(tree|paths-info|revision)/({_REVISION})/?(.*)", path):
+            action, revision, prefix = match.groups()
             if (files := self._files(revision)) is not None:
                 names = parse_qs(body.decode()).get("paths", [])
                 content: object = {
@@ -72,10 +72,10 @@ class Hub:
                 }[action]
                 return _send(request, 200, json.dumps(content).encode())
             return _send(request, 404, b'{"error": "not found"}', {"x-error-code": "RevisionNotFound"})
-        if found := re.fullmatch(rf"/{self._repository}/resolve/({_REVISION})/(.*)", path):
-            files = self._files(found[1])
-            if files is not None and found[2] in files:
-                return _send(request, 200, files[found[2]])
+        if match := re.fullmatch(rf"/{self._repository}/resolve/({_REVISION})/(.*)", path):
+            files = self._files(match[1])
+            if files is not None and match[2] in files:
+                return _send(request, 200, files[match[2]])
         return _send(request, 404, b'{"error": "not found"}', {"x-error-code": "RepoNotFound"})
 
     def _files(self, revision: str) -> dict[str, bytes] | None:

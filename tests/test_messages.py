@@ -51,8 +51,8 @@ def test_the_texts_of_a_page_are_listed_without_its_scripts() -> None:
 
 
 def test_the_product_has_all_kinds() -> None:
-    found = list(messages.messages())
-    assert {message.kind for message in found} == set(messages.KINDS)
-    keys = {message.text.partition(":")[0] for message in found if message.kind == "key"}
+    all_messages = list(messages.messages())
+    assert {message.kind for message in all_messages} == set(messages.KINDS)
+    keys = {message.text.partition(":")[0] for message in all_messages if message.kind == "key"}
     assert keys >= {"batch_size", "weight_decay", "margin"}, "of the data, the optimiser and the gate"
-    assert len({(m.file, m.line) for m in found}) > 1500
+    assert len({(m.file, m.line) for m in all_messages}) > 1500

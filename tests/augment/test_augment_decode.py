@@ -257,8 +257,8 @@ def test_a_bmp_and_its_parts_equal_what_pillow_reads(
     assert image_size(bytes(data)) == (height, width) and np.array_equal(decode(bytes(data)), by_pillow)
     top, left = int(box[0] * (height - 1)), int(box[1] * (width - 1))
     part = top, left, 1 + int(box[2] * (height - top - 1)), 1 + int(box[3] * (width - left - 1))
-    found = decode_part(bytes(data), part)
-    assert (found.top, found.left, found.scale) == (top, left, 1)
-    assert np.array_equal(found.pixels, by_pillow[top : top + part[2], left : left + part[3]])
+    region = decode_part(bytes(data), part)
+    assert (region.top, region.left, region.scale) == (top, left, 1)
+    assert np.array_equal(region.pixels, by_pillow[top : top + part[2], left : left + part[3]])
     with pytest.raises(ImageError):
         decode(bytes(data[:-4]))

@@ -85,8 +85,8 @@ def test_unsigned_samples(dtype: str, photometric: str, extra: str | None, plana
     for order in ORDERS:
         data = written(pixels, photometric, order, **options)
         assert image_size(data) == (HEIGHT, WIDTH)
-        found = decode(data).astype(int)
-        assert np.abs(found - expected_of(pixels, photometric, extra)).max() <= (1 if extra else 0)
+        image = decode(data).astype(int)
+        assert np.abs(image - expected_of(pixels, photometric, extra)).max() <= (1 if extra else 0)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "float16", "float32", "float64"])
@@ -134,8 +134,8 @@ def test_an_unusable_range_of_unsigned_samples_is_ignored(dtype: str) -> None:
     """Some writers declare the range 0 to 0."""
     pixels = ramp(dtype, 3)
     tags = [(code, "H", 3, (0, 0, 0), False) for code in (340, 341)]
-    found = decode(written(pixels, "rgb", "<", extratags=tags))
-    np.testing.assert_array_equal(found, decode(written(pixels, "rgb", "<")))
+    image = decode(written(pixels, "rgb", "<", extratags=tags))
+    np.testing.assert_array_equal(image, decode(written(pixels, "rgb", "<")))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -150,8 +150,8 @@ def test_an_unusable_range_leaves_eight_bits_to_pillow(mode: str, options: dict,
 def test_an_unusable_range_with_reversed_bits() -> None:
     pixels = ramp("uint8", 1)
     reversed_bits = bytes(int(f"{value:08b}"[::-1], 2) for value in pixels.tobytes())
-    found = decode(hand_written(reversed_bits, [(258, 8), (262, 1), (266, 2), (340, 0), (341, 0)]))
-    np.testing.assert_array_equal(found[..., :1], pixels)
+    image = decode(hand_written(reversed_bits, [(258, 8), (262, 1), (266, 2), (340, 0), (341, 0)]))
+    np.testing.assert_array_equal(image[..., :1], pixels)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
@@ -275,8 +275,8 @@ def test_pillows_pixel_limit_does_not_reach_strips(monkeypatch: pytest.MonkeyPat
     pixels = np.arange(HEIGHT * WIDTH, dtype="<u2").reshape(HEIGHT, WIDTH, 1) * 300
     packed = b"".join(bytes([len(row) - 1]) + row for row in (line.tobytes() for line in pixels))  # PackBits, literal
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    found = decode(hand_written(packed, [(258, 16), (262, 1)], 32773))
-    np.testing.assert_array_equal(found[..., 0], eight_bits(pixels, 0, 65535)[..., 0])
+    image = decode(hand_written(packed, [(258, 16), (262, 1)], 32773))
+    np.testing.assert_array_equal(image[..., 0], eight_bits(pixels, 0, 65535)[..., 0])
 
 
 def test_tiles_far_larger_than_their_image_are_refused() -> None:

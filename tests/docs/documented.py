@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 def commands() -> list[Command]:
     """The commands of all pages in their order, also those with placeholders."""
-    found = []
+    all_commands = []
     for page in PAGES:
         name = page.relative_to(ROOT).as_posix()
         if name in GENERATED:
@@ -41,8 +41,8 @@ def commands() -> list[Command]:
             line = re.sub(r"\s\s+#\s.*$", "", line.removeprefix("$ ")).strip().removesuffix("&").strip()
             program, _, rest = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line).partition(" ")
             if program in PROGRAMS and rest:
-                found.append(Command(name, line, in_block))
-    return found
+                all_commands.append(Command(name, line, in_block))
+    return all_commands
 
 
 def complete() -> list[Command]:

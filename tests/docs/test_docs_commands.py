@@ -13,9 +13,9 @@ CONFIGURED = {"torchrun", "train", "retrain", "tune", "find", "init", "preview",
 """Commands that take keys of the config as options."""
 
 
-def refract(found: list[documented.Command]) -> list[tuple[str, str]]:
+def refract(commands: list[documented.Command]) -> list[tuple[str, str]]:
     """(page, arguments) of the commands of Refract. `refract --plugin FILE NAME` starts a command of the plugin."""
-    calls = [(command.page, re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command.line)) for command in found]
+    calls = [(command.page, re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command.line)) for command in commands]
     return [(page, line.removeprefix("refract ")) for page, line in calls if re.match(r"refract [a-z]", line)]
 
 

@@ -171,13 +171,13 @@ def shell(trained: Path, tmp_path: Path, warm: WarmProcess) -> Shell:
 
 
 def test_every_documented_command_is_run_or_has_a_reason() -> None:
-    found = {c.line for c in complete() if not c.page.startswith("docs/tutorials/")}
+    documented_lines = {c.line for c in complete() if not c.page.startswith("docs/tutorials/")}
     run = {line for group in GROUPS for line in group}
-    others = {line for line in found - run if line.startswith(PROGRAMS_NOT_RUN)}
+    others = {line for line in documented_lines - run if line.startswith(PROGRAMS_NOT_RUN)}
     assert len(run) > 90
-    assert sorted(found - run - others - set(NOT_RUN)) == [], "neither run here nor in NOT_RUN with a reason"
-    assert sorted(run - found) == [], "no page documents these any more"
-    assert sorted(set(NOT_RUN) - found) == [], "no page documents these any more: remove them from NOT_RUN"
+    assert sorted(documented_lines - run - others - set(NOT_RUN)) == [], "neither run here nor in NOT_RUN with a reason"
+    assert sorted(run - documented_lines) == [], "no page documents these any more"
+    assert sorted(set(NOT_RUN) - documented_lines) == [], "no page documents these any more: remove them from NOT_RUN"
     assert sorted(set(NOT_RUN) & run) == []
     assert [prefix for prefix in PROGRAMS_NOT_RUN if not any(line.startswith(prefix) for line in others)] == []
     assert all(len(reason.split()) > 3 for reason in NOT_RUN.values())

@@ -53,6 +53,6 @@ def test_the_search_works_from_files(site: Path) -> None:
         page.click("[data-md-component=search-query]")
         page.keyboard.type("temperature")
         page.wait_for_selector(".md-search-result__item a", timeout=30_000)
-        found = [link.get_attribute("href") for link in page.query_selector_all(".md-search-result__item a")]
+        hrefs = [link.get_attribute("href") for link in page.query_selector_all(".md-search-result__item a")]
         browser.close()
-    assert any("evaluation.html" in str(link) or "bundle.html" in str(link) for link in found)
+    assert any("evaluation.html" in str(link) or "bundle.html" in str(link) for link in hrefs)

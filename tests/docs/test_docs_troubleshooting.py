@@ -10,13 +10,13 @@ PACKAGES = ("augment", "models", "pipeline", "serve", "refract")
 
 def texts(path: Path) -> list[str]:
     """The strings of a module, with `…` in place of the expressions of an f-string."""
-    found = []
+    strings = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.JoinedStr):
-            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            strings.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(re.sub(r"%[sdgf]|%\.\d+f|%g", "…", node.value))
-    return found
+            strings.append(re.sub(r"%[sdgf]|%\.\d+f|%g", "…", node.value))
+    return strings
 
 
 def test_every_message_is_one_of_the_code() -> None:

@@ -38,9 +38,9 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_heat_map_equals_that_of_the_cpu(bundle: Bundle, device: str) -> None:
     image = torch.from_numpy(Preprocess(SIDE, SIDE)(encoded("red", 3))).permute(2, 0, 1)
     expected = Occlusion(bundle.classifier("cpu"), temperature=TEMPERATURE).heat(image, 2)
-    found = Occlusion(bundle.classifier(torch.device(device)), temperature=TEMPERATURE).heat(image.to(device), 2)
-    assert found.shape == (SIDE, SIDE) and found.device.type == "cpu"
-    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    heat_map = Occlusion(bundle.classifier(torch.device(device)), temperature=TEMPERATURE).heat(image.to(device), 2)
+    assert heat_map.shape == (SIDE, SIDE) and heat_map.device.type == "cpu"
+    torch.testing.assert_close(heat_map, expected, atol=0.02, rtol=0)
 
 
 def test_features_for_drift_equal_those_of_the_cpu(bundle: Bundle, images: Path, device: str) -> None:
@@ -48,10 +48,10 @@ def test_features_for_drift_equal_those_of_the_cpu(bundle: Bundle, images: Path,
     asked = {"task": "multiclass", "labels": manifest.labels, "temperature": TEMPERATURE}
     preprocess = Preprocess(SIDE, SIDE)
     expected = profile(bundle.classifier("cpu"), preprocess, manifest.samples, **asked).profile
-    found = profile(bundle.classifier(torch.device(device)), preprocess, manifest.samples, **asked).profile
-    np.testing.assert_allclose(found.features, expected.features, atol=2e-3)
-    np.testing.assert_array_equal(found.answered, expected.answered)
-    assert found.statistics.keys() == expected.statistics.keys()
+    device_profile = profile(bundle.classifier(torch.device(device)), preprocess, manifest.samples, **asked).profile
+    np.testing.assert_allclose(device_profile.features, expected.features, atol=2e-3)
+    np.testing.assert_array_equal(device_profile.answered, expected.answered)
+    assert device_profile.statistics.keys() == expected.statistics.keys()
 
 
 def test_score_writes_the_predictions_of_the_cpu(bundle: Bundle, images: Path, device: str, tmp_path: Path) -> None:
@@ -66,5 +66,5 @@ def test_score_writes_the_predictions_of_the_cpu(bundle: Bundle, images: Path, d
     expected = score(
         bundle.classifier("cpu"), Preprocess(SIDE, SIDE), questions, task="multiclass", temperature=TEMPERATURE
     )
-    for found, answer in zip(table["probabilities"], expected, strict=True):
-        np.testing.assert_allclose(found, answer, atol=0.02)
+    for probabilities, answer in zip(table["probabilities"], expected, strict=True):
+        np.testing.assert_allclose(probabilities, answer, atol=0.02)

@@ -108,7 +108,7 @@ def test_goals_are_bounds_from_above_or_below() -> None:
 
 
 def test_every_package_for_a_gpu_machine_is_locked_with_hashes() -> None:
-    found = list(entries((ROOT / "requirements.lock").read_text(), PACKAGES))
-    assert len(found) == len(PACKAGES) and all("--hash=sha256:" in entry for entry in found)
+    requirements = list(entries((ROOT / "requirements.lock").read_text(), PACKAGES))
+    assert len(requirements) == len(PACKAGES) and all("--hash=sha256:" in entry for entry in requirements)
     with pytest.raises(KeyError, match="no-such-package"):
         list(entries("kornia==1 \\\n    --hash=sha256:0\n", ["no-such-package"]))

@@ -89,9 +89,9 @@ def weights(result: Result) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(one: Result, other: Result) -> None:
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    expected, other_weights = weights(one), weights(other)
+    assert expected.keys() == other_weights.keys()
+    assert [key for key in expected if not torch.equal(expected[key], other_weights[key])] == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -156,9 +156,9 @@ def test_an_option_of_the_recipe_trains(more: tuple[str, ...], options: list[str
 def test_recomputed_activations_give_the_same_weights(options: list[str]) -> None:
     same = ("--model.args", "{widths: [8, 16], depth: 2, pool: average}", "--trainer.max_epochs", "1")
     with deterministic():
-        kept = trained(options, "kept", *same)
+        baseline = trained(options, "kept", *same)
         recomputed = trained(options, "recomputed", *same, "--trainer.gradient_checkpointing", "true")
-    expected = weights(kept)
+    expected = weights(baseline)
     for key, value in weights(recomputed).items():
         torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-4)
 
@@ -172,10 +172,12 @@ def test_images_on_the_device_are_augmented_as_on_the_cpu(images: Path, device: 
     plain = ImageDataModule(manifest, augmenter=augmenter, **same)
     resident = ImageDataModule(manifest, augmenter=augmenter, on_device=True, **same)
     for expected, batch in zip(plain.train_dataloader(), resident.train_dataloader(), strict=True):
-        found = resident.on_after_batch_transfer(resident.transfer_batch_to_device(batch, torch.device(device), 0), 0)
-        assert found["images"].device.type == device and "keys" not in found
-        assert torch.equal(found["targets"].cpu(), expected["targets"])
-        difference = (found["images"].cpu().int() - expected["images"].int()).abs().float()
+        device_batch = resident.on_after_batch_transfer(
+            resident.transfer_batch_to_device(batch, torch.device(device), 0), 0
+        )
+        assert device_batch["images"].device.type == device and "keys" not in device_batch
+        assert torch.equal(device_batch["targets"].cpu(), expected["targets"])
+        difference = (device_batch["images"].cpu().int() - expected["images"].int()).abs().float()
         assert difference.mean() <= 1.0
 
 

@@ -32,12 +32,12 @@ def test_gradients_keys_and_statistics_do_not_change(name, args):
     spared = copy.deepcopy(plain)
     assert recompute_activations(spared) > 1
     images = torch.rand(4, 3, 32, 32)
-    wanted, found = a_step(plain, images), a_step(spared, images)
-    assert wanted.keys() == found.keys()
+    wanted, spared_gradients = a_step(plain, images), a_step(spared, images)
+    assert wanted.keys() == spared_gradients.keys()
     for key, gradient in wanted.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
-    for (key, value), (other, kept) in zip(plain.state_dict().items(), spared.state_dict().items(), strict=True):
-        assert key == other and torch.equal(value, kept), key
+        torch.testing.assert_close(spared_gradients[key], gradient, rtol=1e-4, atol=1e-6)
+    for (key, value), (other, other_value) in zip(plain.state_dict().items(), spared.state_dict().items(), strict=True):
+        assert key == other and torch.equal(value, other_value), key
     torch.testing.assert_close(spared.eval()(images), plain.eval()(images))
 
 

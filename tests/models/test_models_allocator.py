@@ -56,10 +56,12 @@ def test_large_blocks_are_faulted_in_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "own", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}], ids=str
+    "variables",
+    [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}],
+    ids=str,
 )
-def test_a_users_setting_wins(own: dict[str, str]) -> None:
-    assert faults_after(KEEP, **own) > 10 * FEW
+def test_a_users_setting_wins(variables: dict[str, str]) -> None:
+    assert faults_after(KEEP, **variables) > 10 * FEW
 
 
 def test_freed_memory_can_be_released() -> None:
@@ -68,8 +70,8 @@ def test_freed_memory_can_be_released() -> None:
     )
     resident = "int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20"
     done = run(f"{code}print({resident}); release_freed_memory(); print({resident})")
-    kept, released = map(int, done.stdout.split())
-    assert kept > 256 > 128 > released
+    peak, released = map(int, done.stdout.split())
+    assert peak > 256 > 128 > released
 
 
 def test_a_bound_is_kept() -> None:

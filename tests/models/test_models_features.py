@@ -33,7 +33,7 @@ def classifier_of(name: str, size: int = 32, **args: str) -> Classifier:
 def test_the_embedding_is_the_pooled_input_of_the_head(name: str, size: int, args: dict[str, str]) -> None:
     classifier = classifier_of(name, size, **args)
     images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
-    with torch.inference_mode(), head_inputs(classifier.network) as kept:
+    with torch.inference_mode(), head_inputs(classifier.network) as features:
         expected = classifier(images)
     network = FeatureClassifier(classifier)
     for one in (network, copy.deepcopy(network)):
@@ -41,7 +41,7 @@ def test_the_embedding_is_the_pooled_input_of_the_head(name: str, size: int, arg
             classifier(images[:1])  # a call of the classifier alone does not disturb the next
             logits, embedding = one(images)
         assert torch.equal(logits, expected)
-        torch.testing.assert_close(embedding, kept[0])
+        torch.testing.assert_close(embedding, features[0])
 
 
 def test_a_neighbour_head_is_exported_with_the_settings_of_its_state_dict() -> None:

@@ -170,23 +170,23 @@ def test_an_average_is_measured_and_stored_and_training_continues(tmp_path) -> N
         def on_validation_batch_start(self, trainer, pl_module, *_) -> None:
             seen.append(pl_module.classifier.network.head.weight.clone())
 
-    own: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
 
     class Own(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_) -> None:
-            own.append(pl_module.classifier.network.head.weight.detach().clone())
+            weights.append(pl_module.classifier.network.head.weight.detach().clone())
 
     module, average = make_module(), WeightAverage(decay=0.5)
     trainer = fit(module, average, See(), Own(), epochs=2)
-    expected = own[0].clone()
-    for number, weight in enumerate(own[1:], start=1):
+    expected = weights[0].clone()
+    for number, weight in enumerate(weights[1:], start=1):
         expected.lerp_(weight, 1 - min(0.5, (1 + number) / (10 + number)))
     torch.testing.assert_close(seen[-1], expected)
-    assert torch.equal(module.classifier.network.head.weight, own[-1])
+    assert torch.equal(module.classifier.network.head.weight, weights[-1])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     torch.testing.assert_close(best_weights(checkpoint)["classifier.network.head.weight"], expected)
-    assert torch.equal(checkpoint["state_dict"]["classifier.network.head.weight"], own[-1])
+    assert torch.equal(checkpoint["state_dict"]["classifier.network.head.weight"], weights[-1])
 
 
 def test_stochastic_weight_averaging_is_the_mean_of_the_last_epochs(tmp_path) -> None:
@@ -228,18 +228,18 @@ def test_sam_trains_and_counts_each_batch_once() -> None:
 
 @pytest.mark.parametrize("spec", [{"clip_norm": 1e-3}, {"clip_value": 1e-5}])
 def test_gradients_are_clipped(spec: dict[str, float]) -> None:
-    found: list[torch.Tensor] = []
+    step_gradients: list[torch.Tensor] = []
 
     class See(lightning.Callback):
         def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
             gradients = [p.grad.flatten() for p in pl_module.classifier.parameters() if p.grad is not None]
-            found.extend([torch.cat(gradients)] if gradients else [])
+            step_gradients.extend([torch.cat(gradients)] if gradients else [])
 
     fit(make_module(optim=OptimSpec(lr=1e-3, **spec)), See(), epochs=1)
     if "clip_norm" in spec:
-        assert float(found[0].norm()) == pytest.approx(1e-3, rel=1e-3)
+        assert float(step_gradients[0].norm()) == pytest.approx(1e-3, rel=1e-3)
     else:
-        assert float(found[0].abs().max()) == pytest.approx(1e-5, rel=1e-3)
+        assert float(step_gradients[0].abs().max()) == pytest.approx(1e-5, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -280,29 +280,29 @@ def test_swa_renews_the_statistics_of_batch_norms() -> None:
     average = WeightAverage(swa_start=0.0)
     module = make_module(optim=OptimSpec(name="sgd", lr=0.3, schedule="constant", warmup=0.0))
     fit(module, average, epochs=3)
-    kept = {key: value.clone() for key, value in average._average.items()}
-    module.load_state_dict(kept, strict=False)
+    state = {key: value.clone() for key, value in average._average.items()}
+    module.load_state_dict(state, strict=False)
     classifier = module.classifier.train()
     norm = next(m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d))
     seen = []
     norm.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].mean(dim=(0, 2, 3))))
     with torch.no_grad():
         classifier(Images().images)
-    key = next(key for key in kept if key.endswith("running_mean"))
-    torch.testing.assert_close(kept[key], seen[0], atol=1e-3, rtol=1e-3)
+    key = next(key for key in state if key.endswith("running_mean"))
+    torch.testing.assert_close(state[key], seen[0], atol=1e-3, rtol=1e-3)
 
 
 def test_the_last_step_of_an_epoch_takes_the_mean_of_the_batches_that_it_has() -> None:
-    found: list[torch.Tensor] = []
+    step_gradients: list[torch.Tensor] = []
 
     class See(lightning.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            found.append(pl_module.classifier.network.head.bias.grad.clone())
+            step_gradients.append(pl_module.classifier.network.head.bias.grad.clone())
 
     def gradients(accumulate: int) -> list[torch.Tensor]:
-        found.clear()
+        step_gradients.clear()
         fit(make_module(optim=OptimSpec(name="sgd", lr=1e-12)), See(), epochs=1, accumulate_grad_batches=accumulate)
-        return list(found)
+        return list(step_gradients)
 
     single, double = gradients(1), gradients(2)
     assert len(single) == 3 and len(double) == 2

@@ -24,8 +24,8 @@ def test_fusions_by_their_formulas() -> None:
     torch.manual_seed(0)
     image, text = torch.randn(3, 5), torch.randn(3, 4)
     film = FiLM(5, 4, 6)
-    gamma, beta, own = film.of_text(text).split(6, dim=1)
-    assert torch.allclose(film(image, text), ((1 + gamma) * film.of_image(image) + beta).relu() + own.relu())
+    gamma, beta, text_term = film.of_text(text).split(6, dim=1)
+    assert torch.allclose(film(image, text), ((1 + gamma) * film.of_image(image) + beta).relu() + text_term.relu())
     gated = Gated(5, 4, 6)
     z = torch.sigmoid(gated.gate(torch.cat([image, text], 1)))
     wanted = z * gated.of_image(image).tanh() + (1 - z) * gated.of_text(text).tanh()
@@ -50,42 +50,44 @@ def reader(**more) -> Reader:
 
 
 def test_missing_inputs_are_ignored_and_present_inputs_count() -> None:
-    made = reader().eval()
-    nn.init.normal_(made.no_text), nn.init.normal_(made.no_image)
+    network = reader().eval()
+    nn.init.normal_(network.no_text), nn.init.normal_(network.no_image)
     images, texts = torch.rand(4, 3, 8, 8), torch.randint(1, 21, (4, 5))
     here, nowhere = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    whole = made(images, texts, here)
-    assert not torch.allclose(whole, made(images, texts.flip(0), here))
-    assert not torch.allclose(whole, made(images.flip(0), texts, here))
-    assert torch.equal(made(images, texts, nowhere), made(torch.rand(4, 3, 8, 8), texts, nowhere))
+    whole = network(images, texts, here)
+    assert not torch.allclose(whole, network(images, texts.flip(0), here))
+    assert not torch.allclose(whole, network(images.flip(0), texts, here))
+    assert torch.equal(network(images, texts, nowhere), network(torch.rand(4, 3, 8, 8), texts, nowhere))
     none = torch.zeros(4, 5, dtype=torch.int64)
-    assert not torch.allclose(made(images, none, here), whole)
-    assert torch.allclose(made(images[:1].expand(4, -1, -1, -1), none, here)[0], made(images, none, here)[0], atol=1e-6)
+    assert not torch.allclose(network(images, none, here), whole)
+    assert torch.allclose(
+        network(images[:1].expand(4, -1, -1, -1), none, here)[0], network(images, none, here)[0], atol=1e-6
+    )
 
 
 def test_modality_dropout_drops_the_fractions_and_never_both() -> None:
-    made = reader(drop_image=0.3, drop_text=0.2)
+    network = reader(drop_image=0.3, drop_text=0.2)
     seen = {}
-    made.fusion.register_forward_pre_hook(lambda _, given: seen.update(image=given[0], text=given[1]))
-    nn.init.constant_(made.no_text, 7.0), nn.init.constant_(made.no_image, 9.0)
+    network.fusion.register_forward_pre_hook(lambda _, given: seen.update(image=given[0], text=given[1]))
+    nn.init.constant_(network.no_text, 7.0), nn.init.constant_(network.no_image, 9.0)
     images, texts, here = torch.rand(4000, 3, 2, 2), torch.randint(1, 21, (4000, 3)), torch.ones(4000, dtype=torch.bool)
-    made.train()(images, texts, here)
+    network.train()(images, texts, here)
     no_image, no_text = (seen["image"] == 9).all(1), (seen["text"] == 7).all(1)
     assert 0.26 < no_image.float().mean() < 0.34 and 0.16 < no_text.float().mean() < 0.24
     assert not (no_image & no_text).any()
     here[:2000], texts[2000:] = False, 0
-    made(images, texts, here)
+    network(images, texts, here)
     no_image, no_text = (seen["image"] == 9).all(1), (seen["text"] == 7).all(1)
     assert torch.equal(no_image, ~here) and torch.equal(no_text, here), "of one alone nothing is dropped"
-    made.eval()(images, texts, here)
+    network.eval()(images, texts, here)
     assert torch.equal((seen["image"] == 9).all(1), ~here)
 
 
 def test_texts_are_mixed_with_the_weights_of_the_images() -> None:
     from refract.augment import Augmenter
 
-    made = reader()
-    classifier = Classifier(made, mean=MEAN, std=STD, tokens=HashedNgrams(buckets=20))
+    network = reader()
+    classifier = Classifier(network, mean=MEAN, std=STD, tokens=HashedNgrams(buckets=20))
     augmenter = Augmenter([{"CutMix": {"p": 0.7}}, {"MixUp": {"p": 0.5, "alpha": 1.0}}], seed=2, size=8)
     module = ClassifierModule(classifier, task="multiclass", num_classes=3, mix=augmenter.mix)
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
@@ -101,14 +103,16 @@ def test_texts_are_mixed_with_the_weights_of_the_images() -> None:
     assert torch.allclose(shares @ targets, soft, atol=1e-6) and torch.allclose(shares.sum(1), torch.ones(6))
     assert (shares.diagonal() < 1).sum() > 0
     seen = {}
-    made.fusion.register_forward_pre_hook(lambda _, given: seen.update(text=given[1]))
+    network.fusion.register_forward_pre_hook(lambda _, given: seen.update(text=given[1]))
     classifier.eval()(mixed_images, batch["texts"], batch["has_image"], shares)
-    assert torch.allclose(seen["text"], shares @ made.texts(batch["texts"]), atol=1e-5)
-    nn.init.normal_(made.no_text)
+    assert torch.allclose(seen["text"], shares @ network.texts(batch["texts"]), atol=1e-5)
+    nn.init.normal_(network.no_text)
     batch["texts"][:3] = 0
     classifier(mixed_images, batch["texts"], batch["has_image"], shares)
-    own = torch.cat([made.no_text.expand(3, -1), made.texts(batch["texts"][3:])])
-    assert torch.allclose(seen["text"], shares @ own, atol=1e-5), "what is missing is filled in before it is mixed"
+    text_vectors = torch.cat([network.no_text.expand(3, -1), network.texts(batch["texts"][3:])])
+    assert torch.allclose(seen["text"], shares @ text_vectors, atol=1e-5), (
+        "what is missing is filled in before it is mixed"
+    )
 
 
 class Normed(Flat):
@@ -131,18 +135,18 @@ def test_missing_images_do_not_change_batch_norm_statistics(count: int) -> None:
     def learned(number: int) -> tuple[torch.Tensor, ...]:
         """From the first of them: the images' answers, their norm's gradient and its statistics."""
         torch.manual_seed(0)
-        made = Reader(Normed(), BagOfNgrams(20, width=8, dropout=0.0), 3, drop_image=0.0, drop_text=0.0).train()
-        answers = made(images[:number], texts[:number], has_image[:number])
+        network = Reader(Normed(), BagOfNgrams(20, width=8, dropout=0.0), 3, drop_image=0.0, drop_text=0.0).train()
+        answers = network(images[:number], texts[:number], has_image[:number])
         answers[:count].square().sum().backward()
-        norm = made.images.norm
+        norm = network.images.norm
         return answers[:count], norm.weight.grad, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
-    *_, mean, variance, batches = found = learned(4)
+    *_, mean, variance, batches = values = learned(4)
     if count > 1:
-        assert all(torch.allclose(one, own, atol=1e-5) for one, own in zip(found, learned(count), strict=True))
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(values, learned(count), strict=True))
     else:
         assert not mean.any() and torch.equal(variance, torch.ones(3)) and batches == 0
-        assert bool(found[1].any()) == (count == 1), "one alone is learned from"
+        assert bool(values[1].any()) == (count == 1), "one alone is learned from"
 
 
 def test_images_are_mixed_among_themselves() -> None:
@@ -186,20 +190,20 @@ def test_a_teacher_gets_only_the_inputs_that_it_reads() -> None:
         module = ClassifierModule(student, task="multiclass", num_classes=3, teacher=teacher, loss=spec)
         logits = student(images, texts, has_image)
         loss = classification_loss(logits, torch.tensor([0, 1, 2, 0]), task="multiclass")
-        found = module._distilled(loss, logits, teacher, (images, texts, has_image))
+        distilled_loss = module._distilled(loss, logits, teacher, (images, texts, has_image))
         known = {"images": has_image, "texts": texts[:, 0] > 0, "both": torch.ones(4, dtype=torch.bool)}[reads]
         asked = {"images": (images,), "texts": (None, texts), "both": (images, texts, has_image)}[reads]
         soft = distillation_loss(logits[known], teacher(*asked)[known], task="multiclass", temperature=2.0)
-        assert torch.allclose(found, torch.lerp(loss, soft, 0.4 * known.float().mean()), atol=1e-6), reads
+        assert torch.allclose(distilled_loss, torch.lerp(loss, soft, 0.4 * known.float().mean()), atol=1e-6), reads
 
 
 def test_blocks_are_frozen_and_decayed_as_of_images() -> None:
     from refract.models.training.freezing import blocks_of
 
-    made = reader()
-    classifier = Classifier(made, mean=MEAN, std=STD)
+    network = reader()
+    classifier = Classifier(network, mean=MEAN, std=STD)
     classifier.train_blocks(1)
-    assert {name.partition(".")[0] for name, p in made.named_parameters() if p.requires_grad} == {"head", "fusion"}
+    assert {name.partition(".")[0] for name, p in network.named_parameters() if p.requires_grad} == {"head", "fusion"}
     deep = Reader(build("resnet20", 3, image_size=(32, 32)), BagOfNgrams(20, width=8), 3)
     blocks, names = blocks_of(deep), {id(parameter): name for name, parameter in deep.named_parameters()}
     assert sorted(names[id(p)] for block in blocks for p in block) == sorted(names.values()), "each in one block"
@@ -220,7 +224,7 @@ def in_former_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def classifiers() -> tuple[Classifier, Classifier]:
     """Two with different weights. The first has a normed network of images."""
     torch.manual_seed(0)
-    made = [
+    pair = [
         Classifier(
             Reader(Normed(), BagOfNgrams(20, width=8), 3),
             mean=MEAN,
@@ -229,14 +233,14 @@ def classifiers() -> tuple[Classifier, Classifier]:
         )
         for _ in range(2)
     ]
-    for parameter in made[0].parameters():
+    for parameter in pair[0].parameters():
         nn.init.normal_(parameter)
-    return made[0], made[1]
+    return pair[0], pair[1]
 
 
 def test_weights_of_an_earlier_version_load(classifiers: tuple[Classifier, Classifier], tmp_path: Path) -> None:
-    made, other = classifiers
-    weights = made.state_dict()
+    source, other = classifiers
+    weights = source.state_dict()
     stored = in_former_names(weights)
     assert {"network.pictures.norm.weight", "network.no_picture"} <= set(stored)
     other.load_state_dict(stored, strict=True)
@@ -246,7 +250,7 @@ def test_weights_of_an_earlier_version_load(classifiers: tuple[Classifier, Class
     nn.init.zeros_(start.no_image)
     safetensors.torch.save_file(stored, tmp_path / "weights.safetensors")
     report = load_weights(start, start.head, tmp_path / "weights.safetensors")
-    assert set(report.loaded) == set(start.state_dict()) and torch.equal(start.no_image, made.network.no_image)
+    assert set(report.loaded) == set(start.state_dict()) and torch.equal(start.no_image, source.network.no_image)
 
 
 def test_an_average_of_an_earlier_version_resumes(classifiers: tuple[Classifier, Classifier]) -> None:

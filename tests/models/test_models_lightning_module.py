@@ -39,8 +39,8 @@ class Images(Dataset):
 def make_module(task: str = "multiclass", **options: Any) -> ClassifierModule:
     torch.manual_seed(0)
     classifier = Classifier(build("resnet20", 2, image_size=(16, 16)), mean=(0.5,) * 3, std=(0.25,) * 3)
-    own = {name: options.pop(name) for name in list(options) if name in OptimSpec.__dataclass_fields__}
-    optim = OptimSpec(**{"lr": 0.01, **own})
+    optim_options = {name: options.pop(name) for name in list(options) if name in OptimSpec.__dataclass_fields__}
+    optim = OptimSpec(**{"lr": 0.01, **optim_options})
     return ClassifierModule(classifier, task=task, num_classes=2, optim=optim, **options)
 
 

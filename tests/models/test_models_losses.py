@@ -136,9 +136,9 @@ def test_each_loss_by_hand() -> None:
 
 def test_focal_without_gamma_is_the_plain_loss() -> None:
     logits, targets = torch.randn(5, 3), torch.randint(2, (5, 3)).float()
-    for task, own in (("multilabel", targets), ("multiclass", targets.argmax(1))):
-        plain = classification_loss(logits, own, task=task)
-        torch.testing.assert_close(classification_loss(logits, own, task=task, name="focal", gamma=0.0), plain)
+    for task, task_targets in (("multilabel", targets), ("multiclass", targets.argmax(1))):
+        plain = classification_loss(logits, task_targets, task=task)
+        torch.testing.assert_close(classification_loss(logits, task_targets, task=task, name="focal", gamma=0.0), plain)
 
 
 def test_losses_that_a_task_does_not_support_are_refused() -> None:

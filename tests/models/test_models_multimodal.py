@@ -30,12 +30,12 @@ def words_tokenizer(words: list[str], ends: bool = False) -> bytes:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.processors import TemplateProcessing
 
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
-    made.pre_tokenizer = WhitespaceSplit()
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     if ends:
         mark = words[-1]
-        made.post_processor = TemplateProcessing(single=f"{mark} $A {mark}", special_tokens=[(mark, len(words))])
-    return made.to_str().encode()
+        tokenizer.post_processor = TemplateProcessing(single=f"{mark} $A {mark}", special_tokens=[(mark, len(words))])
+    return tokenizer.to_str().encode()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def transformers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
 
     torch.manual_seed(0)
     words = ["a", "the", "red", "blue", "dog", "car", "sees", "not"]
-    found = {}
+    folders = {}
     for name, model in {
         "bert": BertModel(
             BertConfig(
@@ -64,8 +64,8 @@ def transformers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         model.save_pretrained(folder)
         inner = Tokenizer.from_str(words_tokenizer(words).decode())
         PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def test_texts_become_numbers_in_any_language_and_are_cut() -> None:
@@ -187,7 +187,7 @@ def test_a_model_that_was_stored_in_16_bits_is_read_in_32(tmp_path: Path, weight
     where = kept(tmp_path / "b", BertModel(BertConfig(**SMALL)).to(torch.bfloat16))
     part, tokens, network = make_text_encoder(where, weights=weights, max_length=8, pooling="auto", args={})
     again = part.network().eval()
-    assert {p.dtype for made in (network, again) for p in made.parameters()} == {torch.float32}
+    assert {p.dtype for module in (network, again) for p in module.parameters()} == {torch.float32}
     assert not {"dtype", "torch_dtype"} & set(part.config)
     old = dataclasses.replace(part, config={**part.config, "dtype": "bfloat16"}).network()
     assert next(old.parameters()).dtype == torch.float32, "of a bundle that says so still"
@@ -212,20 +212,20 @@ def test_pooling_goes_by_what_a_token_sees_not_by_the_architectures_name(tmp_pat
 def test_texts_that_a_network_cannot_read_are_refused_before_training(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
-    own = {"weights": "default", "pooling": "auto", "args": {}}
+    options = {"weights": "default", "pooling": "auto", "args": {}}
     roberta = kept(tmp_path / "r", RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=12, pad_token_id=1)))
     with pytest.raises(ValueError, match=r"text\.max_length: 11: expected at most 10"):
-        make_text_encoder(roberta, max_length=11, **own)
-    network = make_text_encoder(roberta, max_length=10, **own)[2]
+        make_text_encoder(roberta, max_length=11, **options)
+    network = make_text_encoder(roberta, max_length=10, **options)[2]
     assert network(torch.full((2, 10), 4)).isfinite().all()
     wide = kept(tmp_path / "g", GPT2Model(GPT2Config(vocab_size=3, n_positions=12, n_embd=16, n_layer=1, n_head=2)))
     with pytest.raises(ValueError, match="its tokenizer has 4 tokens, its network only 3"):
-        make_text_encoder(wide, max_length=8, **own)
+        make_text_encoder(wide, max_length=8, **options)
     images = {**SMALL, "image_size": 8, "patch_size": 4}
     del images["vocab_size"]
     vit = kept(tmp_path / "v", ViTModel(ViTConfig(**images)))
     with pytest.raises(ValueError, match="is a ViTModel, which does not read a text alone"):
-        make_text_encoder(vit, max_length=8, **own)
+        make_text_encoder(vit, max_length=8, **options)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ def test_texts_that_a_network_cannot_read_are_refused_before_training(tmp_path: 
 )
 def test_unusable_text_encoders_are_refused(transformers_of, monkeypatch, name: str, more: dict, message: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    own = {"weights": "default", "max_length": 8, "pooling": "auto", "args": {}} | more
+    options = {"weights": "default", "max_length": 8, "pooling": "auto", "args": {}} | more
     with pytest.raises(ValueError, match=message):
-        make_text_encoder(str(transformers_of.get(name, name)), **own)
+        make_text_encoder(str(transformers_of.get(name, name)), **options)
 
 
 def test_pickled_weights_are_not_read(transformers_of, tmp_path: Path) -> None:

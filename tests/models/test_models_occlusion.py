@@ -95,12 +95,12 @@ def test_the_hottest_place_lies_in_the_planted_evidence(name: str) -> None:
     assert accuracy > 0.95
     fresh = correct(classifier, plant(40, family.size, torch.Generator().manual_seed(1)))
     occlusion = Occlusion(classifier)
-    found = inside(
+    measurements = inside(
         [occlusion.heat(*pair) for pair in zip(fresh.images, fresh.labels.tolist(), strict=True)], fresh.squares
     )
-    assert len(found) >= 0.7 * len(fresh.labels)
-    assert sum(hit for hit, _ in found) >= 0.9 * len(found)
-    assert sum(mass for _, mass in found) >= 0.3 * len(found)
+    assert len(measurements) >= 0.7 * len(fresh.labels)
+    assert sum(hit for hit, _ in measurements) >= 0.9 * len(measurements)
+    assert sum(mass for _, mass in measurements) >= 0.3 * len(measurements)
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {name: family.make for name, family in FAMILIES.items()} | {

@@ -17,15 +17,17 @@ def library() -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU OpenMP on Linux")
 @pytest.mark.parametrize(
-    ("own", "spins"),
+    ("variables", "spins"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
     ids=["default", "spins", "policy"],
 )
-def test_a_command_lets_waiting_threads_sleep_unless_the_user_says_otherwise(own: dict[str, str], spins: str) -> None:
+def test_a_command_lets_waiting_threads_sleep_unless_the_user_says_otherwise(
+    variables: dict[str, str], spins: str
+) -> None:
     plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     code = "import ctypes, sys, refract.cli; refract.cli.main(['ops']); assert 'torch' not in sys.modules; ctypes.CDLL(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(library())],
-        cwd=Path(__file__).parents[2], env=plain | {"OMP_DISPLAY_ENV": "verbose"} | own, capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[2], env=plain | {"OMP_DISPLAY_ENV": "verbose"} | variables, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

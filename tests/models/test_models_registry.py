@@ -190,12 +190,12 @@ def test_hog_votes_for_the_two_nearest_of_nine_directions(degrees: float, wanted
     turn = math.radians(degrees)
     ramp = (across * math.cos(turn) + down * math.sin(turn)).expand(1, 3, 24, 24)
     blocks = HoG((24, 24), cell=4)(ramp).view(1, 4, 9, 5, 5)[0, :, :, 2, 2]  # of the middle, which knows no border
-    found = blocks / blocks.sum(dim=1, keepdim=True)
+    histograms = blocks / blocks.sum(dim=1, keepdim=True)
     votes = torch.zeros(9)
     for place, share in wanted.items():
         votes[place] = share
     clipped = torch.nn.functional.normalize(votes.repeat(4), dim=0).clamp(max=0.2).view(4, 9)  # L2-Hys
-    torch.testing.assert_close(found, clipped / clipped.sum(dim=1, keepdim=True), atol=1e-3, rtol=0)
+    torch.testing.assert_close(histograms, clipped / clipped.sum(dim=1, keepdim=True), atol=1e-3, rtol=0)
 
 
 def test_stochastic_depth_rises_linearly_to_the_last_branch() -> None:

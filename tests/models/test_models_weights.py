@@ -218,13 +218,13 @@ def test_mean_and_deviation_come_from_a_folders_own_record(tmp_path: Path) -> No
     assert weights_preprocess("resnet20", str(tmp_path)) is None
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
     assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    own = {"preprocess": {"mean": [0.7, 0.7, 0.7], "std": [0.2, 0.2, 0.2], "normalize": "channel"}}
-    (tmp_path / "bundle.json").write_text(json.dumps(own))
+    bundle_record = {"preprocess": {"mean": [0.7, 0.7, 0.7], "std": [0.2, 0.2, 0.2], "normalize": "channel"}}
+    (tmp_path / "bundle.json").write_text(json.dumps(bundle_record))
     assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.7] * 3, "std": [0.2] * 3}
-    own["preprocess"]["normalize"] = "pca"
-    (tmp_path / "bundle.json").write_text(json.dumps(own))
-    found = weights_preprocess("resnet20", str(tmp_path))
-    assert found == {"mean": [0.7] * 3, "std": [0.2] * 3, "normalize": "pca"}
+    bundle_record["preprocess"]["normalize"] = "pca"
+    (tmp_path / "bundle.json").write_text(json.dumps(bundle_record))
+    preprocess = weights_preprocess("resnet20", str(tmp_path))
+    assert preprocess == {"mean": [0.7] * 3, "std": [0.2] * 3, "normalize": "pca"}
     (tmp_path / "bundle.json").unlink()
     record = '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "normalize": true}'
     (tmp_path / "preprocessor_config.json").write_text(record)
@@ -242,7 +242,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_error_for_a_bundle_names_its_network(tmp_path: Path) -> None:
-    given, own = (
+    given, other = (
         build("cnn", 3, image_size=(32, 32), widths=[8, 8]),
         build("cnn", 3, image_size=(32, 32), widths=[8, 4]),
     )
@@ -250,7 +250,7 @@ def test_the_error_for_a_bundle_names_its_network(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text(
         '{"network": {"name": "cnn", "args": {"widths": [8, 8]}, "image_size": [32, 32]}}'
     )
-    for network in (own, build("lenet5", 3, image_size=(32, 32))):
+    for network in (other, build("lenet5", 3, image_size=(32, 32))):
         with pytest.raises(
             ValueError, match=r'model.name: cnn, model.args: \{"widths": \[8, 8\]\}, data.image_size: \[32, 32\]$'
         ):

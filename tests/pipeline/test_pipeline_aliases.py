@@ -62,10 +62,10 @@ class Mortal:
             self._left -= 1
             if self._left < 0 and not self._after:
                 raise Dies
-            found = value(*args, **options)
+            result = value(*args, **options)
             if self._left < 0:
                 raise Dies
-            return found
+            return result
 
         return call
 
@@ -140,10 +140,10 @@ def test_of_concurrent_promoters_one_wins(model: tuple[MlflowClient, str], regis
     start = threading.Barrier(2)
 
     def move(version: str) -> None:
-        own = MlflowClient(registry, registry)
+        thread_client = MlflowClient(registry, registry)
         start.wait()
         try:
-            promote(own, name, version, instead_of="1")
+            promote(thread_client, name, version, instead_of="1")
             outcomes[version] = "won"
         except PromotionError as error:
             outcomes[version] = str(error)

@@ -103,12 +103,12 @@ def test_evaluate_reproduces_the_metrics_and_writes_a_report(
         "evaluate", runs / "good" / "bundle", root / "images", "--json", "e.json", "--report", "rep", "--robustness", "quick"
     )  # fmt: skip
     wanted = load_bundle(runs / "good" / "bundle").info.metrics
-    found = json.loads((tmp_path / "e.json").read_text())
+    evaluation = json.loads((tmp_path / "e.json").read_text())
     for name in ("accuracy", "nll", "calibration_error"):
-        assert found["metrics"][name] == pytest.approx(wanted[name], abs=1e-4)
-    assert found["robustness"]["mean_corruption_error"] == pytest.approx(wanted["corruption_error"])
+        assert evaluation["metrics"][name] == pytest.approx(wanted[name], abs=1e-4)
+    assert evaluation["robustness"]["mean_corruption_error"] == pytest.approx(wanted["corruption_error"])
     report = json.loads((tmp_path / "rep" / "report.json").read_text())
-    assert report["metrics"] == found["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
+    assert report["metrics"] == evaluation["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
 
 
 def test_evaluate_accepts_images_of_one_class_and_a_test_set_alone(refract: Run, runs: Path, tmp_path: Path) -> None:
@@ -120,19 +120,19 @@ def test_evaluate_accepts_images_of_one_class_and_a_test_set_alone(refract: Run,
         assert (
             "on 4 images of" in printed and "2 labels have no images and count as 0 in macro_f1: blue, green" in printed
         )
-        found = json.loads((tmp_path / "e.json").read_text())
-        assert found["metrics"]["accuracy"] == 1 and [row["count"] for row in found["per_class"]] == [0, 0, 4]
+        evaluation = json.loads((tmp_path / "e.json").read_text())
+        assert evaluation["metrics"]["accuracy"] == 1 and [row["count"] for row in evaluation["per_class"]] == [0, 0, 4]
 
 
 def test_runs_are_compared_on_their_common_test_samples(refract: Run, runs: Path, tmp_path: Path) -> None:
     printed = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
     assert re.search(r"^optim\.lr +1e-07 +0\.003$", printed, re.MULTILINE) and "run_name" not in printed
-    found = re.search(
+    match = re.search(
         r"good against bad on 54 images: accuracy \+(\S+), 95 % interval \+(\S+) to \+(\S+), McNemar p = (\S+):",
         printed,
     )
-    assert found and "more than chance" in printed
-    value, low, high = (float(number) for number in found.groups()[:3])
+    assert match and "more than chance" in printed
+    value, low, high = (float(number) for number in match.groups()[:3])
     accuracies = [load_bundle(runs / name / "bundle").info.metrics["accuracy"] for name in ("bad", "good")]
     assert value == pytest.approx(accuracies[1] - accuracies[0], abs=1e-4) and low < value < high
     assert (tmp_path / "c.png").stat().st_size > 5000
@@ -172,8 +172,8 @@ class Rough(torch.nn.Module):
 @pytest.mark.parametrize("cell", ["inf", "-inf", "1e400", "NA", ""])
 def test_missing_and_infinite_cells_of_a_numeric_column_are_in_no_quantile_slice(cell: str) -> None:
     values = [str(n) for n in range(80)] + [cell]
-    found = slices([Sample(str(i), (0,), metadata={"hour": v}) for i, v in enumerate(values)], np.ones(81, dtype=bool))
-    assert [(part.value, part.count) for part in found] == [
+    parts = slices([Sample(str(i), (0,), metadata={"hour": v}) for i, v in enumerate(values)], np.ones(81, dtype=bool))
+    assert [(part.value, part.count) for part in parts] == [
         ("0 … 19.75", 20), ("19.75 … 39.5", 20), ("39.5 … 59.25", 20), ("59.25 … 79", 20),
     ]  # fmt: skip
 
@@ -227,8 +227,8 @@ def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:
         write_image(tmp_path / "ab"[number % 2] / f"{number}.png", np.full((32, 32, 3), 100 + number, np.uint8))
     samples = [replace(sample, labels=(0,)) for sample in load_manifest(tmp_path).samples]
     classifier = Classifier(Rough(), mean=(0.0,) * 3, std=(1.0,) * 3)
-    found = measure_robustness(classifier, Preprocess(32, 32), samples, QUICK)
-    assert found.clean == 0 and found.noise == {4: 0, 8: 0, 16: 1, 32: 1, 64: 1}
+    robustness = measure_robustness(classifier, Preprocess(32, 32), samples, QUICK)
+    assert robustness.clean == 0 and robustness.noise == {4: 0, 8: 0, 16: 1, 32: 1, 64: 1}
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +260,11 @@ def test_slices_follow_the_columns_of_the_manifest(refract: Run, cameras: Path, 
 
 def test_numeric_columns_are_sliced_by_quantiles() -> None:
     samples = [Sample(str(n), (0,), metadata={"size": f"{n / 7}", "odd": "x" if n % 2 else ""}) for n in range(100)]
-    found = slices(samples, np.arange(100) >= 25)
-    assert [(part.column, part.count, part.right) for part in found] == [
+    parts = slices(samples, np.arange(100) >= 25)
+    assert [(part.column, part.count, part.right) for part in parts] == [
         ("size", 25, 0.0), ("size", 25, 1.0), ("size", 25, 1.0), ("size", 25, 1.0), ("odd", 50, 0.74), ("odd", 50, 0.76),
     ]  # fmt: skip
-    assert [part.worse for part in found] == [True, False, False, False, False, False] and found[4].value == "(empty)"
+    assert [part.worse for part in parts] == [True, False, False, False, False, False] and parts[4].value == "(empty)"
 
 
 def test_the_multi_label_report_has_galleries_of_errors_and_near_duplicates(tmp_path: Path) -> None:
@@ -278,16 +278,16 @@ def test_the_multi_label_report_has_galleries_of_errors_and_near_duplicates(tmp_
     ]
     torch.manual_seed(0)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
-    found = evaluate(classifier, Preprocess(32, 32), samples, task="multilabel", labels=tuple(COLORS))
-    assert found.right.tolist() == ((found.probabilities >= 0.5) == found.truth).all(axis=1).tolist()
+    evaluation = evaluate(classifier, Preprocess(32, 32), samples, task="multilabel", labels=tuple(COLORS))
+    assert evaluation.right.tolist() == ((evaluation.probabilities >= 0.5) == evaluation.truth).all(axis=1).tolist()
     near = [(samples[0], samples[1])]
-    report = make_report("r", found, tuple(COLORS), facts={}, precision=0.95, abstain_below=None, near=near)
+    report = make_report("r", evaluation, tuple(COLORS), facts={}, precision=0.95, abstain_below=None, near=near)
     errors = report.galleries["Most confident errors"]
-    off = np.abs(found.probabilities - found.truth)[found.predicted != found.truth].max()
+    off = np.abs(evaluation.probabilities - evaluation.truth)[evaluation.predicted != evaluation.truth].max()
     assert f"missed {1 - off:.0%}" in errors[0]["caption"] or f"{off:.0%}, labelled" in errors[0]["caption"]
     (pair,) = report.galleries["Near-duplicates of training images"]
     assert pair["caption"] == "blue ~ blue" and pair["src"].startswith("data:image/jpeg")
-    assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())
+    assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(evaluation.right[1:].mean())
 
 
 def draw(labels: list[str], path: Path) -> None:

@@ -85,8 +85,8 @@ def test_balanced_order_draws_every_class_equally_often_and_every_image_of_the_l
     drawn = Counter(index for _, index, _ in keys)
     # Within a class, no image is drawn twice before all are drawn once.
     for label in range(3):
-        own = [drawn[i] for i, c in enumerate(classes) if c == label]
-        assert max(own) - min(own) <= 1
+        draw_counts = [drawn[i] for i, c in enumerate(classes) if c == label]
+        assert max(draw_counts) - min(draw_counts) <= 1
     assert keys == list(TrainOrder(len(classes), seed=3, classes=classes))
     order.set_epoch(1)
     assert [key[1] for key in order] != [key[1] for key in keys]
@@ -110,11 +110,11 @@ def data_of(folder: Path, policy: list, **options) -> ImageDataModule:
 
 def test_images_in_memory_are_augmented_and_measured_as_those_from_files(alike: Path) -> None:
     policy = [{"PadAndCrop": {"padding": 3}}, "HorizontalFlip", {"ColorJitter": {"brightness": 0.4}}]
-    read, kept = data_of(alike, policy, workers=0), data_of(alike, policy, memory="always")
-    assert kept.workers == 0 and kept.in_memory and not read.in_memory
+    read, memory_data = data_of(alike, policy, workers=0), data_of(alike, policy, memory="always")
+    assert memory_data.workers == 0 and memory_data.in_memory and not read.in_memory
     for one, other in (
-        (read.train_dataloader(), kept.train_dataloader()),
-        (read.val_dataloader(), kept.val_dataloader()),
+        (read.train_dataloader(), memory_data.train_dataloader()),
+        (read.val_dataloader(), memory_data.val_dataloader()),
     ):
         for a, b in zip(one, other, strict=True):
             assert all(torch.equal(a[name], b[name]) for name in ("images", "targets", "indices"))

@@ -50,9 +50,9 @@ def begun(folder: Path, *overrides: object) -> Assembly:
 
 def trained(folder: Path, tmp_path: Path, *overrides: object) -> tuple[torch.Tensor, int]:
     """Return (the kept weights, the number of epochs)."""
-    made = begun(folder, *overrides)
-    history = fit(made, tmp_path / "run", None)
-    state = made.module.classifier.network.state_dict()
+    assembly = begun(folder, *overrides)
+    history = fit(assembly, tmp_path / "run", None)
+    state = assembly.module.classifier.network.state_dict()
     return torch.cat([value.float().flatten() for value in state.values()]), len(history)
 
 
@@ -125,8 +125,8 @@ def test_equal_configs_train_equal_weights(uneven: Path, tmp_path: Path) -> None
 
 def test_gradient_checkpointing_keeps_the_weights(uneven: Path, tmp_path: Path) -> None:
     spared = begun(uneven, "--trainer.gradient_checkpointing", "true").module.classifier.network
-    own = begun(uneven).module.classifier.network
-    assert [sum("forward" in vars(m) for m in network.modules()) > 0 for network in (spared, own)] == [True, False]
+    baseline = begun(uneven).module.classifier.network
+    assert [sum("forward" in vars(m) for m in network.modules()) > 0 for network in (spared, baseline)] == [True, False]
     one, _ = trained(uneven, tmp_path / "one", "--trainer.gradient_checkpointing", "true")
     other, _ = trained(uneven, tmp_path / "other")
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -141,9 +141,9 @@ def test_patience_stops_the_training(uneven: Path, tmp_path: Path) -> None:
     ("mode", "first"), [("feature-extract", 1), ("gradual", 1), ("linear-then-fine-tune", 1), ("fine-tune", None)]
 )
 def test_the_mode_selects_the_trained_parameters(mode: str, first: int | None, uneven: Path) -> None:
-    made = begun(uneven, "--model.mode", mode, "--model.unfreeze_epochs", 2)
-    made.module.train_blocks_of(0)
-    blocks = blocks_of(made.module.classifier.network)
+    assembly = begun(uneven, "--model.mode", mode, "--model.unfreeze_epochs", 2)
+    assembly.module.train_blocks_of(0)
+    blocks = blocks_of(assembly.module.classifier.network)
     trainable = [any(p.requires_grad for p in block) for block in blocks]
     assert trainable == [False] * (len(blocks) - first) + [True] if first else [True] * len(blocks)
 
@@ -153,9 +153,11 @@ def test_the_configured_initialisation_is_applied(uneven: Path) -> None:
     assert (network.head.weight == 0.1).all()
     images = torch.rand(64, 3, 24, 24)
     fast = begun(uneven, "--model.name", "fastnet", "--model.init", "lsuv").module.classifier.network
-    own = begun(uneven, "--model.name", "fastnet").module.classifier.network
-    assert torch.equal(fast.whiten.weight, own.whiten.weight), "what the network fixed itself stays"
-    assert not torch.equal(fast.stages[0].conv1.weight, own.stages[0].conv1.weight) and fast(images).isfinite().all()
+    baseline = begun(uneven, "--model.name", "fastnet").module.classifier.network
+    assert torch.equal(fast.whiten.weight, baseline.whiten.weight), "what the network fixed itself stays"
+    assert (
+        not torch.equal(fast.stages[0].conv1.weight, baseline.stages[0].conv1.weight) and fast(images).isfinite().all()
+    )
 
 
 def test_training_starts_from_the_weights_of_a_file(uneven: Path, tmp_path: Path) -> None:
@@ -320,9 +322,9 @@ def test_a_bundles_head_for_other_labels_starts_neutral(uneven: Path, tmp_path: 
         configured(uneven, ("--trainer.runs_dir", tmp_path, "--trainer.run_name", "a", "--trainer.max_epochs", 1))
     )
     assert done is not None
-    kept = begun(uneven, "--model.weights", done.bundle).module.classifier.state_dict()
+    state = begun(uneven, "--model.weights", done.bundle).module.classifier.state_dict()
     stored = load_file(done.bundle / "weights.safetensors")
-    assert all(torch.equal(kept[key], value) for key, value in stored.items())
+    assert all(torch.equal(state[key], value) for key, value in stored.items())
     others = tmp_path / "others"
     for number, folder in enumerate(sorted(path for path in uneven.iterdir() if path.is_dir())):
         shutil.copytree(folder, others / f"other {number}")
@@ -338,9 +340,9 @@ def test_a_bundles_head_for_other_labels_starts_neutral(uneven: Path, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["mean_image", "zca"])
 def test_a_bundles_normalisation_is_reused(kind: str, uneven: Path, tmp_path: Path) -> None:
-    own = ("--data.image_size", 24, "--data.normalize", kind)
+    options = ("--data.image_size", 24, "--data.normalize", kind)
     runs = ("--trainer.runs_dir", tmp_path, "--trainer.max_epochs", 1)
-    base = train(configured(uneven, (*own, *runs, "--trainer.run_name", "base")))
+    base = train(configured(uneven, (*options, *runs, "--trainer.run_name", "base")))
     assert base is not None
     few = tmp_path / "few"
     for label in list(COLORS)[:2]:
@@ -348,9 +350,9 @@ def test_a_bundles_normalisation_is_reused(kind: str, uneven: Path, tmp_path: Pa
     tuned = ("--data.image_size", 24, "--model.weights", base.bundle)
     pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     wanted = load_bundle(base.bundle).classifier().normalise(pixels)
-    found = begun(few, *tuned)
-    assert found.module.classifier.normalize == kind
-    torch.testing.assert_close(found.module.classifier.normalise(pixels), wanted)
+    assembly = begun(few, *tuned)
+    assert assembly.module.classifier.normalize == kind
+    torch.testing.assert_close(assembly.module.classifier.normalise(pixels), wanted)
     done = train(configured(few, (*tuned, *runs, "--trainer.run_name", "tuned")))
     assert done is not None
     torch.testing.assert_close(load_bundle(done.bundle).classifier().normalise(pixels), wanted)

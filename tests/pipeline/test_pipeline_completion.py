@@ -45,12 +45,12 @@ def test_bash_completes_commands_options_config_keys_and_files(script: Path, tmp
 
 
 def test_every_command_has_its_options() -> None:
-    found = options()
-    assert set(found) == set(COMMANDS)
-    assert {"--report", "--robustness"} <= set(found["evaluate"])
-    assert "--max-batch" in found["serve"] and not any("--option" in names for names in found.values())
+    flags = options()
+    assert set(flags) == set(COMMANDS)
+    assert {"--report", "--robustness"} <= set(flags["evaluate"])
+    assert "--max-batch" in flags["serve"] and not any("--option" in names for names in flags.values())
     for command in ("train", "tune", "find", "retrain"):
-        assert "--data.val_fraction" in found[command] and "--section.key" not in found[command]
+        assert "--data.val_fraction" in flags[command] and "--section.key" not in flags[command]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -11,13 +11,13 @@ from refract.pipeline.schedule.cron import Cron, zone_named
 
 def fires(text: str, zone: str, begin: str, count: int) -> list[str]:
     """The next times of a cron, by the clock on the wall there."""
-    cron, found = Cron(text, ZoneInfo(zone)), datetime.fromisoformat(begin).replace(tzinfo=ZoneInfo(zone))
+    cron, moment = Cron(text, ZoneInfo(zone)), datetime.fromisoformat(begin).replace(tzinfo=ZoneInfo(zone))
     times, previous = [], None
     for _ in range(count):
-        next_one = cron.get_next_fire_time(previous, found)
+        next_one = cron.get_next_fire_time(previous, moment)
         assert next_one is not None
-        found = previous = next_one
-        times.append(f"{found.astimezone(ZoneInfo(zone)):%m-%d %H:%M %a %Z}")
+        moment = previous = next_one
+        times.append(f"{moment.astimezone(ZoneInfo(zone)):%m-%d %H:%M %a %Z}")
     return times
 
 

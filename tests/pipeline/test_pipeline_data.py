@@ -308,8 +308,8 @@ def test_columns_of_bytes_and_trailing_commas_are_handled(folder: Path) -> None:
     (first, second) = load_manifest(folder / "m.parquet").samples
     kinds = {"path": [b"red/00.jpg", b"blue/00.jpg"], "label": ["a", "b"], "split": [b"train", b"test"]}
     pd.DataFrame({**kinds, "camera": pd.Categorical(["c", "c"])}).to_parquet(folder / "n.parquet")
-    own = load_manifest(folder / "n.parquet")
-    assert own.splits() == ["train", "test"] and own.samples[0].metadata == {"camera": "c"}
+    manifest = load_manifest(folder / "n.parquet")
+    assert manifest.splits() == ["train", "test"] and manifest.samples[0].metadata == {"camera": "c"}
     assert first.metadata == {"n": "1.0"} and second.metadata == {"n": ""}
     (folder / "m.csv").write_text("path,label\nred/00.jpg,a,\nblue/00.jpg,b,\n")
     with pytest.raises(DataError, match="more fields than the header"):

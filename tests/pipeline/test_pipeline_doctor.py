@@ -84,13 +84,13 @@ def test_learning_rate_findings_from_recorded_losses() -> None:
     falling = [2.3 * 0.97**step + 0.1 for step in range(200)]
     assert not list(late(Record(10, 0.1, losses=falling)))
     risen = falling[:60] + [0.3 * 1.04**step for step in range(60)]
-    (found,) = late(Record(10, 0.1, losses=risen))
-    assert found.name == "learning rate too high" and "× in" in found.evidence and "optim.lr: 0.01" in found.cure
-    (found,) = late(Record(10, 0.1, losses=[2.3 - 0.0001 * step for step in range(200)]))
-    assert found.name == "the loss does not fall"
+    (finding,) = late(Record(10, 0.1, losses=risen))
+    assert finding.name == "learning rate too high" and "× in" in finding.evidence and "optim.lr: 0.01" in finding.cure
+    (finding,) = late(Record(10, 0.1, losses=[2.3 - 0.0001 * step for step in range(200)]))
+    assert finding.name == "the loss does not fall"
     crawl = [2.3 - 0.003 * step for step in range(200)]
-    (found,) = late(Record(10, 1e-4, losses=crawl, history=[{}] * 4))
-    assert found.name == "learning rate too low" and "optim.lr: 0.001" in found.cure
+    (finding,) = late(Record(10, 1e-4, losses=crawl, history=[{}] * 4))
+    assert finding.name == "learning rate too low" and "optim.lr: 0.001" in finding.cure
 
 
 def test_an_initial_loss_that_is_too_high(colours: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_vanishing_and_exploding_gradients(colours: Path, tmp_path: Path) -> Non
     assert "vanishing gradient" in finding_names(assembly, tmp_path)
     layers = [f"l{k}" for k in range(6)]
     growing = {name: 10.0 ** (2 - 2 * k) for k, name in enumerate(layers)}
-    assert [found.name for found in late(Record(3, 0.1, gradients=[growing]))] == ["exploding gradient"]
+    assert [finding.name for finding in late(Record(3, 0.1, gradients=[growing]))] == ["exploding gradient"]
     assert not list(late(Record(3, 0.1, gradients=[dict.fromkeys(layers, 0.01)])))
 
 
@@ -162,27 +162,27 @@ def test_over_and_underfitting() -> None:
         return [{"train_accuracy": t, "val_accuracy": v, "val_loss": loss} for t, v, loss in rows]
 
     over = history([0.6, 0.8, 0.9, 0.97, 0.99], [0.6, 0.7, 0.72, 0.71, 0.7], [0.9, 0.8, 0.85, 1.0, 1.2])
-    assert [found.name for found in late(Record(3, 0.1, history=over))] == ["overfitting"]
+    assert [finding.name for finding in late(Record(3, 0.1, history=over))] == ["overfitting"]
     under = history([0.3, 0.5, 0.55, 0.552, 0.553], [0.3, 0.5, 0.54, 0.55, 0.55], [1.5, 1.2, 1.1, 1.1, 1.1])
-    assert [found.name for found in late(Record(3, 0.1, history=under))] == ["underfitting"]
+    assert [finding.name for finding in late(Record(3, 0.1, history=under))] == ["underfitting"]
     assert not list(late(Record(3, 0.1, soft=True, history=under))), "mixed targets are not counted right"
     well = history([0.6, 0.8, 0.9, 0.95, 0.97], [0.6, 0.8, 0.88, 0.93, 0.94], [0.9, 0.5, 0.4, 0.3, 0.3])
     assert not list(late(Record(3, 0.1, history=well)))
 
 
 def test_class_collapse_and_a_slow_loader() -> None:
-    (found,) = late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.5, "dog": 0.5}))
+    (finding,) = late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.5, "dog": 0.5}))
     assert (
-        found.name == "class collapse"
-        and "95% of the test predictions are cat, but only 50% of the labels are" in found.evidence
+        finding.name == "class collapse"
+        and "95% of the test predictions are cat, but only 50% of the labels are" in finding.evidence
     )
     assert not list(late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.93, "dog": 0.07})))
     slow = {"waiting": 80.0, "forward": 30.0, "backward": 50.0, "optimiser": 10.0}
     assert not list(late(Record(3, 0.1, seconds={part: value / 10 for part, value in slow.items()}, workers=0)))
-    (found,) = late(Record(3, 0.1, seconds=slow, workers=0))
-    assert found.name == "the loader is the bottleneck" and "data.workers: 2" in found.cure
-    (found,) = late(Record(3, 0.1, seconds=slow, workers=4))
-    assert "data.memory: always" in found.cure and "with 4 worker processes" in found.evidence
+    (finding,) = late(Record(3, 0.1, seconds=slow, workers=0))
+    assert finding.name == "the loader is the bottleneck" and "data.workers: 2" in finding.cure
+    (finding,) = late(Record(3, 0.1, seconds=slow, workers=4))
+    assert "data.memory: always" in finding.cure and "with 4 worker processes" in finding.evidence
 
 
 @pytest.mark.parametrize("share", [0.0, 0.15])
@@ -200,8 +200,8 @@ def test_randomly_wrong_labels(share: float, tmp_path: Path) -> None:
     values["data"] |= {"source": str(tmp_path / "data"), "test_fraction": 0.4}
     values["trainer"] |= {"runs_dir": str(tmp_path), "run_name": "r", "max_epochs": 6}
     train(config_from_dict(values))
-    found = {finding.name for finding in read_findings(tmp_path / "r")[0]}
-    assert ("label noise" in found) == (share > 0), found
+    names = {finding.name for finding in read_findings(tmp_path / "r")[0]}
+    assert ("label noise" in names) == (share > 0), names
 
 
 def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: P
     values["model"]["weights"] = str(tmp_path / "first" / "bundle")
     values["optim"] |= {"name": "sgd", "lr": 300.0}
     train(config_from_dict(values, ["--trainer.run_name", "ruined"]))
-    found = {finding.name: finding for finding in read_findings(tmp_path / "ruined")[0]}
-    assert "the transfer learned nothing" in found, found
-    for setting in found["the transfer learned nothing"].cures[0]:
+    findings = {finding.name: finding for finding in read_findings(tmp_path / "ruined")[0]}
+    assert "the transfer learned nothing" in findings, findings
+    for setting in findings["the transfer learned nothing"].cures[0]:
         section, key = setting.key.split(".")
         values[section][key] = setting.value
     result = train(config_from_dict(values, ["--trainer.run_name", "cured"]))

@@ -73,37 +73,39 @@ def findings_of(values: dict[str, Any]) -> tuple[Any, list[Finding]]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_cure_is_accepted_by_the_runs_config_and_changes_it(name: str) -> None:
-    config, found = findings_of(CONFIGS[name])
-    assert {"initial loss", "label noise", "overfitting", "class collapse", "dead ReLUs"} <= {f.name for f in found}
-    assert all(finding.advice for finding in found), "words are left where the config accepts no cure"
-    cures = {str(settings): settings for finding in found for settings in finding.cures}
-    kept = treatable(Finding("all", "seen", "advice", tuple(cures.values())), config)
-    assert len(kept.cures) > len(cures) / 2
-    for settings in kept.cures:
+    config, findings = findings_of(CONFIGS[name])
+    assert {"initial loss", "label noise", "overfitting", "class collapse", "dead ReLUs"} <= {f.name for f in findings}
+    assert all(finding.advice for finding in findings), "words are left where the config accepts no cure"
+    cures = {str(settings): settings for finding in findings for settings in finding.cures}
+    combined_finding = treatable(Finding("all", "seen", "advice", tuple(cures.values())), config)
+    assert len(combined_finding.cures) > len(cures) / 2
+    for settings in combined_finding.cures:
         values = config.to_dict()
         for setting in settings:
             section, key = setting.key.split(".")
             values[section][key] = setting.value
-            assert str(setting) in kept.cure
+            assert str(setting) in combined_finding.cure
         assert config_from_dict(values).to_dict() != config.to_dict(), settings
 
 
 def test_cures_depend_on_the_initial_weights() -> None:
-    _, found = findings_of(CONFIGS["weights"])
-    keys = {setting.key for finding in found for settings in finding.cures for setting in settings}
+    _, findings = findings_of(CONFIGS["weights"])
+    keys = {setting.key for finding in findings for settings in finding.cures for setting in settings}
     assert "model.init" not in keys, "loaded weights say how they begin"
-    first = next(finding for finding in found if finding.name == "initial loss")
+    first = next(finding for finding in findings if finding.name == "initial loss")
     assert "model.mode: linear-then-fine-tune" in first.cure and "optim.lr: 0.0003" in first.cure
-    config, found = findings_of(CONFIGS["init"])
-    first = next(treatable(finding, config) for finding in found if finding.name == "initial loss")
+    config, findings = findings_of(CONFIGS["init"])
+    first = next(treatable(finding, config) for finding in findings if finding.name == "initial loss")
     assert first.cure.startswith("set model.init: default or model.init: xavier_normal; ")
 
 
 def test_a_cure_that_the_config_rejects_or_already_has_is_skipped() -> None:
     cures = (cure("trainer.patience", 3), cure("data.sampler", "balanced"), cure("optim.lr", 0.25))
     config = config_from_dict(CONFIGS["averaged"])
-    kept = treatable(Finding("x", "seen", "advice", cures), config)
-    assert kept.cure == "set optim.lr: 0.25; advice", "patience excludes swa_start, and the sampler is balanced already"
+    finding = treatable(Finding("x", "seen", "advice", cures), config)
+    assert finding.cure == "set optim.lr: 0.25; advice", (
+        "patience excludes swa_start, and the sampler is balanced already"
+    )
     assert treatable(Finding("x", "seen", "advice", cures[:2]), config).cure == "advice"
 
 
@@ -138,16 +140,16 @@ def test_the_cure_of_a_failed_transfer_depends_on_the_record() -> None:
 
     def words(**more: Any) -> str:
         values = {"lr": 3e-4, "weights": "w", "said": even, "truth": even, "answered": 200, "wrong": 0.5} | more
-        (found,) = (f for f in late(Record(2, **values)) if f.name == "the transfer learned nothing")
-        return found.cure
+        (finding,) = (f for f in late(Record(2, **values)) if f.name == "the transfer learned nothing")
+        return finding.cure
 
     assert words(lr=0.5).startswith("set optim.lr: 0.0003 or ")
     assert words(lr=1e-6, mode="feature-extract").startswith("set optim.lr: 0.003 or ")
     assert "trainer.max_epochs: 20" in words(losses=[0.7] * 20, history=[{}] * 5)
     assert words(history=[{"train_accuracy": 1.0}]).startswith("set model.mode: feature-extract or ")
     imagenet, other = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3)
-    own = words(normalisation=other, weights_normalisation=imagenet)
-    assert own.startswith("set data.mean: null with data.std: null or ")
+    advice = words(normalisation=other, weights_normalisation=imagenet)
+    assert advice.startswith("set data.mean: null with data.std: null or ")
     assert "data.mean: null" not in words(normalisation=imagenet, weights_normalisation=imagenet)
 
 
@@ -156,13 +158,13 @@ def test_each_finding_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         doctor.report(early(doctor.record))
         doctor.record.noise = NOISE
-        found = doctor.findings([])
-        doctor.report(found)
-    names = [finding.name for finding in found]
+        findings = doctor.findings([])
+        doctor.report(findings)
+    names = [finding.name for finding in findings]
     assert names == ["initial loss", "trained on corruptions", "label noise"]
     assert all(caplog.text.count(f"doctor: {name}") == 1 for name in names)
     resumed = Doctor(Record(10, 0.1), config_from_dict({}))
     resumed.load_state_dict(doctor.state_dict() | {"noise": None})
     caplog.clear()
-    resumed.report(found)
+    resumed.report(findings)
     assert "doctor" not in caplog.text, "a resumed run has reported them"

@@ -75,8 +75,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return load_bundle(result.bundle)
 
 
-def levels(found: Measured) -> dict[str, str]:
-    return {check.name: check.level for check in found.drift.checks if check.level != "none"}
+def levels(measurement: Measured) -> dict[str, str]:
+    return {check.name: check.level for check in measurement.drift.checks if check.level != "none"}
 
 
 def without_reference(bundle: Bundle, where: Path) -> Path:
@@ -99,9 +99,11 @@ def test_training_leaves_a_profile_of_what_was_not_trained_on(bundle: Bundle) ->
 
 
 def test_images_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) -> None:
-    found = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)))
-    assert found.drift.level == "none" and found.drift.count == 120 and not found.bad, levels(found)
-    assert [c.name for c in found.drift.checks] == [
+    measurement = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)))
+    assert measurement.drift.level == "none" and measurement.drift.count == 120 and not measurement.bad, levels(
+        measurement
+    )
+    assert [c.name for c in measurement.drift.checks] == [
         "features", "answers", "confidence", "brightness", "contrast", "sharpness", "width", "height", "aspect", "classes",
         "new classes", "vanished classes",
     ]  # fmt: skip
@@ -123,8 +125,8 @@ def test_images_of_another_kind_drift(bundle: Bundle, tmp_path: Path, change: Ch
 
 def test_another_mix_of_classes_drifts_with_labels_and_without(bundle: Bundle, tmp_path: Path) -> None:
     root = write_scenes(tmp_path / "new", 1000, blue=100, red=10)
-    found = levels(measure_drift(bundle, str(root)))
-    assert found["classes"] == found["answers"] == "stop"
+    check_levels = levels(measure_drift(bundle, str(root)))
+    assert check_levels["classes"] == check_levels["answers"] == "stop"
     blind = measure_drift(bundle, str(root), unlabelled=True)
     assert levels(blind)["answers"] == "stop" and "classes" not in {check.name for check in blind.drift.checks}
 
@@ -134,10 +136,10 @@ def test_classes_that_are_new_or_gone(bundle: Bundle, tmp_path: Path) -> None:
     for number in range(15):
         write_image(root / "purple <b>" / f"{number}.png", (scene("blue", 5000 + number) // 2 + 60).astype(np.uint8))
     (root / "red").mkdir(exist_ok=True)
-    found = measure_drift(bundle, str(root))
-    assert found.drift.new_classes == {"purple <b>": 15} and set(found.drift.vanished) == {"red"}
-    assert found.drift.level == "stop" and levels(found)["new classes"] == "stop"
-    found.report.write(tmp_path / "rep")
+    measurement = measure_drift(bundle, str(root))
+    assert measurement.drift.new_classes == {"purple <b>": 15} and set(measurement.drift.vanished) == {"red"}
+    assert measurement.drift.level == "stop" and levels(measurement)["new classes"] == "stop"
+    measurement.report.write(tmp_path / "rep")
     html = (tmp_path / "rep" / "report.html").read_text()
     assert "purple &lt;b&gt; (15)" in html and "<b>" not in html.replace("purple &lt;b&gt;", "")
 
@@ -147,11 +149,11 @@ def test_the_furthest_images_are_shown(bundle: Bundle, tmp_path: Path) -> None:
     for number in range(4):
         write_image(root / "green" / f"odd{number}.png", 255 - scene("green", number))
     (root / "green" / "bad.png").write_text("no image")
-    found = measure_drift(bundle, str(root))
-    first = {Path(row["path"]).name for row in found.numbers["furthest"][:4]}
+    measurement = measure_drift(bundle, str(root))
+    first = {Path(row["path"]).name for row in measurement.numbers["furthest"][:4]}
     assert first == {f"odd{number}.png" for number in range(4)}
-    assert list(found.bad) == [str(root / "green" / "bad.png")]
-    gallery = found.report.galleries["The images that drifted most"]
+    assert list(measurement.bad) == [str(root / "green" / "bad.png")]
+    gallery = measurement.report.galleries["The images that drifted most"]
     assert len(gallery) == 24 and all(row["src"].startswith("data:image/jpeg") for row in gallery)
 
 
@@ -161,9 +163,9 @@ def test_a_bundle_without_a_profile_asks_for_a_reference(bundle: Bundle, tmp_pat
     with pytest.raises(DataError, match="has no reference.*--reference DATA"):
         measure_drift(old, root)
     known = measure_drift(old, root, reference=bundle.info.data["source"])
-    own = measure_drift(bundle, root)
-    assert known.drift.reference_count == own.drift.reference_count, "of the training data only what was held out"
-    assert known.drift.checks[0].value == pytest.approx(own.drift.checks[0].value, abs=1e-3)
+    expected = measure_drift(bundle, root)
+    assert known.drift.reference_count == expected.drift.reference_count, "of the training data only what was held out"
+    assert known.drift.checks[0].value == pytest.approx(expected.drift.checks[0].value, abs=1e-3)
 
 
 def test_data_come_with_labels_or_without(bundle: Bundle, tmp_path: Path) -> None:
@@ -269,8 +271,8 @@ def test_texts_alone_and_beside_images_have_features_and_lengths(tmp_path: Path)
     long = profile(
         texts, Preprocess(32, 32), [replace(s, text="many more words " * 9) for s in samples], **kinds
     ).profile
-    found = {check.name: check.level for check in compare(one, long).checks}
-    assert found["characters"] == "warn" and found["features"] == "stop"
+    check_levels = {check.name: check.level for check in compare(one, long).checks}
+    assert check_levels["characters"] == "warn" and check_levels["features"] == "stop"
 
 
 def log_of(folder: Path, digest: str, count: int = 60, *, light: float = 0.55, label: str | None = None) -> Path:
@@ -306,11 +308,11 @@ def test_what_a_server_sampled_is_read(bundle: Bundle, tmp_path: Path, key: str,
     rows[0][key], rows[1]["image"], rows[2]["model"] = logged, "../outside.png", "0" * 16
     more = [json.dumps(row) for row in rows] + ['{"time": "cut', "[1]", '{"model": 3}', ""]
     (folder / "inputs-000001.jsonl").write_text("\n".join(more))
-    found = measure_drift(bundle, str(folder))
-    assert found.drift.count == 62, "60, and two of the three that are whole and this model's"
-    assert {"answers": "stop", "brightness": "stop"}.items() <= levels(found).items()
-    assert "features" not in {check.name for check in found.drift.checks}, "what was unsure is no fair sample"
-    (gallery,) = found.report.galleries.values()
+    measurement = measure_drift(bundle, str(folder))
+    assert measurement.drift.count == 62, "60, and two of the three that are whole and this model's"
+    assert {"answers": "stop", "brightness": "stop"}.items() <= levels(measurement).items()
+    assert "features" not in {check.name for check in measurement.drift.checks}, "what was unsure is no fair sample"
+    (gallery,) = measurement.report.galleries.values()
     assert [Path(row["path"]).name for row in gallery] == ["a.png"]
     with pytest.raises(DataError, match="has no inputs of this bundle"):
         measure_drift(bundle, str(log_of(tmp_path / "other", "f" * 64)))
@@ -348,9 +350,9 @@ def test_embeddings_of_other_commands_serve_and_a_changed_image_gets_a_new_one(b
     assert cli.main(drift) == 0
     assert shards(features) == embedded and list(features.rglob("samples-*")) == lists
     write_image(root / "green" / "1000.png", 255 - scene("green", 1000))
-    found = measure_drift(bundle, str(root), features=features)
+    measurement = measure_drift(bundle, str(root), features=features)
     assert rows_of(shards(features).keys() - embedded.keys()) == 1
-    assert found.numbers["furthest"][0]["path"] == str(root / "green" / "1000.png")
+    assert measurement.numbers["furthest"][0]["path"] == str(root / "green" / "1000.png")
 
 
 def test_other_weights_take_no_embedding_from_the_store(bundle: Bundle, tmp_path: Path) -> None:
@@ -363,9 +365,9 @@ def test_other_weights_take_no_embedding_from_the_store(bundle: Bundle, tmp_path
     kinds = {"task": bundle.info.task, "labels": bundle.info.labels}
     samples = read_data(root, bundle.info.labels, multilabel=False).samples
     stored = Stored(changed, FeatureStore(features, changed.key, changed.record))
-    found = profile(changed.classifier, changed.preprocess, samples, stored=stored, **kinds).profile
+    stored_profile = profile(changed.classifier, changed.preprocess, samples, stored=stored, **kinds).profile
     direct = profile(changed.classifier, changed.preprocess, samples, **kinds).profile
-    np.testing.assert_allclose(found.features, direct.features, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(stored_profile.features, direct.features, rtol=2e-3, atol=2e-3)
     assert len({file.parent for file in shards(features)}) == 2
 
 
@@ -409,9 +411,9 @@ def test_a_killed_measurement_repeats_at_most_one_shard(bundle: Bundle, tmp_path
         process.kill()
     process.wait(30)
     written = shards(tmp_path / "features")
-    found = measure_drift(bundle, "digits", features=tmp_path / "features")
+    measurement = measure_drift(bundle, "digits", features=tmp_path / "features")
     now = shards(tmp_path / "features")
-    assert found.drift.count == 1797 and now.items() >= written.items()
+    assert measurement.drift.count == 1797 and now.items() >= written.items()
     assert rows_of(now) == len({sample.key for sample in read_data("digits", (), multilabel=False).samples})
 
 
@@ -419,5 +421,5 @@ def test_a_store_that_cannot_be_written_is_named_and_the_drift_is_measured(
     bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "features").write_text("a file")
-    found = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)), features=tmp_path / "features")
-    assert found.drift.count == 120 and "features: cannot be written" in caplog.text
+    measurement = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)), features=tmp_path / "features")
+    assert measurement.drift.count == 120 and "features: cannot be written" in caplog.text

@@ -50,10 +50,10 @@ def test_mmd_is_the_formula_by_brute_force() -> None:
         ]
         return sum(within) - 2 * sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
 
-    found = mmd(x, y, permutations=99)
-    assert found.value == pytest.approx(estimate(x, y), abs=1e-5)
+    statistic = mmd(x, y, permutations=99)
+    assert statistic.value == pytest.approx(estimate(x, y), abs=1e-5)
     draws = [rows[rng.permutation(16)] for _ in range(999)]
-    share = np.mean([estimate(draw[:9], draw[9:]) >= found.value for draw in draws])
+    share = np.mean([estimate(draw[:9], draw[9:]) >= statistic.value for draw in draws])
     assert mmd(x, y).p == pytest.approx(share, abs=0.05)
     assert mmd(x, y, seed=3) == mmd(x, y, seed=3), "seeded"
 
@@ -82,8 +82,8 @@ def test_the_classifier_tells_apart_what_differs_in_one_direction() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(200, 20)), rng.normal(size=(700, 20))
     y[:, 3] += 2
-    found = classifier(x, y)
-    assert found.value > 0.7 and found.p < 1e-6 and found.chance == 0.5
+    statistic = classifier(x, y)
+    assert statistic.value > 0.7 and statistic.p < 1e-6 and statistic.chance == 0.5
     assert 0.3 < classifier(x, rng.normal(size=(700, 20))).value < 0.65, (
         "though there are more of the one than of the other"
     )
@@ -93,18 +93,18 @@ def test_psi_and_chi_squared_are_those_by_hand() -> None:
     before, after = np.array([50, 30, 20]), np.array([30, 40, 30])
     e, a = np.array([50.5, 30.5, 20.5]) / 101.5, np.array([30.5, 40.5, 30.5]) / 101.5
     assert SMOOTHING == 0.5 and psi(before, after) == pytest.approx(((a - e) * np.log(a / e)).sum())
-    found = counts(before, after)
+    statistic = counts(before, after)
     # χ² = 2 · (10²/40 + 5²/35 + 5²/25) = 8.4286, two degrees of freedom: exp(−χ²/2)
-    assert found.p == pytest.approx(np.exp(-(2 * (100 / 40 + 25 / 35 + 25 / 25)) / 2))
-    assert found.chance == pytest.approx(2 * (1 / 100 + 1 / 100))
+    assert statistic.p == pytest.approx(np.exp(-(2 * (100 / 40 + 25 / 35 + 25 / 25)) / 2))
+    assert statistic.chance == pytest.approx(2 * (1 / 100 + 1 / 100))
     assert counts(np.array([5, 0, 0]), np.array([5, 0, 0])) == (0, 0, 1), "one class alone"
     assert counts(np.array([5, 5]), np.array([0, 0])).p == 1
 
 
 def test_of_rare_classes_p_is_that_of_drawn_tables() -> None:
     # All tables with these sums: the first row has k of 3 in the second class, k hypergeometric; as far off as 0 are k = 0 and k = 3.
-    found = counts(np.array([10, 0]), np.array([7, 3]))
-    assert found.p == pytest.approx(2 * (10 * 9 * 8) / (20 * 19 * 18), abs=0.03)
+    statistic = counts(np.array([10, 0]), np.array([7, 3]))
+    assert statistic.p == pytest.approx(2 * (10 * 9 * 8) / (20 * 19 * 18), abs=0.03)
 
 
 @given(st.integers(2, 12).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 500), min_size=n, max_size=n)] * 2)))
@@ -117,8 +117,8 @@ def test_psi_is_symmetric_never_negative_and_blind_to_the_order(pair: tuple[list
 
 
 def test_kolmogorov_and_holm_by_hand() -> None:
-    found = kolmogorov(np.arange(10.0), np.arange(5, 15.0))
-    assert found.value == 0.5 and found.chance == pytest.approx(0.8687 * np.sqrt(0.2), abs=1e-3)
+    statistic = kolmogorov(np.arange(10.0), np.arange(5, 15.0))
+    assert statistic.value == 0.5 and statistic.chance == pytest.approx(0.8687 * np.sqrt(0.2), abs=1e-3)
     rng = np.random.default_rng(0)
     chances = [kolmogorov(rng.random(80), rng.random(60)) for _ in range(200)]
     assert np.mean([one.value for one in chances]) == pytest.approx(chances[0].chance, rel=0.1)
@@ -138,24 +138,24 @@ def test_nothing_drifts_between_halves_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("features", lambda own: {"features": own.features + 0.8}),
-        ("answers", lambda own: {"answered": np.array([20, 30, 70])}),
-        ("confidence", lambda own: {"confidence": own.confidence * 0.7}),
-        ("brightness", lambda own: {"statistics": {"brightness": own.statistics["brightness"] + 0.2}}),
-        ("classes", lambda own: {"classes": {"a": 20, "b": 30, "c": 70}}),
+        ("features", lambda profile: {"features": profile.features + 0.8}),
+        ("answers", lambda profile: {"answered": np.array([20, 30, 70])}),
+        ("confidence", lambda profile: {"confidence": profile.confidence * 0.7}),
+        ("brightness", lambda profile: {"statistics": {"brightness": profile.statistics["brightness"] + 0.2}}),
+        ("classes", lambda profile: {"classes": {"a": 20, "b": 30, "c": 70}}),
     ],
 )
 def test_each_kind_of_drift_is_reported_by_its_own_check(name: str, change) -> None:
-    own = profile_of(1)
-    found = compare(profile_of(0), profile_of(1, **change(own)))
-    assert levels(found) == {name: "stop"} and found.level == "stop"
+    profile = profile_of(1)
+    drift = compare(profile_of(0), profile_of(1, **change(profile)))
+    assert levels(drift) == {name: "stop"} and drift.level == "stop"
 
 
 def test_a_trifle_of_many_images_is_no_alarm_and_few_images_are_none() -> None:
     rng = np.random.default_rng(0)
     many = [rng.normal(shift, 1, 20_000).astype(np.float32) for shift in (0, 0.08)]
-    found = compare(*(profile_of(0, statistics={"brightness": values}) for values in many))
-    check = next(check for check in found.checks if check.name == "brightness")
+    drift = compare(*(profile_of(0, statistics={"brightness": values}) for values in many))
+    check = next(check for check in drift.checks if check.name == "brightness")
     assert check.p < 1e-6 and 0 < check.effect < 0.1 and check.level == "none", "improbable, but small"
     few = compare(profile_of(0, 25), profile_of(5, 25, labels=False))
     assert max(check.value for check in few.checks) > 0.1 and few.level == "none", "large, but not improbable"
@@ -165,18 +165,18 @@ def test_a_trifle_of_many_images_is_no_alarm_and_few_images_are_none() -> None:
 
 def test_new_and_vanished_classes() -> None:
     before = profile_of(0, classes={"a": 60, "b": 57, "c": 3})
-    found = compare(before, profile_of(1, classes={"a": 115, "b": 0, "d": 5}))
-    assert found.new_classes == {"d": 5} and found.vanished == {"b": 57}, "that c is missing may be chance"
-    assert levels(found)["new classes"] == "warn" and levels(found)["vanished classes"] == "warn"
+    drift = compare(before, profile_of(1, classes={"a": 115, "b": 0, "d": 5}))
+    assert drift.new_classes == {"d": 5} and drift.vanished == {"b": 57}, "that c is missing may be chance"
+    assert levels(drift)["new classes"] == "warn" and levels(drift)["vanished classes"] == "warn"
     assert levels(compare(before, profile_of(1, classes={"a": 60, "b": 50, "d": 10})))["new classes"] == "stop"
     known = compare(profile_of(0, classes={"a": 120, "b": 0}), profile_of(1, classes={"a": 119, "b": 1}))
     assert known.new_classes == {}, "the bundle knows it, though the reference has none"
 
 
 def test_without_labels_or_features_the_rest_is_compared() -> None:
-    found = compare(profile_of(0), profile_of(1, features=None, classes=None))
-    assert [check.name for check in found.checks] == ["answers", "confidence", "brightness"]
-    assert found.distances is None and found.far is None and found.furthest(5) == []
+    drift = compare(profile_of(0), profile_of(1, features=None, classes=None))
+    assert [check.name for check in drift.checks] == ["answers", "confidence", "brightness"]
+    assert drift.distances is None and drift.far is None and drift.furthest(5) == []
     assert "brightness" not in [c.name for c in compare(profile_of(0), profile_of(1, statistics={})).checks]
     missing = {"brightness": np.full(120, np.nan, np.float32)}
     assert "brightness" not in [c.name for c in compare(profile_of(0), profile_of(1, statistics=missing)).checks]
@@ -185,8 +185,8 @@ def test_without_labels_or_features_the_rest_is_compared() -> None:
 def test_of_several_labels_each_is_compared_as_given_or_not() -> None:
     one, same = (profile_of(i, multilabel=True, answered=np.array([100, 60, 5]), classes=None) for i in range(2))
     assert compare(one, same).level == "none"
-    found = compare(one, profile_of(1, multilabel=True, answered=np.array([100, 60, 60]), classes=None))
-    assert levels(found) == {"answers": "stop"}
+    drift = compare(one, profile_of(1, multilabel=True, answered=np.array([100, 60, 60]), classes=None))
+    assert levels(drift) == {"answers": "stop"}
     halved = compare(one, profile_of(1, multilabel=True, answered=np.array([50, 30, 3]), classes=None))
     assert levels(halved) == {"answers": "stop"}, "although their fractions of all labels are unchanged"
 
@@ -210,24 +210,24 @@ def test_thresholds_decide_and_mistakes_are_named() -> None:
 def test_the_furthest_are_those_from_elsewhere() -> None:
     new = profile_of(1)
     new.features[[3, 50]] += 9
-    found = compare(profile_of(0), new)
-    assert set(found.furthest(2)) == {3, 50} and found.far < 0.1
+    drift = compare(profile_of(0), new)
+    assert set(drift.furthest(2)) == {3, 50} and drift.far < 0.1
     distances, usual = far_from(profile_of(0).features, profile_of(0).features)
     assert (distances <= usual).mean() > 0.98
 
 
 def test_profiles_travel_and_what_is_none_is_refused() -> None:
-    own = profile_of(0)
-    again = Profile.from_bytes(own.to_bytes(), LABELS, multilabel=False)
-    assert np.allclose(again.features, own.features, atol=0.01) and again.classes == own.classes
-    assert np.array_equal(again.answered, own.answered) and np.array_equal(again.confidence, own.confidence)
-    assert np.array_equal(again.statistics["brightness"], own.statistics["brightness"]) and again.count == 120
-    large = profile_of(0, features=own.features * 1e6)
+    profile = profile_of(0)
+    again = Profile.from_bytes(profile.to_bytes(), LABELS, multilabel=False)
+    assert np.allclose(again.features, profile.features, atol=0.01) and again.classes == profile.classes
+    assert np.array_equal(again.answered, profile.answered) and np.array_equal(again.confidence, profile.confidence)
+    assert np.array_equal(again.statistics["brightness"], profile.statistics["brightness"]) and again.count == 120
+    large = profile_of(0, features=profile.features * 1e6)
     assert np.allclose(
-        Profile.from_bytes(large.to_bytes(), LABELS, multilabel=False).features / 1e6, own.features, atol=0.01
+        Profile.from_bytes(large.to_bytes(), LABELS, multilabel=False).features / 1e6, profile.features, atol=0.01
     )
     with pytest.raises(ValueError, match="does not fit its labels"):
-        Profile.from_bytes(own.to_bytes(), ("a", "b"), multilabel=False)
+        Profile.from_bytes(profile.to_bytes(), ("a", "b"), multilabel=False)
     with pytest.raises(ValueError, match="is not a profile"):
         Profile.from_bytes(b"nothing", LABELS, multilabel=False)
 

@@ -95,9 +95,9 @@ def test_of_the_images_of_a_fixed_camera_only_a_copy_is_found() -> None:
     measured = [sample(shot, f"new {number}") for number, shot in enumerate(shots[SCENES:])]
     measured[3] = sample(saved_again(shots[5]), "copy")
     vectors = np.ones((SCENES, 16), np.float32) + 0.1 * DIRECTIONS
-    own = vectors.copy()
-    own[3] = vectors[5]
-    assert similar_pairs(measured, own, train, vectors, torch.device("cpu")) == [(3, 5)]
+    measured_vectors = vectors.copy()
+    measured_vectors[3] = vectors[5]
+    assert similar_pairs(measured, measured_vectors, train, vectors, torch.device("cpu")) == [(3, 5)]
 
 
 def test_images_on_an_empty_ground_are_not_compared() -> None:
@@ -134,6 +134,6 @@ def test_a_training_reports_flipped_training_images_in_the_test_set(
         result = train(load_config(None, [f"--{key}={value}" for key, value in settings.items()]))
     assert result is not None
     report = json.loads((result.run_dir / "report.json").read_text())
-    found = {(Path(path).name, Path(other).name) for path, other in report["near_duplicates"]["pairs"]}
-    assert found == {("flip0.png", "0.png"), ("flip1.png", "1.png")}
+    file_pairs = {(Path(path).name, Path(other).name) for path, other in report["near_duplicates"]["pairs"]}
+    assert file_pairs == {("flip0.png", "0.png"), ("flip1.png", "1.png")}
     assert "3 further images of val and test resemble training images by their embeddings" in caplog.text

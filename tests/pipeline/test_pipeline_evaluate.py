@@ -31,8 +31,8 @@ def evaluation(truth: list[int], answers: list[int]) -> Evaluation:
 def test_a_metric_is_an_entry_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     new = metrics.Metric(lambda given: float((given.labels == 3).mean()), "single")
     monkeypatch.setattr(metrics, "METRICS", {**metrics.METRICS, "of_d": new, "sets": new._replace(task="multilabel")})
-    found = evaluation([0, 1], [0, 3])
-    assert found.metrics["of_d"] == 0.5 and "sets" not in found.metrics and "top5_accuracy" not in found.metrics
+    result = evaluation([0, 1], [0, 3])
+    assert result.metrics["of_d"] == 0.5 and "sets" not in result.metrics and "top5_accuracy" not in result.metrics
 
 
 @pytest.mark.parametrize("name", [*metrics.METRICS, *ELSEWHERE, "accuracy_level_1"])
@@ -43,10 +43,10 @@ def test_a_plugins_metric_cannot_replace_one_of_refract(name: str) -> None:
 
 def test_macro_f1_is_over_the_classes_that_occur_as_in_scikit_learn() -> None:
     truth, answers = [0, 0, 1, 1], [0, 0, 1, 2]
-    found = evaluation(truth, answers)
-    assert found.metrics["macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro", zero_division=0))
-    assert found.metrics["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3), "d neither occurs nor is predicted"
-    assert found.macro_classes == 3 and len(found.per_class) == 4
+    result = evaluation(truth, answers)
+    assert result.metrics["macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro", zero_division=0))
+    assert result.metrics["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3), "d neither occurs nor is predicted"
+    assert result.macro_classes == 3 and len(result.per_class) == 4
 
 
 def test_the_report_names_the_number_of_classes_in_macro_f1() -> None:
@@ -68,9 +68,9 @@ def test_long_labels_are_shortened_in_charts_without_a_warning(tmp_path: Path) -
 
 def test_the_report_opens_with_what_was_measured_how_good_it_is_and_what_to_do(tmp_path: Path) -> None:
     facts = {"facts": {}, "precision": 0.95, "abstain_below": None}
-    found = evaluation([0, 0, 0, 1], [0, 0, 0, 0])
+    result = evaluation([0, 0, 0, 1], [0, 0, 0, 0])
     subject = "The network cnn, trained on 80 samples,"
-    report = make_report("r", found, LABELS, subject=subject, notes=["Too few images."], **facts)
+    report = make_report("r", result, LABELS, subject=subject, notes=["Too few images."], **facts)
     summary = report.numbers["summary"]
     assert summary["what"] == "The network cnn, trained on 80 samples, was measured on 4 samples with 4 labels."
     quality = " ".join(summary["quality"])

@@ -142,9 +142,9 @@ def test_the_test_vectors_hold_for_refract_and_for_both_references(reference: Mo
     vectors = json.loads(VECTORS.read_text())
     images = [painted(vector["rows"], vector["columns"]) for vector in vectors]
     for image, vector, got in zip(images, vectors, in_node(images, vectors), strict=True):
-        own = Preprocess.from_dict(vector["preprocess"])(image)
-        expected = np.reshape(vector["expected"], own.shape)
-        assert difference(own, expected) <= PIXEL_BOUND
+        pixels = Preprocess.from_dict(vector["preprocess"])(image)
+        expected = np.reshape(vector["expected"], pixels.shape)
+        assert difference(pixels, expected) <= PIXEL_BOUND
         assert difference(reference.preprocess(image, vector), expected) <= PIXEL_BOUND
         assert difference(got, expected) <= PIXEL_BOUND
 

@@ -318,12 +318,12 @@ def test_search_finds_the_image_itself_first_and_its_class_next(
     run()
     image = next(folder.rglob("*.jpg"))
     assert cli.main(["search", "features", str(image), "--top", "4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)[str(image)]
-    assert found[0]["path"] == str(image)
-    assert found[0]["similarity"] == pytest.approx(1, abs=1e-3)
-    similarities = [row["similarity"] for row in found]
+    neighbours = json.loads(capsys.readouterr().out)[str(image)]
+    assert neighbours[0]["path"] == str(image)
+    assert neighbours[0]["similarity"] == pytest.approx(1, abs=1e-3)
+    similarities = [row["similarity"] for row in neighbours]
     assert similarities == sorted(similarities, reverse=True)
-    assert len(found) == 4
+    assert len(neighbours) == 4
 
 
 def test_search_asks_for_the_model_of_a_store_of_several(

@@ -137,14 +137,14 @@ def test_a_killed_training_keeps_finished_folds_and_trains_the_others(
     for name in ("report.html", "out_of_fold.parquet", "fold-2/run.json"):
         (run / name).unlink()
     shutil.rmtree(run / "fold-3" / "bundle")
-    kept = (run / "fold-1" / "bundle" / "manifest.json").stat().st_mtime_ns
+    mtime = (run / "fold-1" / "bundle" / "manifest.json").stat().st_mtime_ns
     with output.applied(output.Modes(json=True)):
         assert train.main(["--resume", str(run)]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result["run_dir"] == str(run) and result["count"] == 3 and result["likely_label_errors"]
     assert "registry: no version of colors" in captured.err and "--trainer.folds 0; " in captured.err
-    assert (run / "fold-1" / "bundle" / "manifest.json").stat().st_mtime_ns == kept
+    assert (run / "fold-1" / "bundle" / "manifest.json").stat().st_mtime_ns == mtime
     for fold in (2, 3):
         weights = [load_file(path / f"fold-{fold}" / "bundle" / "weights.safetensors") for path in (source, run)]
         assert all((weights[0][key] == value).all() for key, value in weights[1].items())

@@ -160,22 +160,22 @@ def test_the_metrics_of_the_hierarchy() -> None:
     rows = np.full((8, 5), 0.05, np.float32)
     rows[np.arange(8), predicted] = 0.8
     samples = [Sample(f"{i}.png", (label,)) for i, label in enumerate(truth)]
-    found = with_levels(measured(rows, samples, task="multiclass", labels=LABELS), COLOURS)
+    evaluation = with_levels(measured(rows, samples, task="multiclass", labels=LABELS), COLOURS)
     right = np.array([True, True, True, True, False, True, True, True])
-    assert found.metrics["accuracy"] == 0.5 and found.metrics["accuracy_level_1"] == 7 / 8
-    assert found.intervals["accuracy_level_1"] == mean_interval(right)
-    assert "accuracy_level_2" not in found.metrics, "the classes"
-    assert found.metrics["lca_height"] == pytest.approx((1 + 1 + 2 + 1) / 4)
-    low, high = found.intervals["lca_height"]
-    assert 1 <= low < found.metrics["lca_height"] < high <= 2
-    everything = back_off_numbers(found, COLOURS, 0.5, 0.5)
+    assert evaluation.metrics["accuracy"] == 0.5 and evaluation.metrics["accuracy_level_1"] == 7 / 8
+    assert evaluation.intervals["accuracy_level_1"] == mean_interval(right)
+    assert "accuracy_level_2" not in evaluation.metrics, "the classes"
+    assert evaluation.metrics["lca_height"] == pytest.approx((1 + 1 + 2 + 1) / 4)
+    low, high = evaluation.intervals["lca_height"]
+    assert 1 <= low < evaluation.metrics["lca_height"] < high <= 2
+    everything = back_off_numbers(evaluation, COLOURS, 0.5, 0.5)
     assert (everything["coverage"], everything["precision"], everything["count"]) == (1, 0.5, 8)
-    backed = back_off_numbers(found, COLOURS, 0.9, 0.82)
+    backed = back_off_numbers(evaluation, COLOURS, 0.9, 0.82)
     assert [(row["level"], row["count"], row["precision"]) for row in backed["answers"]] == [
         (None, 0, None),
         (1, 8, 7 / 8),
     ]
-    assert back_off_numbers(found, COLOURS, 1.0, 1.0)["coverage"] == 0
+    assert back_off_numbers(evaluation, COLOURS, 1.0, 1.0)["coverage"] == 0
     perfect = measured(rows, [Sample("a", (label,)) for label in predicted], task="multiclass", labels=LABELS)
     assert "lca_height" not in with_levels(perfect, COLOURS).metrics, "without errors there is no height"
 
@@ -184,13 +184,13 @@ def test_the_report_says_whether_a_bundle_without_certain_classes_predicts_paren
     write_image(tmp_path / "a.png", make_image("red", 1))
     samples = [Sample(str(tmp_path / "a.png"), (label,)) for label in range(4)]
     rows = np.array([[0.5, 0, 0, 0.5, 0]] * 4, np.float32)
-    found = with_levels(measured(rows, samples, task="multiclass", labels=LABELS), COLOURS)
+    evaluation = with_levels(measured(rows, samples, task="multiclass", labels=LABELS), COLOURS)
     for threshold, words in (
         (0.9, "abstains on every sample, and predicts parents only, as no class"),
         (1.0, "abstains on every sample, as none"),
     ):
         options = {"facts": {}, "precision": 0.95, "abstain_below": 1.0, "back_off": threshold}
-        steps = make_report("r", found, LABELS, **options).numbers["summary"]["next"]
+        steps = make_report("r", evaluation, LABELS, **options).numbers["summary"]["next"]
         assert f"Add validation samples: the bundle {words} reaches the wanted precision." in steps
 
 
@@ -253,12 +253,12 @@ def test_evaluate_reports_the_same_without_the_table(refract: Run, place: Path, 
         done = refract("evaluate", bundle.path, place / "images", "--json", "e.json", "--report", "rep")
     finally:
         shutil.move(place / "elsewhere.csv", place / "classes.csv")
-    found = json.loads((tmp_path / "e.json").read_text())
+    evaluation = json.loads((tmp_path / "e.json").read_text())
     for name in ("accuracy_level_1", "lca_height"):
-        assert found["metrics"][name] == pytest.approx(bundle.info.metrics[name], abs=1e-4)
-    assert found["back_off"]["coverage"] == pytest.approx(bundle.info.metrics["back_off_coverage"])
+        assert evaluation["metrics"][name] == pytest.approx(bundle.info.metrics[name], abs=1e-4)
+    assert evaluation["back_off"]["coverage"] == pytest.approx(bundle.info.metrics["back_off_coverage"])
     assert "predicted parents of level 1: " in done.stdout and "accuracy_level_1" in done.stdout
-    assert json.loads((tmp_path / "rep" / "report.json").read_text())["back_off"] == found["back_off"]
+    assert json.loads((tmp_path / "rep" / "report.json").read_text())["back_off"] == evaluation["back_off"]
 
 
 def test_predict_and_score_back_off_alike(refract: Run, place: Path, bundle: Bundle, tmp_path: Path) -> None:

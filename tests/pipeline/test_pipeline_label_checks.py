@@ -120,8 +120,8 @@ def test_multi_label_changes_are_counted_by_label(tmp_path: Path) -> None:
     trained = {s.path for s in load_manifest(first.manifest, "multilabel").samples if s.split != "test"}
     table(tmp_path / "m.csv", [(p, label.replace("cat;dog", "cat;fox;fox"), t) for p, label, t in rows])
     changes = label_changes(taken(config_at(tmp_path, "m.csv")), first, IMAGES)
-    own = sum(str(tmp_path / path) in trained for path, label, _ in rows if label == "cat;dog")
-    assert changes.kinds == {"+fox": own, "-dog": own} and changes.changed == own
+    count = sum(str(tmp_path / path) in trained for path, label, _ in rows if label == "cat;dog")
+    assert changes.kinds == {"+fox": count, "-dog": count} and changes.changed == count
 
 
 def test_texts_are_known_by_their_words(tmp_path: Path) -> None:
@@ -201,8 +201,10 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
 
     folder, record = checked(config)
     assert "ends" not in record
-    own = {"run": folder.name, "version": "1", "outcome": 0}
-    write(workspace.root / "last.json", {key: record[key] for key in ("snapshot", "snapshot_folder", "inputs")} | own)
+    ending = {"run": folder.name, "version": "1", "outcome": 0}
+    write(
+        workspace.root / "last.json", {key: record[key] for key in ("snapshot", "snapshot_folder", "inputs")} | ending
+    )
     bundle = champion(tmp_path, read_snapshot(Path(record["snapshot_folder"]), record["snapshot"]))
     client.create_registered_model("colors")
     client.create_model_version("colors", source=bundle.path.resolve().as_uri())
@@ -241,10 +243,10 @@ def test_thresholds_have_a_range() -> None:
 
 @pytest.mark.parametrize(("features", "level"), [("none", "stop"), ("warn", "warn"), ("stop", "warn")])
 def test_the_champion_does_not_judge_labels_of_images_that_drifted(features: str, level: str) -> None:
-    found = lowered_if_drifted(
+    disagreement = lowered_if_drifted(
         {"level": "stop", "summary": "the champion disagrees"}, {"checks": {"features": {"level": features}}}
     )
-    assert found["level"] == level and ("drifted" in found["summary"]) == (level == "warn")
+    assert disagreement["level"] == level and ("drifted" in disagreement["summary"]) == (level == "warn")
     assert lowered_if_drifted({"level": "stop", "summary": "…"}, None)["level"] == "stop"
     assert (
         lowered_if_drifted({"level": "none", "summary": "…"}, {"checks": {"features": {"level": "stop"}}})["level"]

@@ -75,8 +75,8 @@ def test_a_few_wrong_labels_are_listed_where_the_model_is_sure_and_right() -> No
     assert set(swapped) == set(likely_label_errors(probabilities, given))
     candidates, margins = confident_learning(probabilities, given)
     assert set(swapped) <= set(candidates) and len(candidates) <= 6
-    found = probabilities[candidates]
-    np.testing.assert_allclose(margins, found.max(axis=1) - found[np.arange(len(found)), given[candidates]])
+    rows = probabilities[candidates]
+    np.testing.assert_allclose(margins, rows.max(axis=1) - rows[np.arange(len(rows)), given[candidates]])
     assert (np.diff(margins) <= 0).all(), "the likeliest error first"
     assert not len(likely_label_errors(probabilities[:0], given[:0]))
 

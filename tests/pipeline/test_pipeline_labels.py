@@ -207,9 +207,9 @@ def test_a_locked_database_is_reported(history: LabelHistory, tmp_path: Path, mo
 
 def test_processes_that_write_at_once_lose_no_decision(tmp_path: Path) -> None:
     def write(worker: int) -> None:
-        own = LabelHistory(tmp_path / "labels.db", create=True)  # they also create it at once
+        label_history = LabelHistory(tmp_path / "labels.db", create=True)  # they also create it at once
         for number in range(10):
-            own.append(decision(f"{worker}-{number}", "dog", f"reviewer {worker}"))
+            label_history.append(decision(f"{worker}-{number}", "dog", f"reviewer {worker}"))
 
     processes = [FORK.Process(target=write, args=(worker,)) for worker in range(4)]
     for process in processes:
@@ -226,14 +226,14 @@ def test_a_kill_loses_no_acknowledged_decision(tmp_path: Path) -> None:
     path, log = tmp_path / "labels.db", tmp_path / "acknowledged"
 
     def write(turn: int) -> None:
-        own = LabelHistory(path, create=True)
+        label_history = LabelHistory(path, create=True)
         with log.open("a") as acknowledged:
             for number in range(100_000):
                 image = f"{turn}-{number}"
                 if number % 3:
-                    own.append(decision(image, "dog"))
+                    label_history.append(decision(image, "dog"))
                 else:
-                    own.extend([decision(image, "dog"), decision(f"{image}b", "dog")])
+                    label_history.extend([decision(image, "dog"), decision(f"{image}b", "dog")])
                 acknowledged.write(f"{image}\n")
                 acknowledged.flush()
 

@@ -21,10 +21,10 @@ def drawn(temperature: float, count: int = 20_000, classes: int = 4) -> tuple[np
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found_and_calibrates(temperature: float) -> None:
     probabilities, truth = drawn(temperature)
-    found = measures.fit_temperature(probabilities, truth, multilabel=False)
-    assert found == pytest.approx(temperature, rel=0.05)
+    estimate = measures.fit_temperature(probabilities, truth, multilabel=False)
+    assert estimate == pytest.approx(temperature, rel=0.05)
     before = measures.calibration_error(probabilities, truth, multilabel=False)
-    cooled = measures.at_temperature(probabilities, found, multilabel=False)
+    cooled = measures.at_temperature(probabilities, estimate, multilabel=False)
     after = measures.calibration_error(cooled, truth, multilabel=False)
     assert after < 0.02 and (temperature == 1 or before > 0.08)
     assert (cooled.argmax(1) == probabilities.argmax(1)).all(), "no answer changes"
@@ -35,8 +35,8 @@ def test_the_temperature_of_multi_label_predictions() -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1.5, (8000, 3))
     truth = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
-    found = measures.fit_temperature(1 / (1 + np.exp(-2.5 * logits)), truth, multilabel=True)
-    assert found == pytest.approx(2.5, rel=0.06)
+    estimate = measures.fit_temperature(1 / (1 + np.exp(-2.5 * logits)), truth, multilabel=True)
+    assert estimate == pytest.approx(2.5, rel=0.06)
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -123,8 +123,12 @@ def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
     one = rng.random(2000) < 0.9
     other = one.copy()
     other[rng.choice(np.flatnonzero(one), 40, replace=False)] = False
-    found = measures.paired_difference(one, other)
-    assert found.value == pytest.approx(0.02) and 0.01 < found.low < found.high < 0.03 and found.p_value < 1e-9
+    difference = measures.paired_difference(one, other)
+    assert (
+        difference.value == pytest.approx(0.02)
+        and 0.01 < difference.low < difference.high < 0.03
+        and difference.p_value < 1e-9
+    )
     same = measures.paired_difference(one, one)
     assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
     # McNemar by hand: 8 against 2 of ten, both tails of the fair coin: 2 · (1 + 10 + 45) / 1024.
@@ -166,9 +170,11 @@ def test_the_most_confident_predictions_are_calibrated_too() -> None:
     soft = softmax(15 * logits / 20, axis=1).astype(
         np.float32
     )  # what a network 15 times too sure says at temperature 20
-    found = measures.fit_temperature(soft, truth, multilabel=False, given_at=20.0)
-    assert found == pytest.approx(15, rel=0.05)
+    estimate = measures.fit_temperature(soft, truth, multilabel=False, given_at=20.0)
+    assert estimate == pytest.approx(15, rel=0.05)
     assert (
-        measures.calibration_error(measures.at_temperature(soft, found / 20, multilabel=False), truth, multilabel=False)
+        measures.calibration_error(
+            measures.at_temperature(soft, estimate / 20, multilabel=False), truth, multilabel=False
+        )
         < 0.02
     )

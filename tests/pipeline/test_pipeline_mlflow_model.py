@@ -169,12 +169,12 @@ def test_the_bundle_in_mlflow_is_unchanged_and_stored_once(registered: Registere
     uploaded = registered.artifacts / "bundle"
     bundle = load_bundle(registered.run / "bundle")
     assert load_bundle(uploaded).digest == bundle.digest, "with the files of MLflow beside its own"
-    own = {
+    bundle_files = {
         str(file.relative_to(registered.run / "bundle"))
         for file in (registered.run / "bundle").rglob("*")
         if file.is_file()
     }
-    added = {str(file.relative_to(uploaded)) for file in uploaded.rglob("*") if file.is_file()} - own
+    added = {str(file.relative_to(uploaded)) for file in uploaded.rglob("*") if file.is_file()} - bundle_files
     added -= {"registered_model_meta"}  # MLflow writes it when it loads the model
     assert added == {
         "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json", "serving_input_example.json",
@@ -391,9 +391,9 @@ def test_the_gate_is_added_to_card_and_description(registered: Registered) -> No
     assert once.startswith(f"My words.\n\n{sentence}")
     again = with_gate(once, passed)
     assert again.startswith("My words.\n\nThe promotion gate passed without a champion") and "failed" not in again
-    own = "The promotion gate is too strict; see the wiki.\n\nMore words."
-    assert with_gate(f"{with_gate(own, failed)}\n\nAdded later.", passed) == (
-        f"{own}\n\nAdded later.\n\n{passed.sentence()} `gate.txt` has its lines."
+    description = "The promotion gate is too strict; see the wiki.\n\nMore words."
+    assert with_gate(f"{with_gate(description, failed)}\n\nAdded later.", passed) == (
+        f"{description}\n\nAdded later.\n\n{passed.sentence()} `gate.txt` has its lines."
     ), "what users wrote stays, before and after"
     recalls = [{"name": f"recall class {n}", "passed": False, "summary": ""} for n in range(2000)]
     assert len(with_gate("", Gate(failed.verdict | {"lines": recalls}, "3"))) < 500

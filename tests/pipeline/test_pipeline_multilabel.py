@@ -129,9 +129,9 @@ def test_predict_score_and_evaluate_use_the_bundles_thresholds(
     again = refract(
         "evaluate", bundle.path, root / "m.csv", "--robustness", "quick", "--json", "e.json", "--report", "rep"
     ).stdout
-    found = json.loads((tmp_path / "e.json").read_text())
-    assert found["metrics"]["macro_f1"] == pytest.approx(bundle.info.metrics["macro_f1"])
-    assert found["robustness"]["mean_corruption_error"] == pytest.approx(bundle.info.metrics["corruption_error"])
+    evaluation = json.loads((tmp_path / "e.json").read_text())
+    assert evaluation["metrics"]["macro_f1"] == pytest.approx(bundle.info.metrics["macro_f1"])
+    assert evaluation["robustness"]["mean_corruption_error"] == pytest.approx(bundle.info.metrics["corruption_error"])
     assert "threshold" in again and "error under corruptions" in again and "95 % interval" in again
     assert (tmp_path / "rep" / "report.html").is_file()
 

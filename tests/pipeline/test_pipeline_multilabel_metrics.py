@@ -52,11 +52,11 @@ def test_intervals_contain_the_metric_and_narrow_with_more_images() -> None:
     for count in (50, 800):
         truth = rng.random((count, 3)) < (0.5, 0.3, 0.2)
         answers = truth ^ (rng.random(truth.shape) < 0.1)
-        found = set_intervals(answers, truth)
+        intervals = set_intervals(answers, truth)
         for average in ("macro", "micro"):
-            low, high = found[f"{average}_f1"]
+            low, high = intervals[f"{average}_f1"]
             assert low < f1_score(truth, answers, average=average) < high
-        assert found["precision"].shape == (3, 2)
+        assert intervals["precision"].shape == (3, 2)
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
     never = set_intervals(np.zeros((4, 2), bool), np.zeros((4, 2), bool))
@@ -79,8 +79,8 @@ def test_the_interval_of_a_mean_has_a_width_where_all_values_are_equal() -> None
 
 def test_the_calibration_error_of_each_label() -> None:
     truth = np.array([[1, 0]] * 6 + [[0, 0]] * 4, bool)
-    found = label_calibration_errors(np.tile([0.8, 0.1], (10, 1)), truth)
-    assert found.tolist() == pytest.approx([0.2, 0.1])
+    errors = label_calibration_errors(np.tile([0.8, 0.1], (10, 1)), truth)
+    assert errors.tolist() == pytest.approx([0.2, 0.1])
 
 
 def test_missing_and_extra_labels_are_found() -> None:
@@ -93,9 +93,9 @@ def test_missing_and_extra_labels_are_found() -> None:
     }
     for place in flipped:
         stored[place] ^= True
-    found = likely_wrong_labels(probabilities, stored)
-    right = [wrong for wrong in found if (wrong.image, wrong.label) in flipped]
-    assert len(right) >= 17 and len(found) - len(right) <= 3
+    wrong_labels = likely_wrong_labels(probabilities, stored)
+    right = [wrong for wrong in wrong_labels if (wrong.image, wrong.label) in flipped]
+    assert len(right) >= 17 and len(wrong_labels) - len(right) <= 3
     assert all((wrong.kind == "missing") == truth[wrong.image, wrong.label] for wrong in right)
     assert {wrong.kind for wrong in right} == {"missing", "extra"}
 

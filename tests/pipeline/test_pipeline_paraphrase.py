@@ -40,13 +40,13 @@ def held_out(count: int) -> list[tuple[grammar.Meaning, str]]:
 @cache
 def all_held_out() -> list[tuple[grammar.Meaning, str]]:
     rng, known = np.random.default_rng(12345), {text for text, _ in grammar.pairs(4000)}
-    found: dict[str, grammar.Meaning] = {}
-    while len(found) < 120:
+    meanings: dict[str, grammar.Meaning] = {}
+    while len(meanings) < 120:
         meaning = grammar.meaning(rng)
         text = grammar.english(meaning, rng)
         if text not in known:
-            found[text] = meaning
-    return [(meaning, text) for text, meaning in found.items()]
+            meanings[text] = meaning
+    return [(meaning, text) for text, meaning in meanings.items()]
 
 
 def manifest(folder: Path, texts: list[str]) -> Path:
@@ -59,8 +59,8 @@ def manifest(folder: Path, texts: list[str]) -> Path:
 
 
 def arguments(folder: Path, models: Path, *more: str) -> list[str]:
-    own = [str(folder / "m.csv"), "--model", f"{models}/{{from}}-{{to}}", "--cache", str(folder / "p.db"), *more]
-    return ["paraphrase", *own]
+    options = [str(folder / "m.csv"), "--model", f"{models}/{{from}}-{{to}}", "--cache", str(folder / "p.db"), *more]
+    return ["paraphrase", *options]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -152,13 +152,13 @@ def test_protected_words_identify_a_cache_not_their_file_name(tmp_path: Path) ->
 def test_stricter_settings_replace_looser_ones(models: Path, tmp_path: Path) -> None:
     texts = [text for _, text in held_out(6)]
     word = texts[0].split()[-1]
-    found = []
+    rounds = []
     for keep in ((), (word,), ()):
         plan = Plan(f"{models}/{{from}}-{{to}}", "en", ("de",), 4, Filter(keep), device="cpu")
         paraphrase(texts, plan, tmp_path / "p.db")
-        found.append(paraphrases(str(tmp_path / "p.db"), texts[0]))
-    assert found[0] == found[2] and any(word not in text.split() for text in found[0])
-    assert all(word in text.split() for text in found[1])
+        rounds.append(paraphrases(str(tmp_path / "p.db"), texts[0]))
+    assert rounds[0] == rounds[2] and any(word not in text.split() for text in rounds[0])
+    assert all(word in text.split() for text in rounds[1])
 
 
 def translator_of(models: Path, **more: Any) -> BackTranslator:

@@ -32,8 +32,8 @@ tracking: {experiment: nightly, model_name: digits}
 
 def tool(name: str) -> str | None:
     """Find a program of PostgreSQL, which Debian does not add to PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
-    return shutil.which(name) or (str(found[-1]) if found else None)
+    programs = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
+    return shutil.which(name) or (str(programs[-1]) if programs else None)
 
 
 def as_server(*command: object) -> list[str]:

@@ -156,7 +156,7 @@ def test_no_head_is_measured_on_a_sample_or_a_copy_that_it_was_fitted_on() -> No
     labels = part.targets.argmax(axis=1)
     apart = out_of_fold(part, [str(row) for row in range(200)])
     together = out_of_fold(part, [str(row // 2) for row in range(200)])
-    right = [np.mean([labels[row] == label for row, label in found.items()]) for found in (apart, together)]
+    right = [np.mean([labels[row] == label for row, label in predictions.items()]) for predictions in (apart, together)]
     assert len(apart) == len(together) == 200 and right[0] > 0.7 and right[1] < 0.5
 
 
@@ -164,8 +164,8 @@ def test_a_label_that_only_one_fold_has_is_not_checked() -> None:
     part = blobs(61, 3)
     part.targets[60] = False
     targets = np.concatenate([part.targets, np.arange(61)[:, None] == 60], axis=1)
-    found = out_of_fold(Part(part.features, targets), [str(row) for row in range(61)], "C = 1", "probe")
-    assert sorted(found) == list(range(60))
+    predictions = out_of_fold(Part(part.features, targets), [str(row) for row in range(61)], "C = 1", "probe")
+    assert sorted(predictions) == list(range(60))
     two = blobs(2, 2)
     assert out_of_fold(two, ["a", "b"]) == {}, "the other fold has no sample of the class"
 

@@ -67,19 +67,19 @@ def verdict(trained: Path, challenger: Any, champion: Any, **config: Any) -> dic
 
     config = {"robustness_loss": None, "latency_ratio": None, "calibration_error": None} | config
     manifest = load_manifest(trained / "images")
-    found = gate(GateConfig(**config), challenger, champion, manifest, "h")
-    return {line.name: line for line in found.lines} | {"passed": found.passed, "text": found.text()}
+    result = gate(GateConfig(**config), challenger, champion, manifest, "h")
+    return {line.name: line for line in result.lines} | {"passed": result.passed, "text": result.text()}
 
 
 def test_the_gate_passes_an_equal_challenger_and_reports_its_values(trained: Path, tmp_path: Path) -> None:
     from refract.models.bundle.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
-    found = verdict(trained, altered(trained, tmp_path), champion, robustness_loss=0.1, latency_ratio=50.0)
-    assert found["passed"], found["text"]
-    assert found["margin"].value == 0
-    assert found["robustness"].value == 0
-    assert 0.1 < found["latency_ratio"].value < 10, "one network twice"
+    outcome = verdict(trained, altered(trained, tmp_path), champion, robustness_loss=0.1, latency_ratio=50.0)
+    assert outcome["passed"], outcome["text"]
+    assert outcome["margin"].value == 0
+    assert outcome["robustness"].value == 0
+    assert 0.1 < outcome["latency_ratio"].value < 10, "one network twice"
     assert not verdict(trained, champion, champion, latency_ratio=0.01)["latency_ratio"].passed
     assert not verdict(trained, champion, champion, margin=0.01)["margin"].passed
     first = verdict(trained, champion, None)
@@ -92,12 +92,12 @@ def test_a_class_that_is_never_predicted_fails(trained: Path, tmp_path: Path) ->
 
     champion = load_bundle(trained / "runs/r/bundle")
     worse = altered(trained, tmp_path, deaf="red")
-    found = verdict(trained, worse, champion)
-    failed = {name for name, line in found.items() if name not in ("passed", "text") and not line.passed}
+    outcome = verdict(trained, worse, champion)
+    failed = {name for name, line in outcome.items() if name not in ("passed", "text") and not line.passed}
     assert failed == {"margin", "interval", "recall red"}
-    assert found["recall red"].value == 0
-    assert found["margin"].value == pytest.approx(-1 / 3, abs=0.05)
-    assert "FAILED  recall red" in found["text"]
+    assert outcome["recall red"].value == 0
+    assert outcome["margin"].value == pytest.approx(-1 / 3, abs=0.05)
+    assert "FAILED  recall red" in outcome["text"]
     assert verdict(trained, champion, worse)["passed"], "the other way round it is a gain"
     alone = verdict(trained, worse, None, recall=0.5)
     assert not alone["recall"].passed
@@ -119,13 +119,13 @@ def test_limits_of_calibration_size_latency_and_labels(trained: Path, tmp_path: 
         ("latency", {"latency_ms": 1e-6}),
         ("accuracy", {"accuracy": 1.0}),
     ):
-        found = verdict(trained, altered(trained, tmp_path / name, deaf="red"), None, **limit)
-        assert not found[name].passed, name
+        outcome = verdict(trained, altered(trained, tmp_path / name, deaf="red"), None, **limit)
+        assert not outcome[name].passed, name
     other = altered(trained, tmp_path / "labels", labels=("blue", "green", "scarlet"))
-    found = verdict(trained, other, champion)
-    assert not found["labels"].passed
-    assert "red" in found["labels"].summary
-    assert found["recall red"].value == 0, "a prediction that the holdout does not have is wrong"
+    outcome = verdict(trained, other, champion)
+    assert not outcome["labels"].passed
+    assert "red" in outcome["labels"].summary
+    assert outcome["recall red"].value == 0, "a prediction that the holdout does not have is wrong"
 
 
 def test_the_commands_promote_and_roll_back(
@@ -142,8 +142,8 @@ def test_the_commands_promote_and_roll_back(
 
     def printed(*arguments: object, code: int = 0) -> str:
         assert main([str(argument) for argument in arguments]) == code
-        found = capsys.readouterr()
-        return found.out + found.err
+        streams = capsys.readouterr()
+        return streams.out + streams.err
 
     assert "--why" in printed("promote", "colors", 1, "--force", code=2)
     assert "was not compared by a gate" in printed("promote", "colors", 1, code=2)

@@ -171,14 +171,14 @@ def test_a_lost_rank_or_an_error_in_one_rank_ends_the_job_with_one_sentence_and_
     untracked = ("--tracking.enabled", "false")
     done = work.run("train", "c.yaml", *untracked, record="lost", code=1, MISBEHAVE="1:4:kill")
     last = done.stderr.splitlines()[-1]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"refract torchrun: rank 1 on \S+ \(log: (\S+)\) was ended by SIGKILL, which the kernel sends if memory is short; "
         r"`refract torchrun --nproc-per-node 2 .* train c.yaml --tracking.enabled false --resume auto` resumes from the last checkpoint"
         ", if one was written",
         last,
     )
-    assert found is not None, done.stderr
-    assert Path(found.group(1)).is_file()
+    assert match is not None, done.stderr
+    assert Path(match.group(1)).is_file()
     assert "rank 0" not in done.stderr and "gloo" not in done.stderr, "the other rank adds nothing"
 
     with (work.folder / "runs" / "calm" / "splits.csv").open() as file:

@@ -89,8 +89,8 @@ def test_commands_read_a_bundle_and_data_at_urls(
     image = "images/green/000.png"
     shown = [refract("predict", name, archives / image).stdout for name in (bundle, "s3://data/bundle")]
     assert shown[0] == shown[1]
-    found = refract("predict", bundle, "s3://data/images/green", f"s3://data/{image}").stdout
-    assert "s3://data/images/green/009.png" in found and len(found.splitlines()) >= 11
+    predictions = refract("predict", bundle, "s3://data/images/green", f"s3://data/{image}").stdout
+    assert "s3://data/images/green/009.png" in predictions and len(predictions.splitlines()) >= 11
     assert refract("init", "s3://data/images", "-o", "c.yaml").returncode == 0
     assert "source: s3://data/images" in Path("c.yaml").read_text()
     error = refract("evaluate", "s3://data/nothing", "s3://data/images", code=1).stderr

@@ -60,10 +60,10 @@ def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
     """Return metric → (step, value) of the only MLflow run of this name, without times."""
     client, run = client_of(work), tracked(work, name)
     assert run.info.status == "FINISHED"
-    kept = [metric for metric in run.data.metrics if metric != "epoch_seconds" and not metric.startswith("cost_")]
+    metrics = [metric for metric in run.data.metrics if metric != "epoch_seconds" and not metric.startswith("cost_")]
     return {
         metric: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
-        for metric in kept
+        for metric in metrics
     }
 
 
@@ -133,8 +133,8 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(refract: Run, wor
     with training("c.yaml", *quiet) as process:
         until(process, "epoch 2/")
         process.kill()
-    kept = newest(work / "runs" / "full" / "checkpoints")
-    assert kept is not None
+    checkpoint = newest(work / "runs" / "full" / "checkpoints")
+    assert checkpoint is not None
 
     with training("--resume", "runs/full", largest_file=10_000) as process:
         printed = process.output.read()
@@ -142,7 +142,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(refract: Run, wor
     assert (
         "cannot be written (File too large); earlier checkpoints are intact" in printed and "Traceback" not in printed
     )
-    assert newest(work / "runs" / "full" / "checkpoints") == kept
+    assert newest(work / "runs" / "full" / "checkpoints") == checkpoint
     refract("train", "--resume", "runs/full")
 
 
@@ -357,10 +357,10 @@ def test_a_training_that_is_stopped_in_its_first_validation_keeps_the_epoch(tmp_
 
     for times in (1, 2):
         stop, keeper = Stop("soon"), Asked()
-        own = ResumeCheckpoint(tmp_path, seconds=900, stop=stop)
+        callback = ResumeCheckpoint(tmp_path, seconds=900, stop=stop)
         options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_model_summary": False}
         options |= {"enable_progress_bar": False, "limit_train_batches": 2, "limit_val_batches": 4}
-        trainer = lightning.Trainer(callbacks=[own, keeper], num_sanity_val_steps=0, **options)
+        trainer = lightning.Trainer(callbacks=[callback, keeper], num_sanity_val_steps=0, **options)
         with pytest.raises(Stopped):
             trainer.fit(BoringModel())
         assert [path.name for path in tmp_path.glob("*.ckpt")] == ["resume-00000002.ckpt"]
@@ -378,9 +378,9 @@ def test_a_training_that_is_stopped_with_whole_epoch_checkpoints_keeps_its_first
         def on_train_batch_start(self, *_: object) -> None:
             stop.signal = signal.SIGTERM
 
-    own = ResumeCheckpoint(tmp_path, seconds=900, stop=stop, whole_from=0)
+    callback = ResumeCheckpoint(tmp_path, seconds=900, stop=stop, whole_from=0)
     options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_model_summary": False}
     options |= {"enable_progress_bar": False, "limit_train_batches": 3, "limit_val_batches": 2}
     with pytest.raises(Stopped):
-        lightning.Trainer(callbacks=[own, Asked()], num_sanity_val_steps=0, **options).fit(BoringModel())
+        lightning.Trainer(callbacks=[callback, Asked()], num_sanity_val_steps=0, **options).fit(BoringModel())
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["resume-00000003.ckpt"]

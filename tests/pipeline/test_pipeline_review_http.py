@@ -260,8 +260,8 @@ def test_requests_of_other_pages_are_rejected(client, tmp_path: Path) -> None:
         assert refused(client.post("/api/decisions", json=decision(client), headers=headers)) == (403, "other_origin")
         assert refused(client.get("/api/items/0/image", headers=headers)) == (403, "other_origin")
     assert LabelHistory(tmp_path / "labels.db").decisions() == []
-    own = {"Origin": f"http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}
-    response = client.post("/api/decisions", json=decision(client), headers=own)
+    same_origin = {"Origin": f"http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}
+    response = client.post("/api/decisions", json=decision(client), headers=same_origin)
     assert response.status_code == 200 and "access-control-allow-origin" not in response.headers
     assert response.headers["cross-origin-resource-policy"] == "same-origin"
 

@@ -129,8 +129,8 @@ def test_images_whose_names_are_not_utf8_do_not_break_a_review(tmp_path: Path) -
 def test_an_image_with_several_texts_and_labels_is_not_reviewed() -> None:
     samples = [Sample("a.png", (0,), text="a cat"), Sample("a.png", (1,), text="a dog"), Sample("b.png", (0,))]
     manifest = Manifest("photos", (*samples, Sample("c.png", (1,))), ("cat", "dog"), "multiclass")
-    kept, contradictory = _distinct(manifest, {"a.png": "1", "b.png": "2", "c.png": "2"})
-    assert [sample.path for sample in kept] == ["b.png"] and contradictory.keys() == {"b.png"}
+    unique_samples, contradictory = _distinct(manifest, {"a.png": "1", "b.png": "2", "c.png": "2"})
+    assert [sample.path for sample in unique_samples] == ["b.png"] and contradictory.keys() == {"b.png"}
 
 
 def test_a_new_image_that_the_bundle_cannot_predict_is_in_the_queue_with_its_own_row_for_the_others() -> None:

@@ -99,9 +99,9 @@ def test_a_slow_upload_never_leaves_the_copy_without_a_checkpoint(
     before = ""
     for _ in range(3):
         copy.update()
-        kept = sorted(key for key in keys(store) if "/resume-" in key)
-        assert 1 <= len(kept) <= 2 and kept[-1] > before, "and it is a newer one"
-        before = kept[-1]
+        checkpoints = sorted(key for key in keys(store) if "/resume-" in key)
+        assert 1 <= len(checkpoints) <= 2 and checkpoints[-1] > before, "and it is a newer one"
+        before = checkpoints[-1]
 
 
 def test_a_checkpoint_follows_its_files_and_the_record_of_a_finished_run_is_last(

@@ -60,10 +60,10 @@ def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("images"
             torch.nn.init.normal_(network.no_image)
         record["text"] = text_record(part, joined)
     classifier = Classifier(network, mean=PREPROCESS.mean, std=PREPROCESS.std, tokens=tokens).eval()
-    own = {"task": "multiclass", "labels": LABELS, "temperature": 0.02, **record}
+    fields = {"task": "multiclass", "labels": LABELS, "temperature": 0.02, **record}
     info = BundleInfo(
         name="colours", created="2026-01-01T00:00:00+00:00", preprocess=PREPROCESS.to_dict(),
-        network={"name": "lenet5" if shown is not None else "none", "image_size": [32, 32], "args": {}}, **own,
+        network={"name": "lenet5" if shown is not None else "none", "image_size": [32, 32], "args": {}}, **fields,
     )  # fmt: skip
     return save_bundle(
         folder, info, classifier, [GoldenSample("00.png", b"x", (0.2, 0.3, 0.5), "a", shown is not None)]
@@ -139,10 +139,10 @@ def check_whole(table: pd.DataFrame, bundle: Path, images: Path) -> None:
     """Check that each image occurs once, in the listing's order, with the probabilities of `predict` or an error."""
     answers = expected_rows(bundle, images)
     assert table["path"].tolist() == list(answers) and table["row"].tolist() == list(range(303))
-    for answer, found, error in zip(answers.values(), table["probabilities"], table["error"], strict=True):
+    for answer, probabilities, error in zip(answers.values(), table["probabilities"], table["error"], strict=True):
         assert (answer is not None) == pd.isna(error)
         if answer is not None:
-            np.testing.assert_allclose(found, answer, atol=1e-5)
+            np.testing.assert_allclose(probabilities, answer, atol=1e-5)
     assert table["error"].notna().sum() == 4
 
 
@@ -238,21 +238,21 @@ def test_every_row_occurs_once_after_kills_of_the_command_and_of_a_worker(
 ) -> None:
     folder, out = tmp_path / ".out.parquet.parts", tmp_path / "out.parquet"
     command = (bundle, images, "-o", out, "--jobs", 2, "--shard-size", 4, "--batch-size", 4)
-    kept: dict[str, int] = {}
+    earlier_parts: dict[str, int] = {}
     for kill in range(1, 3):
         process = started(tmp_path, *command)
-        until(partial(holds, folder, len(kept) + 2), process)
+        until(partial(holds, folder, len(earlier_parts) + 2), process)
         workers = scorers(process)
         process.kill()
         process.communicate()
         assert len(workers) == 2
         until_gone(workers)
-        found = {file.name: file.stat().st_ino for file in folder.glob("0*.parquet")}
-        assert kept.items() <= found.items(), "a part that was there has been made again"
-        assert not out.exists() and kill < len(found) < 76
-        kept = found
+        parts = {file.name: file.stat().st_ino for file in folder.glob("0*.parquet")}
+        assert earlier_parts.items() <= parts.items(), "a part that was there has been made again"
+        assert not out.exists() and kill < len(parts) < 76
+        earlier_parts = parts
     process = started(tmp_path, *command)
-    until(partial(holds, folder, len(kept) + 1), process)
+    until(partial(holds, folder, len(earlier_parts) + 1), process)
     os.kill(scorers(process)[0], signal.SIGKILL)
     printed = process.communicate(timeout=120)[1]
     assert process.returncode == 0 and "Traceback" not in printed, printed

@@ -34,11 +34,11 @@ def test_single_queries_find_what_a_comparison_with_all_finds(kind: str, count: 
     for query, batched in zip(queries, together, strict=True):
         cosines = units @ (query.astype(np.float64) / max(np.linalg.norm(query.astype(np.float64)), 1e-12))
         expected = np.sort(cosines)[::-1][:count]
-        ((found, values),) = (tuple(part[0] for part in index.nearest(query[None], count)),)
+        ((indices, values),) = (tuple(part[0] for part in index.nearest(query[None], count)),)
         np.testing.assert_allclose(values, expected, atol=1e-5)
-        np.testing.assert_allclose(cosines[found], expected, atol=1e-5)
+        np.testing.assert_allclose(cosines[indices], expected, atol=1e-5)
         np.testing.assert_allclose(batched, expected, atol=1e-5)
-        assert len({*found.tolist()}) == count
+        assert len({*indices.tolist()}) == count
 
 
 def test_fewer_vectors_than_asked_for_are_all_returned() -> None:
@@ -58,6 +58,6 @@ def test_the_index_of_a_store_finds_what_the_search_through_its_shards_finds(tmp
     store.add_samples("data", samples)
     index = SearchIndex(store)
     for query in vectors[:3, None] + np.float32(0.01):
-        (found,), (expected,) = index.nearest(query, 5), nearest(store, query, 5)
-        assert [n.sample for n in found] == [n.sample for n in expected]
-        assert [n.similarity for n in found] == pytest.approx([n.similarity for n in expected], abs=1e-5)
+        (neighbours,), (expected,) = index.nearest(query, 5), nearest(store, query, 5)
+        assert [n.sample for n in neighbours] == [n.sample for n in expected]
+        assert [n.similarity for n in neighbours] == pytest.approx([n.similarity for n in expected], abs=1e-5)

@@ -214,14 +214,18 @@ def with_config(path: Path, network: str, size: tuple[int, int], config: dict, *
 def test_default_candidates_are_smaller_and_start_from_the_bundle_where_its_weights_fit(tmp_path: Path) -> None:
     bundle = with_config(tmp_path / "resnet", "resnet20", (32, 40), {})
     config = config_of_bundle(bundle, None)
-    found = {candidate.name: candidate for candidate in default_candidates(bundle, config.model)}
-    assert [*found] == ["resnet20-24", "resnet20-16", "cnn-32", "lenet5-32"]
-    assert found["resnet20-24"].size == (24, 30) and found["cnn-32"].size == (32, 40)
-    assert found["resnet20-24"].weights == str(bundle.path) and found["cnn-32"].weights == "none"
+    candidates = {candidate.name: candidate for candidate in default_candidates(bundle, config.model)}
+    assert [*candidates] == ["resnet20-24", "resnet20-16", "cnn-32", "lenet5-32"]
+    assert candidates["resnet20-24"].size == (24, 30) and candidates["cnn-32"].size == (32, 40)
+    assert candidates["resnet20-24"].weights == str(bundle.path) and candidates["cnn-32"].weights == "none"
     fixed = with_config(tmp_path / "lenet", "lenet5", (32, 32), {})  # its weights depend on the size
-    found = {candidate.name: candidate for candidate in default_candidates(fixed, config_of_bundle(fixed, None).model)}
-    assert [*found] == ["lenet5-24", "lenet5-16"] and {candidate.weights for candidate in found.values()} == {"none"}
-    assert "resnet20" in NETWORKS and "resnet20-32" not in found, "which has more parameters than lenet5"
+    candidates = {
+        candidate.name: candidate for candidate in default_candidates(fixed, config_of_bundle(fixed, None).model)
+    }
+    assert [*candidates] == ["lenet5-24", "lenet5-16"] and {candidate.weights for candidate in candidates.values()} == {
+        "none"
+    }
+    assert "resnet20" in NETWORKS and "resnet20-32" not in candidates, "which has more parameters than lenet5"
 
 
 def test_a_candidates_config_keeps_the_recipe_and_chooses_the_learning_rate_anew(tmp_path: Path) -> None:
@@ -232,11 +236,13 @@ def test_a_candidates_config_keeps_the_recipe_and_chooses_the_learning_rate_anew
     }
     bundle = with_config(tmp_path, "resnet20", (32, 32), recipe)
     config = config_of_bundle(bundle, "digits", ["plugin.py"])
-    own, other = named_candidates(bundle, config.model, ["resnet20:16", "lenet5"])
-    made = config_of(own, bundle, config, "small/runs")
-    assert (made.optim.lr, made.optim.head_lr, made.loss.teacher) == (None, None, str(bundle.path))
-    assert (made.data.sides(), made.data.source, made.trainer.runs_dir) == ((16, 16), "digits", "small/runs")
-    assert made.tracking.model_name is None and made.augment == config.augment and made.plugins == ("plugin.py",)
+    same_network, other = named_candidates(bundle, config.model, ["resnet20:16", "lenet5"])
+    student = config_of(same_network, bundle, config, "small/runs")
+    assert (student.optim.lr, student.optim.head_lr, student.loss.teacher) == (None, None, str(bundle.path))
+    assert (student.data.sides(), student.data.source, student.trainer.runs_dir) == ((16, 16), "digits", "small/runs")
+    assert (
+        student.tracking.model_name is None and student.augment == config.augment and student.plugins == ("plugin.py",)
+    )
     scratch = config_of(other, bundle, config, "small/runs")
     assert (scratch.model.name, scratch.optim.lr) == ("lenet5", 0.07), "both start from random weights"
 
@@ -280,7 +286,9 @@ def test_the_choice_is_the_best_of_those_that_fit_and_is_not_dominated_by_them(
     for each, is_optimal in zip(rows, optimal, strict=True):
         better = [other for other in rows if dominates(other, each)]
         assert is_optimal == (not better)
-        assert is_optimal or any(kept for other, kept in zip(rows, optimal, strict=True) if other in better)
+        assert is_optimal or any(
+            other_optimal for other, other_optimal in zip(rows, optimal, strict=True) if other in better
+        )
     fitting = [each for each in rows if each.shortest_ms <= budget and accurate_enough(each, max_loss)]
     choice = choose(rows, budget, max_loss)
     assert (choice.chosen is None) == (not fitting)

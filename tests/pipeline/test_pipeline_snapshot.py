@@ -166,8 +166,8 @@ def test_a_class_without_new_samples_for_the_holdout_is_named(tmp_path: Path, ca
         taken(config)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_class_of_a_refused_run_is_held_out_if_it_stays(tmp_path: Path, kept: bool) -> None:
+@pytest.mark.parametrize("class_stays", [False, True])
+def test_a_class_of_a_refused_run_is_held_out_if_it_stays(tmp_path: Path, class_stays: bool) -> None:
     paint(tmp_path / "images", range(10))
     config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
     workspace, first = workspace_of(config), taken(config)
@@ -184,7 +184,7 @@ def test_a_class_of_a_refused_run_is_held_out_if_it_stays(tmp_path: Path, kept: 
     assert read_run(folder)["ends"] == Outcome.REFUSED
     shutil.rmtree(tmp_path / "images/red")
     shutil.move(tmp_path / "red", tmp_path / "images/red")
-    if kept:
+    if class_stays:
         folder = begin(config, force=False)
         snapshot(folder)
         validate(folder)
@@ -351,11 +351,11 @@ def test_new_classes_are_reported_and_do_not_stop_a_run(tmp_path: Path) -> None:
         noisy(tmp_path / "images/yellow" / f"{number}.png", number)
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     thresholds = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
-    found = drift_of_new(bundle, new, thresholds, tmp_path).drift
-    assert found["checks"]["features"]["level"] == "none", "the noise is excluded"
-    assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
-    assert found["level"] == "warn"
-    assert found["summary"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
+    drift = drift_of_new(bundle, new, thresholds, tmp_path).drift
+    assert drift["checks"]["features"]["level"] == "none", "the noise is excluded"
+    assert drift["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
+    assert drift["level"] == "warn"
+    assert drift["summary"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
     stopped = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
     assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["summary"], "who asks for it"
     mild = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift
@@ -372,9 +372,9 @@ def test_a_champion_with_a_small_reference_does_not_fail_a_run(tmp_path: Path) -
     first = taken(config_at(tmp_path))
     paint(tmp_path / "images", range(12, 30))
     new = new_samples(taken(config_at(tmp_path)), first.folder)
-    found = drift_of_new(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
-    assert found["level"] == "none"
-    assert "not compared: " in found["summary"] and "of the reference; 20 of each are needed" in found["summary"]
+    drift = drift_of_new(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
+    assert drift["level"] == "none"
+    assert "not compared: " in drift["summary"] and "of the reference; 20 of each are needed" in drift["summary"]
 
 
 def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_the_greedy_average_is_a_run_without_the_run_that_lowers_its_validation_
 
 
 def test_the_uniform_average_has_the_mean_weights_and_its_own_statistics(root: Path, tmp_path: Path) -> None:
-    made = make_soup([root / "a", root / "bad"], tmp_path / "soup", "uniform")
-    assert [member.averaged for member in made.members] == [True, True]
+    weight_soup = make_soup([root / "a", root / "bad"], tmp_path / "soup", "uniform")
+    assert [member.averaged for member in weight_soup.members] == [True, True]
     a, bad, mean = (
         load_file(run / "bundle" / "weights.safetensors") for run in (root / "a", root / "bad", tmp_path / "soup")
     )
@@ -174,6 +174,6 @@ def test_folds_and_one_run_named_twice_are_refused(root: Path, tmp_path: Path) -
 def test_runs_that_start_from_different_weights_get_a_warning(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = make_soup([root / "start", root / "a"], tmp_path / "soup")
+    weight_soup = make_soup([root / "start", root / "a"], tmp_path / "soup")
     assert "the runs start from different weights, and averages of such runs are usually worse" in caplog.text
-    assert np.isfinite(list(made.metrics.values())).all()
+    assert np.isfinite(list(weight_soup.metrics.values())).all()

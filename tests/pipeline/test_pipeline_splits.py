@@ -40,9 +40,9 @@ def test_the_fractions_hold_within_each_class_to_whole_samples() -> None:
     ]
 
 
-@pytest.mark.parametrize(("size", "own"), [(10, True), (9, False)])
-def test_a_label_set_of_ten_is_stratified_and_smaller_ones_together(size: int, own: bool) -> None:
+@pytest.mark.parametrize(("size", "separate"), [(10, True), (9, False)])
+def test_a_label_set_of_ten_is_stratified_and_smaller_ones_together(size: int, separate: bool) -> None:
     """Smaller sets are pooled: two sets of nine give the test split five samples, which may come from either set."""
     drawn = [counts(manifest(size, size, task="multilabel"), val=0.1, test=0.3, seed=seed) for seed in range(8)]
     tests = {tuple(labels.get("test", 0) for labels in one) for one in drawn}
-    assert tests == {(3, 3)} if own else (len(tests) > 1 and {sum(one) for one in tests} == {5})
+    assert tests == {(3, 3)} if separate else (len(tests) > 1 and {sum(one) for one in tests} == {5})

@@ -97,8 +97,10 @@ def test_the_validation_set_chooses_between_scratch_and_champion(
     assert version.run_id == second["mlflow_run"] and second["version"] == "2"
 
     before_it, now = split_of(first), split_of(second)
-    kept = [content for content in before_it if content in now]
-    assert len(kept) == 60 and all(now[content] == before_it[content] for content in kept), "no image changes its split"
+    known_contents = [content for content in before_it if content in now]
+    assert len(known_contents) == 60 and all(now[content] == before_it[content] for content in known_contents), (
+        "no image changes its split"
+    )
     new = [split for content, split in now.items() if content not in before_it]
     assert new.count("val") == 15 and new.count("train") == 45, "a quarter of the new images"
     assert start["images"] == list(now.values()).count("val")

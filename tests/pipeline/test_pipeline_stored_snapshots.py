@@ -141,9 +141,9 @@ def test_a_snapshot_that_no_run_accepted_leaves_nothing(tmp_path: Path) -> None:
     refused = taken(config, age=5, accepted=False)
     for path in (tmp_path / "images").glob("*/0[12]*.png"):
         path.unlink()
-    kept = taken(config, age=0)
+    latest = taken(config, age=0)
     remove_old(workspace_of(config), 1, ())
-    assert stored(config) == names([kept]) != names([refused])
+    assert stored(config) == names([latest]) != names([refused])
     assert trained_before(workspace_of(config)) == trained
 
 

@@ -23,7 +23,7 @@ def test_rows_without_an_image_and_images_with_two_captions(tmp_path: Path) -> N
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "text"]))
     assert [sample.has_image for sample in manifest.samples] == [True, True, False, False, True, True]
     assert len({sample.key for sample in manifest.samples}) == 6 and manifest.samples[2].path == "m.csv#4"
-    both, images = (scan(manifest.samples, reads=frozenset(own)) for own in ({"images", "texts"}, {"images"}))
+    both, images = (scan(manifest.samples, reads=frozenset(inputs)) for inputs in ({"images", "texts"}, {"images"}))
     assert not both.bad and len(set(both.hashes.values())) == 6
     keys = [sample.key for sample in manifest.samples]
     assert both.groups[keys[0]] == both.groups[keys[1]] and len(set(both.groups.values())) == 5, (
@@ -130,10 +130,15 @@ def test_samples_without_an_image_do_not_affect_image_statistics_and_cost(tmp_pa
     assert of_all == of_shown != preprocess
     assert len(_training_images(preprocess, manifest)) == 2
     assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.has_image])
-    own = {"augmenter": Augmenter([], 3, size=16), "preprocess": preprocess, "batch_size": 2, "tokens": HashedNgrams()}
-    assert ImageDataModule(manifest, **own).workers == min(8, os.cpu_count() or 1)
+    options = {
+        "augmenter": Augmenter([], 3, size=16),
+        "preprocess": preprocess,
+        "batch_size": 2,
+        "tokens": HashedNgrams(),
+    }
+    assert ImageDataModule(manifest, **options).workers == min(8, os.cpu_count() or 1)
     texts = manifest.with_samples([sample for sample in manifest.samples if not sample.has_image])
-    assert ImageDataModule(texts, **own).workers == 0
+    assert ImageDataModule(texts, **options).workers == 0
 
 
 def test_texts_of_a_split_exclude_other_splits(tmp_path: Path) -> None:

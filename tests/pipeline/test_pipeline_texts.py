@@ -67,8 +67,8 @@ def test_a_stopped_training_of_texts_resumes_to_the_same_weights(
 ) -> None:
     captions.write_texts(tmp_path / "texts", each=30, held_out=40)
     # More than one batch an epoch, and ops of texts, dropout and an average: all that a restart could lose.
-    own = ["--trainer.max_epochs", "3", "--data.batch_size", "16", "--trainer.ema", "0.9", "--trainer.device", "cpu"]
-    train = [CONFIGS / "text.yaml", *OFF, *own, "--trainer.run_name"]
+    flags = ["--trainer.max_epochs", "3", "--data.batch_size", "16", "--trainer.ema", "0.9", "--trainer.device", "cpu"]
+    train = [CONFIGS / "text.yaml", *OFF, *flags, "--trainer.run_name"]
     refract("train", *train, "calm")
     with training(*train, "stopped") as process:
         until(process, "epoch 1/3")
@@ -206,18 +206,18 @@ def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
 
     args = {"buckets": 50}
     part, tokens, words = make_text_encoder("hashing", weights="none", max_length=max_length, pooling="auto", args=args)
-    own = {"fusion": "concat", "width": 8}
+    fusion_options = {"fusion": "concat", "width": 8}
     shown = build("lenet5", 2, image_size=(32, 32)) if "images" in reads else None
-    network = Reader(shown, words, 2, **own) if "texts" in reads else shown
+    network = Reader(shown, words, 2, **fusion_options) if "texts" in reads else shown
     plain = [0.5, 0.5, 0.5]
     info = BundleInfo(
         name="t", task="binary", labels=("a", "b"), created="2026-01-01T00:00:00+00:00",
         network={"name": "lenet5" if shown else "none", "image_size": [32, 32], "args": {}},
         preprocess={"height": 32, "width": 32, "resize": "squash", "crop_ratio": 1.0, "mean": plain, "std": plain},
-        text=text_record(part, own) if "texts" in reads else None,
+        text=text_record(part, fusion_options) if "texts" in reads else None,
     )  # fmt: skip
-    made = Classifier(network, mean=plain, std=plain, tokens=tokens if "texts" in reads else None)
-    return save_bundle(folder, info, made, [])
+    classifier = Classifier(network, mean=plain, std=plain, tokens=tokens if "texts" in reads else None)
+    return save_bundle(folder, info, classifier, [])
 
 
 def test_predict_reports_a_truncated_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +280,7 @@ def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
     rows = [[f"images/{i:05}.png", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
     text, trainer = {"name": "hashing", "args": {"buckets": 20, "width": 8}}, {"max_epochs": 1}
-    found = {}
+    networks = {}
     for init in ("default", "zeros", "lsuv"):
         values = {"data": {"image_size": 32}, "model": {"name": "lenet5", "init": init, "weights": "none"}}
         config = config_from_dict({**values, "text": text, "trainer": trainer})
@@ -288,9 +288,9 @@ def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
         module, _ = make_module(
             config, manifest, Augmenter([], size=32), make_preprocess(config.data, config.model), {}
         )
-        found[init] = module.classifier.network
+        networks[init] = module.classifier.network
     for init in ("zeros", "lsuv"):
-        one, other = found["default"].state_dict(), found[init].state_dict()
+        one, other = networks["default"].state_dict(), networks[init].state_dict()
         changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
         assert changed == {"images"}, init
 

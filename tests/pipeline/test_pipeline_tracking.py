@@ -97,8 +97,8 @@ def test_what_was_tracked_before_a_restart_is_not_tracked_again(tmp_path: Path, 
     assert again.finish("FINISHED") == 0
     client = MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
-    found = {name: client.get_metric_history(run.info.run_id, name) for name in ("loss", "seconds", "new")}
-    assert {name: [(p.step, p.value) for p in points] for name, points in found.items()} == {
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in ("loss", "seconds", "new")}
+    assert {name: [(p.step, p.value) for p in points] for name, points in histories.items()} == {
         "loss": [(1, 0.5), (2, 0.25)], "seconds": [(1, 3.0)], "new": [(1, 1.0)],
     }  # fmt: skip
     assert run.info.status == "FINISHED"
@@ -271,9 +271,9 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path, warm: WarmProcess) -> 
     assert not path.exists()
     make_database(f"sqlite:///{path}")
     assert MlflowClient(f"sqlite:///{path}").get_experiment_by_name("Default") is not None
-    kept = path.read_bytes()
+    content = path.read_bytes()
     make_database(f"sqlite:///{path}")
-    assert path.read_bytes() == kept, "one that is there is left alone"
+    assert path.read_bytes() == content, "one that is there is left alone"
     make_database("http://127.0.0.1:9")
 
 

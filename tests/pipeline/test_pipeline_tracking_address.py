@@ -91,10 +91,10 @@ def test_a_run_is_registered_from_a_folder_of_any_name(
     assert {path.name for path in tmp_path.iterdir()} == {name}
     client = MlflowClient("sqlite:///mlflow.db", "sqlite:///mlflow.db")
     version = client.get_model_version_by_alias("o'brien", "champion")
-    found = mlflow.artifacts.download_artifacts(
+    folder = mlflow.artifacts.download_artifacts(
         version.source, dst_path=str(tmp_path), tracking_uri="sqlite:///mlflow.db"
     )
-    assert [path.name for path in Path(found).iterdir()] == ["bundle.json"]
+    assert [path.name for path in Path(folder).iterdir()] == ["bundle.json"]
 
 
 def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,8 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
     with caplog.at_level("INFO", "refract.pipeline"):
         history = fit(_made(config, manifest, module, data), tmp_path / "run", None)
     assert [round(row["val_accuracy"], 3) for row in history] == scores
-    kept = module.classifier.state_dict()
-    same = [all(torch.equal(kept[key], value) for key, value in state.items()) for state in weights]
+    final_state = module.classifier.state_dict()
+    same = [all(torch.equal(final_state[key], value) for key, value in state.items()) for state in weights]
     assert same == [epoch == kept_epoch for epoch in range(4)]
     assert f"keeping the weights of epoch {kept_epoch + 1}/4: val_accuracy {scores[kept_epoch]:.4f}" in caplog.text
     assert ("within one standard error of 0.9000 in epoch 2" in caplog.text) == (scores[kept_epoch] < 0.9)

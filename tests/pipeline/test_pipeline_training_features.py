@@ -53,9 +53,9 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def embeddings(classifier: Classifier, samples: list[Sample]) -> np.ndarray:
     images = np.stack([PREPROCESS(sample.read()) for sample in samples])
-    with torch.inference_mode(), head_inputs(classifier.network) as kept:
+    with torch.inference_mode(), head_inputs(classifier.network) as features:
         classifier(torch.from_numpy(images).permute(0, 3, 1, 2))
-    rows = kept[0].numpy()
+    rows = features[0].numpy()
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -157,13 +157,13 @@ def test_the_distance_is_that_of_mahalanobis_to_the_nearest_class() -> None:
     training = gaussians()
     assert training.distance == "mahalanobis"
     rows = training.features.astype(np.float64)
-    own = np.arange(len(rows)) % 2
-    means = np.stack([rows[own == number].mean(axis=0) for number in (0, 1)])
-    precision = LedoitWolf(assume_centered=True).fit(rows - means[own]).precision_
+    classes = np.arange(len(rows)) % 2
+    means = np.stack([rows[classes == number].mean(axis=0) for number in (0, 1)])
+    precision = LedoitWolf(assume_centered=True).fit(rows - means[classes]).precision_
     gaps = rows[:, None] - means
     expected = np.sqrt(np.einsum("ncd,de,nce->nc", gaps, precision, gaps).min(axis=1))
-    found = Familiarity(training, CPU).distances(torch.from_numpy(rows.astype(np.float32)))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3)
+    distances = Familiarity(training, CPU).distances(torch.from_numpy(rows.astype(np.float32)))
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-3)
 
 
 def test_a_small_change_in_a_stable_feature_is_less_familiar_than_a_large_one_in_a_varying_feature() -> None:

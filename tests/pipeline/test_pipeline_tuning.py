@@ -71,11 +71,11 @@ def test_mistakes_in_a_space_are_named(text: str, message: str, tmp_path: Path) 
 
 def test_values_go_into_lists_and_ops_and_leave_the_config_alone() -> None:
     config = {"augment": {"policy": [{"Affine": None}, "HorizontalFlip"]}, "optim": {"lr": 1}}
-    made = with_values(
+    trial_config = with_values(
         config,
         {"augment.policy.0.Affine.degrees": 7, "augment.policy.1": "VerticalFlip", "optim.lr": 2},
     )
-    assert made == {"augment": {"policy": [{"Affine": {"degrees": 7}}, "VerticalFlip"]}, "optim": {"lr": 2}}
+    assert trial_config == {"augment": {"policy": [{"Affine": {"degrees": 7}}, "VerticalFlip"]}, "optim": {"lr": 2}}
     assert config == {"augment": {"policy": [{"Affine": None}, "HorizontalFlip"]}, "optim": {"lr": 1}}
     for key in ("augment.policy.5", "augment.policies.0", "optim.lr.x", "augment.policy.1.p"):
         with pytest.raises(ConfigError, match="the config has"):

@@ -125,7 +125,7 @@ def test_of_concurrent_first_trainings_one_names_the_champion(registry: str, tra
         thread.start()
     for thread in threads:
         thread.join()
-    found = {answer["version"]: answer.get("alias") for answer in answers}
-    assert found.pop("1") == "champion"
-    assert set(found) == {"2", "3", "4"} and "champion" not in found.values()
-    assert trainings.named()["champion"] == "1" and trainings.named()["challenger"] in found
+    alias_by_version = {answer["version"]: answer.get("alias") for answer in answers}
+    assert alias_by_version.pop("1") == "champion"
+    assert set(alias_by_version) == {"2", "3", "4"} and "champion" not in alias_by_version.values()
+    assert trainings.named()["champion"] == "1" and trainings.named()["challenger"] in alias_by_version

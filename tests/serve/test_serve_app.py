@@ -126,10 +126,10 @@ def test_tta_averages_an_image_and_its_horizontal_flip(make_bundle, serving, tmp
             wanted = probabilities(logits, task=task, temperature=served.info.temperature)[0].numpy()
         with serving(create_app(served)) as client:
             plain = confidences(client.post("/v1/predict?top=10", content=data))
-            found = confidences(client.post("/v1/predict?top=10&tta=flip", content=data))
+            tta_confidences = confidences(client.post("/v1/predict?top=10&tta=flip", content=data))
             assert client.post("/v1/predict?tta=turn", content=data).status_code == 422
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
-        assert np.abs(found - plain).max() > 1e-3
+        np.testing.assert_allclose(tta_confidences, wanted, atol=1e-4)
+        assert np.abs(tta_confidences - plain).max() > 1e-3
 
 
 def test_threshold_and_abstention(bundle, serving, make_image, reference):

@@ -148,11 +148,11 @@ def test_a_wrong_number_of_outputs_fails_the_batch():
 
 def test_cancelled_requests_are_skipped():
     async def story(batcher, doubler):
-        first, gone, kept = await hold(batcher, doubler), await enqueue(batcher, 1), await enqueue(batcher, 2)
+        first, gone, last = await hold(batcher, doubler), await enqueue(batcher, 1), await enqueue(batcher, 2)
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         doubler.gate.set()
-        await asyncio.gather(first, kept)
+        await asyncio.gather(first, last)
 
     assert run(story, max_wait_ms=0).batches == [[0], [2]]
 
@@ -292,8 +292,8 @@ def test_the_event_loop_computes_brief_batches_unless_a_thread_computes() -> Non
     brief, entered, resume = [True], threading.Event(), threading.Event()
 
     def engine(batch: np.ndarray) -> np.ndarray:
-        own = threading.current_thread() is threading.main_thread()
-        seen.append((batch[:, 0].tolist(), own))
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        seen.append((batch[:, 0].tolist(), on_main_thread))
         if (batch == 7).any():
             entered.set()
             assert resume.wait(20)

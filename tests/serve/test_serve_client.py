@@ -55,8 +55,8 @@ def test_both_clients_return_the_predictions_of_the_server(bundle, serving, make
                 client.predict("a.jpg")
         with pytest.raises(RuntimeError, match="use `with Client"):
             Client(url, key=KEY).predict([make_image(1)])
-        for found in asyncio.run(ask()):
-            assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
+        for prediction in asyncio.run(ask()):
+            assert prediction["label"] == wanted.json()["predictions"][0]["label"] and len(prediction["top"]) == 2
         with Client(url) as client, pytest.raises(ServerError, match="requires an API key"):
             client.predict([make_image(1)])
 

@@ -63,8 +63,8 @@ def test_tritons_client_may_compress(running, make_image, coding: str, binary: b
     encoded.set_data_from_numpy(np.array([given], dtype=object), binary_data=binary)
     with triton.InferenceServerClient(f"{running.base_url.host}:{running.base_url.port}") as client:
         plain, compressed = (
-            client.infer("shapes", [encoded], request_compression_algorithm=own).as_numpy("probabilities")
-            for own in (None, coding)
+            client.infer("shapes", [encoded], request_compression_algorithm=algorithm).as_numpy("probabilities")
+            for algorithm in (None, coding)
         )
     np.testing.assert_array_equal(compressed, plain)
 

@@ -51,8 +51,8 @@ def test_captured_rows_match_the_responses(bundle, serving, make_image, tmp_path
         )
         expected = {"width": 90, "height": 60, "aspect": 1.5, **measure_image(preprocess(one))._asdict()}
         assert row["statistics"] == pytest.approx(expected, abs=1e-5)
-        kept = row["image"] and (tmp_path / "log" / row["image"]).read_bytes()
-        assert kept == (one if answer["confidence"] < 0.4 else None)
+        image_bytes = row["image"] and (tmp_path / "log" / row["image"]).read_bytes()
+        assert image_bytes == (one if answer["confidence"] < 0.4 else None)
     assert 0 < sum(row["image"] is not None for row in rows[:12]) < 12, "some predictions were uncertain"
     files = [file for file in (tmp_path / "log").rglob("*") if file.is_file()]
     assert all(file.stat().st_mode & 0o077 == 0 for file in files), "only the owner may read them"
@@ -197,8 +197,8 @@ def test_waiting_samples_are_written_at_shutdown(bundle, serving, make_image, tm
         sampling.offer(
             bundle, asked(make_image(seed)), np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 10), 0.1, np.float32)
         )
-    own, ended = sampling.stop, []
-    monkeypatch.setattr(sampling, "stop", lambda: ended.append(own()))
+    stop, ended = sampling.stop, []
+    monkeypatch.setattr(sampling, "stop", lambda: ended.append(stop()))
     with serving(create_app(bundle, sampling=sampling)):
         pass
     assert len(rows_of(tmp_path)) == 50 and len(ended) == 1

@@ -58,12 +58,12 @@ def test_a_heat_map_is_red_at_1_and_transparent_at_0() -> None:
 def test_the_response_has_a_heat_map_of_the_input_size_and_the_method(bundle, serving, make_image) -> None:
     with serving(create_app(bundle)) as client:
         answer = client.post("/v1/predict?explain=true", content=make_image(4))
-        (found,) = answer.json()["predictions"]
-        assert Image.open(io.BytesIO(base64.b64decode(found["explanation"]))).size == (32, 32)
-        assert found["explanation_method"] == "occlusion" and "explanation_problem" not in found
+        (prediction,) = answer.json()["predictions"]
+        assert Image.open(io.BytesIO(base64.b64decode(prediction["explanation"]))).size == (32, 32)
+        assert prediction["explanation_method"] == "occlusion" and "explanation_problem" not in prediction
         assert "explain;dur=" in answer.headers["server-timing"]
         plain = client.post("/v1/predict", content=make_image(4)).json()["predictions"][0]
-        assert not any(key.startswith("explanation") for key in plain) and plain["top"] == found["top"]
+        assert not any(key.startswith("explanation") for key in plain) and plain["top"] == prediction["top"]
 
 
 def test_an_image_without_evidence_has_no_heat_map(bundle, serving) -> None:
@@ -71,8 +71,8 @@ def test_an_image_without_evidence_has_no_heat_map(bundle, serving) -> None:
     data = io.BytesIO()
     Image.new("RGB", (32, 32), (90, 90, 90)).save(data, "PNG")
     with serving(create_app(bundle)) as client:
-        (found,) = client.post("/v1/predict?explain=true", content=data.getvalue()).json()["predictions"]
-        assert found["explanation_problem"]["code"] == "no_evidence" and "explanation" not in found
+        (prediction,) = client.post("/v1/predict?explain=true", content=data.getvalue()).json()["predictions"]
+        assert prediction["explanation_problem"]["code"] == "no_evidence" and "explanation" not in prediction
 
 
 def test_a_map_that_would_exceed_the_deadline_is_abandoned_after_one_step(bundle, image, row) -> None:

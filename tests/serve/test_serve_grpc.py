@@ -92,9 +92,9 @@ def test_the_messages_are_those_of_the_published_protocol() -> None:
     for name, fields in FIELDS.items():
         whole = published.DESCRIPTOR.message_types_by_name[name.partition(".")[0]]
         wanted = whole.nested_types_by_name[name.partition(".")[2]] if "." in name else whole
-        own = MESSAGES[name].DESCRIPTOR
-        assert (own.full_name, len(own.fields)) == (wanted.full_name, len(fields))
-        for field in own.fields:
+        descriptor = MESSAGES[name].DESCRIPTOR
+        assert (descriptor.full_name, len(descriptor.fields)) == (wanted.full_name, len(fields))
+        for field in descriptor.fields:
             other = wanted.fields_by_name[field.name]
             assert (field.number, field.type, field.is_repeated) == (other.number, other.type, other.is_repeated), field
             assert field.message_type is None or field.message_type.full_name == other.message_type.full_name
@@ -191,8 +191,8 @@ BAD = grpc.StatusCode.INVALID_ARGUMENT
     ],
 )  # fmt: skip
 def test_an_error_has_the_code_and_the_message_of_http(both, message, status, code: str, says: str) -> None:
-    found, details, trailing = refused(both.calls.ModelInfer, message)
-    assert (found, trailing["refract-code"]) == (status, code) and says in details, details
+    status_code, details, trailing = refused(both.calls.ModelInfer, message)
+    assert (status_code, trailing["refract-code"]) == (status, code) and says in details, details
     assert len(trailing["x-request-id"]) == 32
 
 
@@ -358,12 +358,12 @@ def test_keys_and_their_rate(bundle, serving, make_image, tmp_path: Path, caplog
             for call, message in ((both.calls.ModelMetadata, model), (both.calls.ModelInfer, files(b"x"))):
                 status, details, _ = refused(call, message, metadata=metadata)
                 assert status == grpc.StatusCode.UNAUTHENTICATED and "API key" in details
-        own = (("authorization", "Bearer open-sesame"),)
+        credentials = (("authorization", "Bearer open-sesame"),)
         for _ in range(3):
-            assert both.calls.ModelMetadata(model, metadata=own).name == "shapes"
+            assert both.calls.ModelMetadata(model, metadata=credentials).name == "shapes"
         caplog.clear()
         both.calls.ModelInfer(files(make_image(1)), metadata=(("x-api-key", "open-sesame"), ("x-request-id", "mine")))
-        status, _, trailing = refused(both.calls.ModelInfer, files(make_image(1)), metadata=own)
+        status, _, trailing = refused(both.calls.ModelInfer, files(make_image(1)), metadata=credentials)
         assert (status, trailing["refract-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limited")
         assert int(trailing["retry-after"]) >= 1
     first, second = (json.loads(line) for line in caplog.messages)

@@ -26,9 +26,9 @@ def client(hierarchical: Bundle, serving):
 
 def test_predictions_back_off_and_abstain_as_the_probabilities_say(client, bundle, make_image, reference) -> None:
     files = [("f", (f"{seed}.jpg", make_image(seed))) for seed in range(24)]
-    found = client.post("/v1/predict?top=10", files=files).json()["predictions"]
+    predictions = client.post("/v1/predict?top=10", files=files).json()["predictions"]
     kinds = set()
-    for (_, (_, data)), row in zip(files, found, strict=True):
+    for (_, (_, data)), row in zip(files, predictions, strict=True):
         classes = reference(bundle.classifier("cpu"), data, "multiclass")
         sums = {f"pair {i}": classes[2 * i : 2 * i + 2].sum() for i in range(5)}
         parent = max(sums, key=lambda name: sums[name])

@@ -45,15 +45,15 @@ def test_the_store_agrees_with_a_plain_list(bundle, keep, events) -> None:
             plain = [*plain, *([now, number, index, label, None] for index, label in enumerate(value))][-keep:]
         else:
             fresh = [row for row in plain if row[0] > now - 3600]
-            found = next((row for row in reversed(fresh) if row[1:3] == [number, 0]), None)
-            if found is None:
+            entry = next((row for row in reversed(fresh) if row[1:3] == [number, 0]), None)
+            if entry is None:
                 with pytest.raises(RequestError, match="no prediction has the id"):
                     store.judge(f"id {number}", [value], 0)
             else:
                 judgement = store.judge(f"id {number}", [value], 0)
-                assert judgement.predicted == [found[3]] and judgement.correct == (found[3] == value)
-                assert judgement.replaced == (found[4] is not None)
-                found[4] = value
+                assert judgement.predicted == [entry[3]] and judgement.correct == (entry[3] == value)
+                assert judgement.replaced == (entry[4] is not None)
+                entry[4] = value
         fresh = [row for row in plain if row[0] > now - 3600]
         judged = [row for row in fresh if row[4] is not None]
         assert store.retained() == len(fresh) and store.bytes == memory

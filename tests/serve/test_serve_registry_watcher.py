@@ -42,9 +42,9 @@ def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.Mon
     experiment = client.create_experiment("shapes", artifact_location=(tmp_path / "artifacts").as_uri())
     client.create_registered_model("shapes")
 
-    def promote(made: Bundle, alias: str = "champion") -> None:
+    def promote(candidate: Bundle, alias: str = "champion") -> None:
         run = client.create_run(experiment)
-        client.log_artifacts(run.info.run_id, str(made.path), "bundle")
+        client.log_artifacts(run.info.run_id, str(candidate.path), "bundle")
         version = client.create_model_version("shapes", f"{run.info.artifact_uri}/bundle", run.info.run_id)
         client.set_registered_model_alias("shapes", alias, version.version)
 
@@ -100,13 +100,13 @@ def test_a_damaged_download_is_replaced_and_a_local_folder_is_unchanged(
     path = resolve(name)
     (path / "weights.safetensors").write_bytes(b"damaged")
     assert _bundle(name).digest == bundle.digest, "a new download has replaced it"
-    own = make_bundle(tmp_path / "own").path
-    (own / "weights.safetensors").write_bytes(b"damaged")
-    before = sorted(own.rglob("*"))
-    for said in (str(own), f"{own}/", f"{own.parent}/./own"):
+    folder = make_bundle(tmp_path / "own").path
+    (folder / "weights.safetensors").write_bytes(b"damaged")
+    before = sorted(folder.rglob("*"))
+    for said in (str(folder), f"{folder}/", f"{folder.parent}/./own"):
         with pytest.raises(InvalidOptionError, match=r"weights\.safetensors"):
             _bundle(said)
-    assert sorted(own.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_download_damaged_before_the_swap_is_replaced(registry, bundle, other, served) -> None:
@@ -134,8 +134,8 @@ def test_two_servers_that_replace_one_damaged_download_both_succeed(registry, bu
     path = resolve(name)
     (path / "weights.safetensors").write_bytes(b"damaged")
     both = [start_resolving(name, str(path)) for _ in range(2)]
-    found = [json.loads(process.communicate(timeout=100)[0]) for process in both]
-    assert found == [{"path": str(path)}] * 2 and load_bundle(path).digest == bundle.digest
+    results = [json.loads(process.communicate(timeout=100)[0]) for process in both]
+    assert results == [{"path": str(path)}] * 2 and load_bundle(path).digest == bundle.digest
     assert sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("last-")) == [path.name]
 
 

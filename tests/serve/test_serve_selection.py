@@ -76,8 +76,8 @@ def test_the_fastest_backend_is_chosen_stored_and_reported(
         worth = alone
     assert worth[f"{choice.name}/{choice.threads}"] == max(worth.values()) and not choice.dropped
     assert {name.partition("/")[0] for name in choice.rates} == set(choosing.candidates(torch.device("cpu")))
-    (kept,) = cache.glob("*/kept.json")
-    assert json.loads(kept.read_text())["name"] == choice.name
+    (choice_file,) = cache.glob("*/kept.json")
+    assert json.loads(choice_file.read_text())["name"] == choice.name
     monkeypatch.setattr(choosing._Trial, "rate", lambda *_: choice.rate * 0.8)
     engine = Engine(bundle, backend="auto")
     assert engine.choice == choice and torch.get_num_threads() == choice.threads
@@ -160,8 +160,8 @@ def test_a_backend_that_differs_or_fails_is_dropped_with_its_reason(
     with pytest.raises(ValueError, match="is unknown; accepted are auto, int8, eager"):
         asking(bundle, wanted="quick")
     # A stored choice that fails is replaced.
-    (kept,) = cache.glob("*/kept.json")
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "name": "openvino"}))
+    (choice_file,) = cache.glob("*/kept.json")
+    choice_file.write_text(json.dumps({**json.loads(choice_file.read_text()), "name": "openvino"}))
     assert asking(bundle)[1].name == "eager"
 
 
@@ -207,11 +207,11 @@ def test_a_network_converted_by_this_start_is_not_converted_again(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only a network stored by an earlier start may be damaged, or belong to another network."""
-    made: list[str] = []
+    conversions: list[str] = []
 
     def wrong(classifier, example, folder, name):
         if not (folder / "kept.int8.onnx").exists():
-            made.append(name)
+            conversions.append(name)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "kept.int8.onnx").touch()
         return lambda images: -classifier(images)
@@ -224,7 +224,7 @@ def test_a_network_converted_by_this_start_is_not_converted_again(
     ):  # the second start finds a stored network, and converts it again once
         with pytest.raises(BundleError, match="--backend openvino-int8: changes"):
             asking(bundle, wanted="int8")
-        assert made == wanted
+        assert conversions == wanted
     assert caplog.text.count("converting it again") == 1
 
 
@@ -355,6 +355,6 @@ def test_a_choice_of_one_thread_does_not_limit_the_next(bundle, cache: Path, mon
     torch.set_num_threads(1)
     _, choice = asking(bundle, threads=2)
     assert {"eager/1", "eager/2"} <= choice.rates.keys()
-    (kept,) = cache.glob("*/kept.json")
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "threads": "many"}))
+    (choice_file,) = cache.glob("*/kept.json")
+    choice_file.write_text(json.dumps({**json.loads(choice_file.read_text()), "threads": "many"}))
     assert asking(bundle, threads=2)[1].threads in (1, 2), "an invalid stored choice is replaced"

@@ -215,9 +215,9 @@ def test_few_pipelined_requests_wait_and_none_is_retained(
     monkeypatch.setattr(connections.Connection, "on_response_complete", counted)
     one, count = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", 20_000
     with connected(client) as connection, ThreadPoolExecutor(1) as pool:
-        sent, found = pool.submit(connection.sendall, one * count), 0
-        while found < count:
-            found += connection.recv(1 << 20).count(b"HTTP/1.1 200")
+        sent, response_count = pool.submit(connection.sendall, one * count), 0
+        while response_count < count:
+            response_count += connection.recv(1 << 20).count(b"HTTP/1.1 200")
         sent.result()
         assert most[0] <= connections.MAX_PIECE_BYTES // len(one) + connections.MAX_PIPELINED + 1
         connection.sendall(one)

@@ -97,18 +97,18 @@ def test_roll_back_needs_a_key(bundle, other, serving, tmp_path: Path) -> None:
         assert client.post("/admin/rollback").status_code == 404, "nobody may without keys"
     (tmp_path / "keys").write_text("open-sesame\n")
     app = create_app(bundle, keys=ApiKeys(tmp_path / "keys"))
-    own = {"Authorization": "Bearer open-sesame"}
+    headers = {"Authorization": "Bearer open-sesame"}
     with serving(app) as client:
         assert client.post("/admin/rollback").status_code == 401
-        first = client.post("/admin/rollback", headers=own)
+        first = client.post("/admin/rollback", headers=headers)
         assert (first.status_code, first.json()["code"]) == (409, "no_model_before")
         app.state.service.models.previous = Engine(other)
-        assert client.post("/admin/rollback", headers=own).json() == {"model": "shapes", "digest": other.digest}
-        assert client.get("/v1/model", headers=own).json()["digest"] == other.digest
+        assert client.post("/admin/rollback", headers=headers).json() == {"model": "shapes", "digest": other.digest}
+        assert client.get("/v1/model", headers=headers).json()["digest"] == other.digest
         assert app.state.service.models.rolled_back_from == bundle.path and not app.state.service.models.rejected
     (tmp_path / "admins").write_text("root-of-all\n")
     with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"), admin=ApiKeys(tmp_path / "admins"))) as client:
-        assert client.post("/admin/rollback", headers=own).status_code == 401, "who may ask may not administer"
+        assert client.post("/admin/rollback", headers=headers).status_code == 401, "who may ask may not administer"
         assert client.post("/admin/rollback", headers={"X-API-Key": "root-of-all"}).status_code == 409
         assert client.get("/v1/model", headers={"X-API-Key": "root-of-all"}).status_code == 401
 

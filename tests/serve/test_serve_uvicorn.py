@@ -67,14 +67,14 @@ def protocol():
             await receive()
 
         config = uvicorn.Config(app, ws="none", log_config=None)
-        own = PROTOCOL(config=config, server_state=ServerState(), app_state={})
+        connection = PROTOCOL(config=config, server_state=ServerState(), app_state={})
         reading, _ = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0), None
-        transport, _ = await own.loop.create_connection(lambda: own, *reading.sockets[0].getsockname())
-        own.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        transport, _ = await connection.loop.create_connection(lambda: connection, *reading.sockets[0].getsockname())
+        connection.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
         await asyncio.sleep(0)
         transport.abort()
         reading.close()
-        return own
+        return connection
 
     return asyncio.run(main())
 

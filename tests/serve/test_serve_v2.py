@@ -24,13 +24,13 @@ def client(bundle, serving):
 
 @pytest.fixture(scope="module")
 def tritons(client):
-    with triton.InferenceServerClient(f"{client.base_url.host}:{client.base_url.port}") as own:
-        yield own
+    with triton.InferenceServerClient(f"{client.base_url.host}:{client.base_url.port}") as triton_client:
+        yield triton_client
 
 
 def plain(client, data: bytes) -> dict[str, float]:
-    (found,) = client.post("/v1/predict?top=10", content=data).json()["predictions"]
-    return {entry["label"]: entry["confidence"] for entry in found["top"]}
+    (prediction,) = client.post("/v1/predict?top=10", content=data).json()["predictions"]
+    return {entry["label"]: entry["confidence"] for entry in prediction["top"]}
 
 
 def test_tritons_client_reads_the_metadata(tritons, bundle) -> None:
@@ -161,23 +161,27 @@ def test_statistics_count_answered_requests(bundle, serving, make_image) -> None
         client.post("/v1/predict?tta=flip", content=make_image(1))
         for bad in (b"not an image", b"\xff\xd8\xff\xe0" + b"x" * 20_000):
             assert client.post("/v1/predict", content=bad).status_code == 400
-        (found,) = tritons.get_inference_statistics()["model_stats"]
+        (statistics,) = tritons.get_inference_statistics()["model_stats"]
         assert (
             client.get("/v2/models/other/stats").status_code
             == client.get("/v2/models/shapes/versions/1/stats").status_code
             == 404
         )
         assert "statistics" in tritons.get_server_metadata()["extensions"]
-    assert (found["name"], found["version"]) == ("shapes", version)
-    assert found["inference_count"] == 6 and found["execution_count"] == 4 and found["last_inference"] > 1.7e12
-    stats = found["inference_stats"]
+    assert (statistics["name"], statistics["version"]) == ("shapes", version)
+    assert (
+        statistics["inference_count"] == 6
+        and statistics["execution_count"] == 4
+        and statistics["last_inference"] > 1.7e12
+    )
+    stats = statistics["inference_stats"]
     assert stats["success"]["count"] == 4 and stats["fail"]["count"] == 2 and stats["fail"]["ns"] > 0
     parts = [stats[name] for name in ("compute_input", "queue", "compute_infer", "compute_output")]
     assert [part["count"] for part in parts] == [4] * 4
     assert sum(part["ns"] for part in parts) == pytest.approx(stats["success"]["ns"], rel=1e-6)
-    batches = {batch["batch_size"]: batch["compute_infer"] for batch in found["batch_stats"]}
-    assert {size: own["count"] for size, own in batches.items()} == {1: 2, 2: 1, 3: 1} and all(
-        own["ns"] for own in batches.values()
+    batches = {batch["batch_size"]: batch["compute_infer"] for batch in statistics["batch_stats"]}
+    assert {size: duration["count"] for size, duration in batches.items()} == {1: 2, 2: 1, 3: 1} and all(
+        duration["ns"] for duration in batches.values()
     )
 
 
@@ -197,8 +201,8 @@ values = st.recursive(
     more=values,
 )
 def test_no_document_causes_a_server_error(client, name, kind, shape, data, more) -> None:
-    own = [{"name": name, "datatype": kind, "shape": shape, "data": data, "parameters": more}]
-    assert infer(client, own).status_code in (200, 400, 413, 422)
+    inputs = [{"name": name, "datatype": kind, "shape": shape, "data": data, "parameters": more}]
+    assert infer(client, inputs).status_code in (200, 400, 413, 422)
     assert infer(client, more).status_code in (400, 413, 422)
     good = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
     body = json.dumps({"inputs": [good], "outputs": shape, "id": data})

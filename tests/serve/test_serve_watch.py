@@ -49,17 +49,17 @@ def test_prometheus_metrics_are_served_on_a_separate_port(bundle, serving, make_
         client.get("/nothing"), client.get("/v1/predict"), client.post("/nothing/infer")
         client.post("/v2/models/shapes/infer", json={"inputs": []})
         assert client.get("/metrics").status_code == 404
-        found = numbers(httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text)
-    assert found["refract_requests_total", "ok"] == 2 and found["refract_requests_total", "invalid_image"] == 1
-    assert found["refract_requests_total", "invalid_request"] == 1
+        metrics = numbers(httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text)
+    assert metrics["refract_requests_total", "ok"] == 2 and metrics["refract_requests_total", "invalid_image"] == 1
+    assert metrics["refract_requests_total", "invalid_request"] == 1
     others = {("refract_requests_total", code) for code in ("not_found", "method_not_allowed")}
-    assert not others & set(found), "of predictions alone"
-    assert found["refract_predictions_total", label] == 4 and found["refract_confidence_count",] == 4
-    assert found["refract_batch_images_sum",] == 4
-    assert found["refract_request_seconds_count",] == 2
-    assert {found["refract_stage_seconds_count", stage] for stage in ("prepare", "queue", "compute")} == {2}
-    assert found["refract_model", bundle.digest[:16], "shapes"] == 1
-    assert found["refract_requests_in_flight",] == found["refract_images_waiting",] == 0
+    assert not others & set(metrics), "of predictions alone"
+    assert metrics["refract_predictions_total", label] == 4 and metrics["refract_confidence_count",] == 4
+    assert metrics["refract_batch_images_sum",] == 4
+    assert metrics["refract_request_seconds_count",] == 2
+    assert {metrics["refract_stage_seconds_count", stage] for stage in ("prepare", "queue", "compute")} == {2}
+    assert metrics["refract_model", bundle.digest[:16], "shapes"] == 1
+    assert metrics["refract_requests_in_flight",] == metrics["refract_images_waiting",] == 0
 
 
 def test_requests_have_an_id_and_a_log_line(bundle, serving, make_image, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,14 +283,14 @@ def record(text: str) -> logging.LogRecord:
 
 def read_lines(descriptor: int, wanted: int) -> list[dict]:
     """Read until the log accounts for `wanted` lines, lost ones included."""
-    found, deadline = b"", time.monotonic() + 20
+    data, deadline = b"", time.monotonic() + 20
     while time.monotonic() < deadline:
         if select.select([descriptor], [], [], 0.1)[0]:
-            found += os.read(descriptor, 1 << 16)
-        lines = [json.loads(line) for line in found.splitlines(keepends=True) if line.endswith(b"\n")]
+            data += os.read(descriptor, 1 << 16)
+        lines = [json.loads(line) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
         if sum(line.get("lost", 1) for line in lines) >= wanted:
             return lines
-    raise AssertionError(found)
+    raise AssertionError(data)
 
 
 @pytest.mark.parametrize("blocking", [True, False])
@@ -301,9 +301,9 @@ def test_lines_without_a_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatc
     for number in range(500):
         lines.emit(record(json.dumps({"number": number, "more": "x" * 100})))
     time.sleep(0.2)
-    found = read_lines(pipe[0], 500)
-    assert sum(line.get("lost", 0) for line in found) > 300
-    numbers = [line["number"] for line in found if "number" in line]
+    entries = read_lines(pipe[0], 500)
+    assert sum(line.get("lost", 0) for line in entries) > 300
+    numbers = [line["number"] for line in entries if "number" in line]
     assert numbers == list(range(len(numbers))), "in their order, the first of them"
 
 
