@@ -40,6 +40,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/wording.py --names tests benchmarks deploy
 	$(BIN)/python docs/wording.py augment models pipeline serve refract docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/python docs/readability.py README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs
 

@@ -1,7 +1,8 @@
-"""`python docs/wording.py [PATH…]`: report words that the glossary replaces, as FILE:LINE.
+"""`python docs/wording.py [--names] [PATH…]`: report words that the glossary replaces, and names of variables, as FILE:LINE.
 
 Checks the comments, docstrings and messages of Python files, and the text of Markdown, YAML and HTML. A string without a space is a key of
-a file format or of an API: it stays readable for old files, and is not checked. Neither are names in backticks.
+a file format or of an API: it stays readable for old files, and is not checked. Neither are names in backticks. A variable must not have a
+name of VAGUE. With --names, only the variables are checked.
 """
 
 import ast
@@ -47,6 +48,9 @@ GLOSSARY = {
     r"comes? to be": "is built",
     r"is no (?:file|folder|image|table|bundle|run|part|map|cache|champion|digit|text|picture|url)": "is not a …",
 }
+VAGUE = {"found", "kept", "made", "own", "told"}
+"""Names that say how a value came about. A variable is named for what it holds."""
+
 PATTERN = re.compile(
     "|".join(f"(?P<g{i}>\\b(?:{word})\\b)".replace(" ", r"\s+") for i, word in enumerate(GLOSSARY)), re.IGNORECASE
 )
@@ -74,22 +78,39 @@ def of_python(source: str) -> Iterator[tuple[int, str, str]]:
             yield from words(node.value, node.lineno)
 
 
-def of_file(path: Path) -> Iterator[tuple[int, str, str]]:
+def names(source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, name, replacement) of the variables and parameters of a Python file. Fields of classes stay: files and callers use them."""
+    tree = ast.parse(source)
+    fields = {
+        id(item.target)
+        for scope in ast.walk(tree) if isinstance(scope, ast.ClassDef)
+        for item in scope.body if isinstance(item, ast.AnnAssign)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in fields
+        name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""
+        if name in VAGUE:
+            yield node.lineno, name, "a noun for what it holds"
+
+
+def of_file(path: Path, only_names: bool) -> Iterator[tuple[int, str, str]]:
     text = path.read_text("utf-8")
     if path.suffix == ".py":
-        yield from of_python(text)
-        return
-    yield from words(text, 1)
+        yield from names(text)
+    if not only_names:
+        yield from of_python(text) if path.suffix == ".py" else words(text, 1)
 
 
 def main(arguments: list[str]) -> int:
-    listed = subprocess.run(["git", "ls-files", "-z", *arguments], capture_output=True, text=True, check=True).stdout
+    only_names = "--names" in arguments
+    paths = [argument for argument in arguments if argument != "--names"]
+    listed = subprocess.run(["git", "ls-files", "-z", *paths], capture_output=True, text=True, check=True).stdout
     count = 0
     for path in map(Path, sorted(filter(None, listed.split("\0")))):
         if path.is_symlink() or path == Path(__file__).resolve().relative_to(Path.cwd()):
             continue
         if path.suffix == ".py" or path.suffix in TEXTS:
-            for line, said, wanted in sorted(of_file(path)):
+            for line, said, wanted in sorted(of_file(path, only_names)):
                 print(f"{path}:{line}: {said!r}; write: {wanted}")
                 count += 1
     print(f"{count} words to replace" if count else "wording: no word to replace")

@@ -1,4 +1,4 @@
-"""The names that tell which modalities a network reads. Imports no PyTorch."""
+"""The names by which configs and bundles say which modalities a network reads. Imports no PyTorch."""
 
 NO_IMAGES = "none"
 """The name of the image network in a classifier that reads only texts."""

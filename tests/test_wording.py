@@ -23,3 +23,8 @@ SPEC.loader.exec_module(wording)
 )
 def test_words_are_found_by_their_line(source: str, expected: list[tuple[int, str]]) -> None:
     assert [(line, words) for line, words, _ in wording.of_python(source)] == expected
+
+
+def test_variables_that_are_named_for_how_they_came_about_are_found() -> None:
+    source = "class A:\n    kept: int\n\ndef f(own):\n    found, b.made = own\n    return [told for told in found]\n"
+    assert sorted((line, name) for line, name, _ in wording.names(source)) == [(4, "own"), (5, "found"), (6, "told")]
