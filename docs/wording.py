@@ -82,15 +82,25 @@ def names(source: str) -> Iterator[tuple[int, str, str]]:
     """(line, name, replacement) of the variables and parameters of a Python file. Fields of classes stay: files and callers use them."""
     tree = ast.parse(source)
     fields = {
-        id(item.target)
+        id(name)
         for scope in ast.walk(tree) if isinstance(scope, ast.ClassDef)
-        for item in scope.body if isinstance(item, ast.AnnAssign)
+        for item in scope.body if isinstance(item, ast.AnnAssign | ast.Assign)
+        for name in ast.walk(item) if isinstance(name, ast.Name)
     }  # fmt: skip
     for node in ast.walk(tree):
-        stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in fields
-        name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""
-        if name in VAGUE:
-            yield node.lineno, name, "a noun for what it holds"
+        if id(node) not in fields and (name := _name(node)) in VAGUE:
+            yield getattr(node, "lineno", 0), name, "a noun for what it holds"
+
+
+def _name(node: ast.AST) -> str:
+    """Return the name that the node gives to a value; "" if it gives none."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.alias(asname=str(name)):
+            return name
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            return name
+        case _:
+            return ""
 
 
 def of_file(path: Path, only_names: bool) -> Iterator[tuple[int, str, str]]:

@@ -26,5 +26,12 @@ def test_words_are_found_by_their_line(source: str, expected: list[tuple[int, st
 
 
 def test_variables_that_are_named_for_how_they_came_about_are_found() -> None:
-    source = "class A:\n    kept: int\n\ndef f(own):\n    found, b.made = own\n    return [told for told in found]\n"
-    assert sorted((line, name) for line, name, _ in wording.names(source)) == [(4, "own"), (5, "found"), (6, "told")]
+    source = "class A:\n    kept: int\n    made = 1\n\ndef f(own):\n    found, b.made = own\n    return [told for told in found]\n"
+    assert [(line, name) for line, name, _ in sorted(wording.names(source))] == [(5, "own"), (6, "found"), (7, "told")]
+    for source in (
+        "try: x\nexcept E as own: y",
+        "import a as own",
+        "match x:\n case [*own]: y",
+        "with a as (b, own): y",
+    ):
+        assert [name for _, name, _ in wording.names(source)] == ["own"], source

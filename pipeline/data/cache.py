@@ -87,6 +87,11 @@ def content(kind: str, key: str) -> bytes | None:
         return None
 
 
+def contains(kind: str, key: str) -> bool:
+    """Return whether the cache has the entry."""
+    return os.path.exists(_path(kind, key))  # noqa: PTH110 — runs for each image
+
+
 def removed(kind: str, key: str) -> None:
     """Remove the entry, as its content is damaged or out of date. `opened` reports a cache that cannot be written."""
     with suppress(OSError):

@@ -15,6 +15,7 @@ from io import FileIO
 from refract.pipeline.data import cache
 from refract.remote import client
 from refract.remote.store import RemoteObject
+from refract.remote.web import UNVERSIONED
 
 _TOKEN = "REFRACT_LISTINGS"
 """Environment variable with the name of a process' listings, which its child processes inherit."""
@@ -52,6 +53,15 @@ def version_of(url: str) -> RemoteObject:
         with _lock:
             _versions.setdefault(url, item)
     return _versions[url]
+
+
+def cached_version(url: str) -> RemoteObject | None:
+    """Return the version of a file that this process reads, if it is known, and if later processes find its content in the cache."""
+    if not is_listed(url):
+        return None
+    item = _versions[url]
+    cached = any(cache.contains(kind, _key(item)) for kind in ("objects", "files"))
+    return item if cached and item.version != UNVERSIONED else None
 
 
 def whole_file(url: str) -> tuple[FileIO, str]:

@@ -23,7 +23,7 @@ State = tuple[int, int, int, int]
 
 
 class Storage(Protocol):
-    """Reads files by their path, which starts with the scheme that STORAGES names."""
+    """Reads files by their path, which starts with the scheme that STORAGES names. A process reads one version of each file."""
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading. OSError if it cannot be read."""
@@ -96,18 +96,17 @@ class RemoteFiles:
             raise OSError(errno.EIO, str(error), path) from error
 
     def state(self, path: str) -> State | None:
-        """The digest of the version that this process reads, if it is known without a request, as that of a listed file is."""
+        """The digest of the version that this process reads. It is unknown until the content is in the cache."""
         from refract.pipeline.data.archives.archive import archive_path
-        from refract.pipeline.data.remote_files import is_listed, version_of
+        from refract.pipeline.data.remote_files import cached_version
 
-        where = archive_path(path)
-        url = path if where is None or is_listed(path) else where.archive
-        if not is_listed(url):
+        item = cached_version(path)
+        if item is None and (where := archive_path(path)) is not None and where.member:
+            item = cached_version(where.archive)
+        if item is None:
             return None
-        item = version_of(url)
-        first, second, third, fourth = struct.unpack(
-            "4q", hashlib.sha256(f"{item.version} {item.size}".encode()).digest()
-        )
+        digest = hashlib.sha256(f"{item.version} {item.size}".encode()).digest()
+        first, second, third, fourth = struct.unpack("4q", digest)
         return first, second, third, fourth
 
 

@@ -21,7 +21,7 @@ _NO_HEAD = (405, 501)
 """Codes of a server without the method HEAD."""
 _LATER = (408, 425, 429)
 """Codes below 500 that ask for another attempt."""
-_UNVERSIONED = uuid.uuid4().hex
+UNVERSIONED = uuid.uuid4().hex
 """The version of files whose server names none: they are read again in each process."""
 
 
@@ -147,7 +147,7 @@ class _Response:
 
 def _version(response: "httpx.Response") -> str:
     headers = response.headers
-    return str(headers.get("etag") or headers.get("last-modified") or _UNVERSIONED)
+    return str(headers.get("etag") or headers.get("last-modified") or UNVERSIONED)
 
 
 def _object(url: str, response: "httpx.Response", size: str | None) -> RemoteObject:

@@ -6,6 +6,7 @@ import operator
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,9 +93,14 @@ def test_the_checks_of_unchanged_objects_are_kept(
     first = scan(load_manifest(f"s3://data/{name}").samples)
     forget(monkeypatch)
     again = load_manifest(f"s3://data/{name}")
-    shutil.rmtree(tmp_path / "cache" / "data")  # the images are no longer on this machine
+    with sqlite3.connect(tmp_path / "cache" / "checks.sqlite") as database:
+        database.execute("UPDATE checks SET remark = 'stored'")
     server.proxy.reads.clear()
-    assert dict(scan(again.samples).images) == dict(first.images) and not server.proxy.reads
+    second = scan(again.samples)
+    assert dict(second.images) == dict(first.images) and set(second.remarks.values()) == {"stored"}
+    assert not server.proxy.reads
+    shutil.rmtree(tmp_path / "cache" / "data")
+    assert not scan(again.samples).remarks, "an image that must be downloaded may be unreadable"
 
 
 def test_a_changed_object_is_checked_again(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:

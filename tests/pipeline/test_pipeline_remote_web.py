@@ -13,8 +13,9 @@ from object_server import ObjectServer
 from refract.pipeline.data import remote_files, storage
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.manifest import load_manifest
-from refract.remote import client
+from refract.remote import client, web
 from refract.remote.client import RemoteError
+from refract.remote.web import UNVERSIONED
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,17 @@ def test_archives_and_tables_give_the_images_while_the_server_fails(
     assert manifest.samples[0].path.startswith(f"{root}/images/")
     server.proxy.reads.clear()
     assert manifest.samples[0].read() and not server.proxy.reads  # from the cache
+
+
+def test_only_the_archive_of_a_server_with_versions_has_a_state(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = f"{root}/photos.zip"
+    member = load_manifest(archive).samples[0].path
+    assert storage.state_of(member) == storage.state_of(archive) is not None
+    monkeypatch.setattr(web, "_version", lambda response: UNVERSIONED)  # as without ETag and Last-Modified
+    monkeypatch.setattr(remote_files, "_versions", {})
+    load_manifest(archive)
+    assert remote_files._versions[archive].version == UNVERSIONED
+    assert storage.state_of(member) is None, "another process reads the archive again"
 
 
 def test_a_changed_file_is_noticed(root: str, server: ObjectServer) -> None:

@@ -77,6 +77,8 @@ def test_members_of_an_unchanged_archive_are_not_decoded_again(
     shutil.make_archive(str(tmp_path / "photos"), kind, folder)
     second = scan(members)
     assert not second.remarks and second.images[members[1].path] == first.images[members[2].path]
+    other_name = Sample(f"{archive}/x/../1.png", (0,))
+    assert list(scan([other_name]).bad) == [other_name.path], "no member has this name"
 
 
 def test_a_change_that_keeps_size_and_time_is_noticed(samples: list[Sample], tmp_path: Path) -> None:
