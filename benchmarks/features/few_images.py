@@ -33,13 +33,15 @@ from refract.pipeline.features.store import FeatureStore
 from refract.pipeline.stopping import Stop
 
 OUT = Path(__file__).parents[1] / "results" / "features_few_images.json"
-TRAINED = {
-    "refract": ("refract", "fine-tune"),
-    "refract, head first": ("refract", "linear-then-fine-tune"),
-    "timm": ("timm", "fine-tune"),
-    "fastai": ("fastai", "linear-then-fine-tune"),
+TRAINED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "refract": ("refract", "fine-tune", ()),
+    "refract, head first": ("refract", "linear-then-fine-tune", ()),
+    "timm": ("timm", "fine-tune", ()),
+    "timm, fast head": ("timm", "fine-tune", ("optim.head_lr=10",)),
+    "timm, fast head, frozen norms": ("timm", "fine-tune", ("optim.head_lr=10", "model.frozen_norms=true")),
+    "fastai": ("fastai", "linear-then-fine-tune", ()),
 }
-"""Name → (contender, its mode): of fastai its documented `fine_tune`."""
+"""Name → (contender, its mode, its settings): of fastai its documented `fine_tune`; of timm also with Refract's defaults."""
 EPOCHS = ((1, 12), (5, 8), (10, 6), (50, 3))
 """(most images per class, epochs): three epochs of one image per class would be three steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -129,10 +131,10 @@ def _measured(
                 epochs=next((epochs for most, epochs in EPOCHS if images <= most), EPOCHS[-1][1]),
                 batch_size=min(32, len(drawn.fit)),
             )  # fmt: skip
-            for name, (contender, mode) in TRAINED.items():
+            for name, (contender, mode, settings) in TRAINED.items():
                 if contender == "fastai" and not importlib.util.find_spec("fastai"):
                     continue
-                outcome = train(contender, replace(task, mode=mode))
+                outcome = train(contender, replace(task, mode=mode, settings=settings))
                 outcomes_by_contender.setdefault(f"{name}, trained", []).append(
                     (outcome.accuracy, outcome.processor_seconds)
                 )

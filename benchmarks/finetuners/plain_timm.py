@@ -1,4 +1,8 @@
-"""The script that an engineer writes around timm: its transforms, a zero head, AdamW, warm-up and cosine, the best epoch by validation."""
+"""The script that an engineer writes around timm: its transforms, a zero head, AdamW, warm-up and cosine, the best epoch by validation.
+
+Two settings add what Refract does by default: `optim.head_lr=10`, the factor on the learning rate of the head, and
+`model.frozen_norms=true`, which keeps the loaded statistics of the batch norms.
+"""
 
 import copy
 import math
@@ -55,12 +59,18 @@ def main() -> None:
         split: DataLoader(Images(task, split), task.batch_size, shuffle=split == "train", num_workers=2)
         for split in ("train", "val", "test")
     }
+    settings = dict(setting.split("=") for setting in task.settings)
+    head_factor, frozen_norms = float(settings.get("optim.head_lr", 1)), settings.get("model.frozen_norms") == "true"
     best, best_state = -1.0, model.state_dict()
     for whole, epochs, peak in phases(task):
         model.requires_grad_(whole)
         head.requires_grad_(True)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=WEIGHT_DECAY)
+        of_head = set(head.parameters())
+        backbone = [
+            parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in of_head
+        ]
+        groups = [{"params": backbone}, {"params": [*of_head], "lr": peak * head_factor}]
+        optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=WEIGHT_DECAY)
         steps = epochs * len(loaders["train"])
         warmup = max(1, round(WARMUP * steps))
 
@@ -72,6 +82,10 @@ def main() -> None:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for _ in range(epochs):
             model.train(whole)
+            if frozen_norms:
+                for module in model.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.eval()
             train_epoch(model, loaders["train"], nn.functional.cross_entropy, optimizer, schedule)
             if (score := accuracy(model, loaders["val"])) >= best:
                 best, best_state = score, copy.deepcopy(model.state_dict())

@@ -28,6 +28,7 @@ def _rerun(run: str, uri: str | None) -> int:
     import torch
 
     from refract.pipeline.config.config import ConfigError
+    from refract.pipeline.retraining.stored_snapshots import is_removed
     from refract.pipeline.training.provenance import code_state, inputs, versions
     from refract.pipeline.training.run import train
     from refract.pipeline.training.run_directory import read_record, stored_config
@@ -45,6 +46,11 @@ def _rerun(run: str, uri: str | None) -> int:
         if config.trainer.folds and config.trainer.fold is None:
             raise ConfigError(
                 f"{run}: has the runs of {config.trainer.folds} folds; repeat one of them, such as {run}/fold-1"
+            )
+        if is_removed(Path(config.data.source)):
+            raise ConfigError(
+                f"{run}: cannot be repeated, as retrain.keep_snapshots has removed its data, the snapshot {config.data.source}; "
+                "set retrain.keep_snapshots: null to keep those of later runs"
             )
         load(config.plugins)
         record = {"name": path.name, "runs_dir": config.trainer.runs_dir, **read_record(path)}

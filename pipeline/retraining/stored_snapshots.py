@@ -37,6 +37,11 @@ def trained_before(workspace: Workspace) -> frozenset[str]:
     return _contents_of(_folders(workspace)) | _contents_of_removed(workspace)
 
 
+def is_removed(table: Path) -> bool:
+    """Return whether the path is that of a removed snapshot's table."""
+    return table.name == TABLE and not table.exists() and (table.parent.parent / REMOVED).exists()
+
+
 def remove_unused(workspace: Workspace, keep: int | None, name: str, mlflow: str) -> None:
     """Remove all but the newest snapshots.
 

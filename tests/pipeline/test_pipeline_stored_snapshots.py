@@ -11,11 +11,13 @@ import pytest
 from mlflow import MlflowClient
 from small_data import paint
 
+from refract.pipeline.cli import rerun
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 from refract.pipeline.retraining.stored_snapshots import RECORD, remove_old, remove_unused, trained_before
 from refract.pipeline.retraining.workspace import workspace_of, write, write_run
+from refract.pipeline.training.run_directory import write_config
 
 
 def config_at(root: Path, keep: int | None = 1) -> Config:
@@ -91,6 +93,15 @@ def test_snapshots_of_versions_with_an_alias_stay(
         remove_unused(workspace_of(config), config.retrain.keep_snapshots, "colors", str(config.tracking.uri))
     assert stored(config) == names([first, third])
     assert f"snapshots: removed {second.folder.name}; retrain.keep_snapshots is 1" in caplog.text
+
+
+def test_a_run_on_a_removed_snapshot_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_at(tmp_path)
+    first, *_ = three(tmp_path, config)
+    run = tmp_path / "runs" / "colors-1"
+    write_config(config.changed({"data.source": str(first.manifest)}), run)
+    assert remove_old(workspace_of(config), 1, ()) and rerun.main([str(run)]) == 2
+    assert f"retrain.keep_snapshots has removed its data, the snapshot {first.manifest}" in capsys.readouterr().err
 
 
 def test_null_keeps_all_snapshots(tmp_path: Path) -> None:
