@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+import charts
 import pytest
 from hypothesis import settings
 from warm_process import Importer, close_shared
@@ -63,6 +64,18 @@ def _file(nodeid: str) -> str:
 def home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Use a temporary home: the server stores downloads and the choice of a backend there."""
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_charts() -> None:
+    """Leave charts blank, but where `drawn_charts` is used: see `charts`."""
+    charts.skip_drawing()
+
+
+@pytest.fixture
+def drawn_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw charts in this test, and in the commands that it starts."""
+    monkeypatch.setenv(charts.DRAWN, "1")
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
+import charts
+
 IMPORTED = (
     "torch", "torchvision", "timm", "refract.models.training.lightning_imports", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
     "mlflow.store.tracking.sqlalchemy_workspace_store", "sqlalchemy.dialects.sqlite", "alembic.command",
@@ -274,6 +276,7 @@ def _imports(listener: socket.socket) -> None:
             for name in IMPORTED:
                 importlib.import_module(name)
             importlib.import_module("refract.pipeline.config.config").config_from_dict({})  # makes the parser: a second
+            charts.skip_drawing()
             gc.freeze()
             imported = True
         if os.fork() == 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from charts import DRAWN
 from documented import BLOCK, ROOT, complete
 from not_run import NOT_RUN, PROGRAMS_NOT_RUN
 from PIL import Image
@@ -72,7 +73,7 @@ class Shell:
 
     def __init__(self, folder: Path, warm: WarmProcess) -> None:
         self.folder, self.warm = folder, warm
-        self.environment = {**os.environ, "HOME": str(folder / "home"), "REFRACT_SERVE_BACKEND": "eager"}
+        self.environment = {**os.environ, DRAWN: "1", "HOME": str(folder / "home"), "REFRACT_SERVE_BACKEND": "eager"}
         self.environment["REFRACT_SERVE_SAMPLE_FRACTION"] = "1"
         self.environment.pop("MLFLOW_TRACKING_URI", None)
 

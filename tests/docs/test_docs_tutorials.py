@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from charts import DRAWN
 from safetensors.numpy import load_file
 from warm_process import Started, WarmProcess
 
@@ -31,7 +32,7 @@ class Reader:
         self.names: dict[str, Any] = {"__name__": "tutorial"}
         self.output: list[str] = []
         # The page's own --backend comes first; without one, the server would convert the model for each backend and time them.
-        environment = {**os.environ, "HOME": str(folder / "home"), "REFRACT_SERVE_BACKEND": "eager"}
+        environment = {**os.environ, DRAWN: "1", "HOME": str(folder / "home"), "REFRACT_SERVE_BACKEND": "eager"}
         environment.pop("MLFLOW_TRACKING_URI", None)
         self.environment: Mapping[str, str] = environment
 

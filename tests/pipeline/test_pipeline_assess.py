@@ -96,6 +96,7 @@ def test_the_report_is_one_escaped_file_without_external_resources(runs: Path) -
     assert not bad, "a network that learned nothing judges no label"
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_evaluate_reproduces_the_metrics_and_writes_a_report(
     refract: Run, root: Path, runs: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_evaluate_accepts_images_of_one_class_and_a_test_set_alone(refract: Run,
         assert evaluation["metrics"]["accuracy"] == 1 and [row["count"] for row in evaluation["per_class"]] == [0, 0, 4]
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_runs_are_compared_on_their_common_test_samples(refract: Run, runs: Path, tmp_path: Path) -> None:
     printed = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
     assert re.search(r"^optim\.lr +1e-07 +0\.003$", printed, re.MULTILINE) and "run_name" not in printed
@@ -296,6 +298,7 @@ def draw(labels: list[str], path: Path) -> None:
     plots.save(plots.confusion_of(Confusion.of(right, right, len(labels)), labels), path)
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_charts_keep_their_layout_whatever_the_users_matplotlibrc_sets(tmp_path: Path) -> None:
     import matplotlib
 
@@ -307,11 +310,13 @@ def test_charts_keep_their_layout_whatever_the_users_matplotlibrc_sets(tmp_path:
     assert charts[0] == charts[1]
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_labels_with_dollar_signs_are_drawn_literally(tmp_path: Path) -> None:
     draw(["$5_$10", "a_$"], tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_letters_missing_from_all_fonts_are_logged_once_without_a_matplotlib_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from charts import DRAWN
 from mlflow import MlflowClient
 from small_data import COLORS, Run, make_image, write_image
 from warm_process import WarmProcess
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: 
         for number in range(40):
             write_image(root / "images" / label / f"{number:02}.jpg", make_image(label, number))
     for command in (["init", "images", "-o", "images.yaml"], ["train", "images.yaml", *QUICK]):
-        done = warm.run(command, cwd=root, env=os.environ, seconds=200)
+        done = warm.run(command, cwd=root, env={**os.environ, DRAWN: "1"}, seconds=200)
         assert done.returncode == 0, done.stdout + done.stderr
         if command[0] == "init":  # `images` is a generic name, so init names the model after the temporary folder
             config = root / "images.yaml"

@@ -56,6 +56,7 @@ def test_the_report_names_the_number_of_classes_in_macro_f1() -> None:
     assert make_report("r", evaluation([0, 1, 2, 3], [0] * 4), LABELS, **facts).numbers["notes"] == []
 
 
+@pytest.mark.usefixtures("drawn_charts")
 def test_long_labels_are_shortened_in_charts_without_a_warning(tmp_path: Path) -> None:
     labels = [f"{'a very long name of a class ' * 12}{i}" for i in range(5)]
     assert len({short(label) for label in labels}) == 5 and all(len(short(label)) <= 28 for label in labels)
