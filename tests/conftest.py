@@ -6,11 +6,14 @@ of two seconds down to a minute.
 
 import json
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import charts
 import pytest
+import warm_process
 from hypothesis import settings
 from warm_process import Importer, close_shared
 
@@ -36,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.add_cleanup(Importer().close)
     config.add_cleanup(close_shared)  # cleanups run in reverse order
+
+
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Let the processes that run the tests be forks, which need not import what most tests do."""
+    for spec in specs:
+        spec.python = f"{sys.executable} {warm_process.__file__}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

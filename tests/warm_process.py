@@ -3,7 +3,7 @@
 An import takes each process nine seconds of a core. Tests of the start itself run a new process.
 As a program, this module is the importing process, of which the suite needs one. It forks a process for each connection to its socket.
 That process reads one JSON request per line, forks commands, and answers each request with a line. At the end of the connection it kills
-the commands that run on.
+the commands that run on. The processes that run the tests are such forks, too: pytest-xdist starts this program with `-c` for each.
 """
 
 import atexit
@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -240,6 +241,13 @@ class WarmProcess:
             )
         return json.loads(answer)
 
+    def be(self, code: str) -> int:
+        """Run Python code on this process's streams in a fork, and return its exit code."""
+        stdin, *files = (Path("/proc", str(os.getpid()), "fd", str(number)) for number in range(3))
+        pid = self._fork([], Path.cwd(), os.environ, files, code=code, stdin=str(stdin))
+        code_of_end: int = self.ask(do="wait", pid=pid)
+        return code_of_end
+
     def close(self) -> None:
         with suppress(OSError):  # the other process has ended
             self._stream.close()
@@ -337,13 +345,14 @@ def _ends_before(pid: int, connection: socket.socket) -> bool:
 
 def _is_refract(
     arguments: list[str], cwd: str, env: dict[str, str], files: list[str], seconds: int = 0, largest_file: int | None = None,
-    code: str = "", new_session: bool = False, network: str | None = None,
+    code: str = "", new_session: bool = False, network: str | None = None, stdin: str = os.devnull,
 ) -> None:  # fmt: skip
     """Be `python -m refract …`, or `python -c code …`, to its end."""
     if new_session:
         os.setsid()
-    for number, name in enumerate((os.devnull, *files)):
-        file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    written = os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if stdin == os.devnull else os.O_APPEND)
+    for number, name in enumerate((stdin, *files)):
+        file = os.open(name, os.O_RDONLY if number == 0 else written)
         os.dup2(file, number)
         os.close(file)
     os.chdir(cwd)
@@ -376,6 +385,7 @@ def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> No
     status: object = 0
     try:
         if code:
+            sys.modules["__main__"] = types.ModuleType("__main__")  # without a file, as that of `python -c`
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_module("refract", run_name="__main__", alter_sys=True)
@@ -393,5 +403,7 @@ def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> No
 
 
 if __name__ == "__main__":
+    if "-c" in sys.argv:
+        sys.exit(WarmProcess().be(sys.argv[-1]))
     _imports(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # without clearing each module, as in `_be_refract`

@@ -5,8 +5,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from refract.pipeline.evaluation.robustness import Robustness
 from refract.pipeline.evaluation.slices import slices
 from refract.pipeline.files import write_atomically
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 GALLERY_IMAGES = 24
 CONFUSION = "Confusion matrix"
 """The title of a chart."""
@@ -30,6 +34,15 @@ CLASSES = 200
 """Rows of the table of classes."""
 TEXT_SHOWN = 120
 """Characters of a sample's text in a caption."""
+
+
+@cache
+def _templates() -> "Environment":
+    """Return the environment of the templates in this folder, which compiles each once in a process."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("refract.pipeline.evaluation.report", ".")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
 
 
 @dataclass(frozen=True)
@@ -52,17 +65,16 @@ class Report:
 
     def write(self, folder: Path) -> list[Path]:
         """Write `report.html` and `report.json` to a folder and return their paths. Raises OSError."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        env = Environment(
-            loader=PackageLoader("refract.pipeline.evaluation.report", "."), autoescape=True, undefined=StrictUndefined
-        )
-        html = env.get_template(self.template).render(
-            title=self.title,
-            numbers=self.numbers,
-            shown_classes=_shown_classes(self.numbers.get("per_class", [])),
-            charts=self.charts,
-            galleries=self.galleries,
+        html = (
+            _templates()
+            .get_template(self.template)
+            .render(
+                title=self.title,
+                numbers=self.numbers,
+                shown_classes=_shown_classes(self.numbers.get("per_class", [])),
+                charts=self.charts,
+                galleries=self.galleries,
+            )
         )
         paths = {"report.html": html, "report.json": json.dumps(self.numbers, indent=1, ensure_ascii=False) + "\n"}
         for name, text in paths.items():
