@@ -204,13 +204,15 @@ class WarmProcess:
         return subprocess.CompletedProcess(["refract", *arguments], code, out, err)
 
     def start(
-        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], largest_file: int | None = None
-    ) -> Started:
+        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], largest_file: int | None = None,
+        new_session: bool = False,
+    ) -> Started:  # fmt: skip
         """Start `refract` with the arguments and return while it runs. largest_file: the most bytes that it may write to one file, as if
-        the disk were full."""
+        the disk were full. new_session: as for `popen`."""
         pipe = cwd / f".output-{next(self._numbers)}"
         os.mkfifo(pipe)
-        pid = self._fork(arguments, cwd, env, [pipe, pipe], largest_file=largest_file)
+        options = {"largest_file": largest_file, "new_session": new_session}
+        pid = self._fork(arguments, cwd, env, [pipe, pipe], **options)
         output = pipe.open(encoding="utf-8")
         return Started(self, pid, output)
 

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chromium import browser  # noqa: F401  a fixture of the tests of a review's page
@@ -103,9 +104,9 @@ def training(tmp_path: Path, warm: WarmProcess) -> Training:
     """Start `refract train …` in tmp_path."""
 
     @contextmanager
-    def start(*arguments: object, largest_file: int | None = None) -> Iterator[Started]:
+    def start(*arguments: object, **options: Any) -> Iterator[Started]:
         environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-        process = warm.start(["train", *map(str, arguments)], cwd=tmp_path, env=environment, largest_file=largest_file)
+        process = warm.start(["train", *map(str, arguments)], cwd=tmp_path, env=environment, **options)
         with process.output:
             yield process
         process.wait(60)

@@ -160,6 +160,22 @@ def test_the_message_of_each_exit_code_names_a_remedy() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_while_the_workers_start_ends_with_a_checkpoint(
+    number: int, code: int, folder: Path, tmp_path: Path, training: Training
+) -> None:
+    (tmp_path / "c.yaml").write_text(MANY)
+    with training("c.yaml", "--trainer.run_name", "r", new_session=True) as process:
+        until(process, "run runs/r on")
+        while not any(b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)):
+            assert process.poll() is None
+        os.killpg(process.pid, number)
+        output = process.output.read()
+        assert (process.wait(60), "Traceback" in output) == (code, False), output
+    assert list((tmp_path / "runs" / "r" / "checkpoints").glob("resume-*.ckpt"))
+
+
+@pytest.mark.slow
 def test_a_training_whose_worker_is_killed_ends_and_can_be_resumed(
     folder: Path, tmp_path: Path, training: Training
 ) -> None:

@@ -9,12 +9,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
 from refract.errors import RefractError, ServiceError
-from refract.pipeline.processes import worker_context
+from refract.pipeline.processes import STOPS, worker_context
 from refract.pipeline.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
@@ -24,9 +23,6 @@ AHEAD = 2
 
 TRIES = 3
 """Number of scorer deaths with a shard assigned after which the scoring fails."""
-
-STOPS = {signal.SIGINT, signal.SIGTERM}
-"""The signals by which a user or a supervisor stops the command."""
 
 
 class ScoringError(ServiceError):
@@ -74,13 +70,7 @@ class _Scorer(Generic[S, D]):
         context = worker_context(type(job).__module__)
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_work, args=(child_pipe, job), daemon=True)
-        # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes. The parent decides, so children start with both blocked.
-        resource_tracker.ensure_running()  # its start would unblock the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process.start()
         child_pipe.close()
 
     def assign(self, shard: S) -> None:
@@ -166,7 +156,9 @@ def _lost_shards(scorer: _Scorer[S, D], tries: Counter[int]) -> list[S]:
 
 def _work(pipe: Connection, job: Job[Any]) -> None:
     """Run the worker process. It sends None when it is ready, Done for each written part, and a message if it fails."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a running fork server may have started with both unblocked
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, STOPS
+    )  # a fork server of another library may have started with both unblocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         scorer = job.worker()
