@@ -7,6 +7,7 @@ Two settings add what Refract does by default: `optim.head_lr=10`, the factor on
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import timm
 import torch
@@ -69,7 +70,7 @@ def main() -> None:
         backbone = [
             parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in of_head
         ]
-        groups = [{"params": backbone}, {"params": [*of_head], "lr": peak * head_factor}]
+        groups: list[dict[str, Any]] = [{"params": backbone}, {"params": [*of_head], "lr": peak * head_factor}]
         optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=WEIGHT_DECAY)
         steps = epochs * len(loaders["train"])
         warmup = max(1, round(WARMUP * steps))

@@ -106,8 +106,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         missing = "" if path.exists() else "the path does not exist; "
         raise ValueError(
-            f"weights={str(path)!r}: {missing}expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, "
-            f"or a path that ends in {', '.join(SUFFIXES)}"
+            f"weights={str(path)!r}: {missing}expected 'none', 'default', a URL such as hf://OWNER/NAME, "
+            f"a folder with {' or '.join(FOLDER_FILES)}, or a path that ends in {', '.join(SUFFIXES)}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"weights={str(path)!r}: the file does not exist; check the path")

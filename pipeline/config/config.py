@@ -111,7 +111,7 @@ def config_from_dict(
         values, overrides = with_new_keys(values, where), with_new_options(overrides)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for key in _unknown_keys(values, Config, ""):
+    for key in _unknown_keys(values, Config, "", where):
         raise ConfigError(f"{where}: no key {key!r}{_nearest(key)}")
     if values.get("plugins", ()) is None:
         raise ConfigError(f"{where}: plugins: the list is empty; remove the key, or name a plugin")
@@ -212,7 +212,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterator[str]:
+def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str, where: str) -> Iterator[str]:
+    """Yield the keys that no section has. ConfigError for a section that is no mapping."""
     known = {item.name: item for item in fields(kind)}
     for key, value in values.items():
         if key not in known:
@@ -221,12 +222,14 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
         section = known[key].default_factory
         if isinstance(section, type) and is_dataclass(section):
             if isinstance(value, Mapping):
-                yield from _unknown_keys(value, section, f"{prefix}{key}.")
+                yield from _unknown_keys(value, section, f"{prefix}{key}.", where)
             elif value is None:
-                raise ConfigError(f"{prefix}{key}: the section is empty; remove the line to use the defaults")
+                raise ConfigError(f"{where}: {prefix}{key}: the section is empty; remove the line to use the defaults")
             else:
                 examples = ", ".join(item.name for item in fields(section)[:3])
-                raise ConfigError(f"{prefix}{key}: got {value!r}; expected a section with keys such as {examples}")
+                raise ConfigError(
+                    f"{where}: {prefix}{key}: got {value!r}; expected a section with keys such as {examples}"
+                )
 
 
 def _override_keys(overrides: Sequence[str]) -> list[str]:

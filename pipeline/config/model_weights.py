@@ -9,7 +9,9 @@ from refract.remote.address import is_remote
 
 BUNDLE, RECORD = "bundle", "bundle.json"
 
-_HUB_PAGE = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)/?")
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)(?:/(?:tree|blob)/[^?#]*)?/?(?:[?#].*)?"
+)
 
 
 def names_model(weights: str) -> bool:
@@ -35,9 +37,9 @@ def is_remote_bundle(weights: str) -> bool:
 
 
 def check_no_hub_page(weights: str) -> None:
-    """Raise ConfigError if the value is the address of a repository's page on the Hugging Face Hub."""
+    """Raise ConfigError if the value is the address of a page of the Hugging Face Hub, of a repository or of a file in it."""
     if (page := _HUB_PAGE.fullmatch(weights)) is not None:
-        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page[1]}")
+        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page['name']}")
 
 
 def bundle_folder(weights: str) -> Path | None:

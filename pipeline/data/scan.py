@@ -1,6 +1,7 @@
 """Read and decode all images of a data set: content hashes, perceptual hashes, unreadable files, remarks."""
 
 import hashlib
+import logging
 import time
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -17,6 +18,8 @@ from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.near_duplicates import difference_hash
 from refract.pipeline.data.scan_cache import HASH, RECORD, ScanCache
 from refract.progress import Progress
+
+log = logging.getLogger(__name__)
 
 IMAGES = frozenset({"images"})
 
@@ -149,6 +152,7 @@ def _scan_images(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, str],
                 remarks[samples[row].path] = remark
             progress.update()
         rows = np.flatnonzero(unknown).tolist()
+        log.debug("unchanged since an earlier check: %d of %d images", len(samples) - len(rows), len(samples))
         for row, result in zip(rows, _scan_all([samples[row] for row in rows]), strict=True):
             progress.update()
             path = samples[row].path

@@ -17,11 +17,11 @@ from refract.augment import Augmenter
 from refract.augment.resize_libraries import REFRACT
 from refract.cores import cores, mapped
 from refract.models.multimodal.tokens import trimmed
+from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.features import worker
 from refract.pipeline.features.model import EmbeddingModel
 from refract.pipeline.features.store import PLAIN, FeatureStore, Key, StoredSample, View, content_of
-from refract.pipeline.files import read_file
 from refract.pipeline.inference.batch_scoring import choose_devices
 from refract.pipeline.inference.scoring import SampleInput, Scored, score_outputs
 from refract.pipeline.stopping import Stop, Stopped
@@ -207,13 +207,13 @@ def source_name(source: str) -> str:
 
 
 def embed_images(model: EmbeddingModel, files: Sequence[Path]) -> np.ndarray:
-    """Return the embeddings of image files without texts, float32 (N, D), without a store.
+    """Return the embeddings of image files, also in archives, without texts, float32 (N, D), without a store.
 
     DataError names a file that cannot be read or embedded, and for a model that reads no images.
     """
     if "images" not in model.classifier.reads:
         raise DataError(f"{files[0]}: the model reads only texts; expected a model that reads images")
-    inputs = [SampleInput(partial(read_file, file)) for file in files]
+    inputs = [SampleInput(partial(storage.read, str(file))) for file in files]
     vectors = []
     outcomes = score_outputs(model.classifier, model.preprocess, inputs, embed=True, task="multilabel", threads=1)
     for file, outcome in zip(files, outcomes, strict=True):

@@ -223,7 +223,10 @@ def _teacher(
         )
     for name, teacher_value, student_value in facts:
         if teacher_value != student_value:
-            raise ConfigError(f"{where} has the {name} {teacher_value}, but this training has {student_value}")
+            raise ConfigError(
+                f"{where} has the {name} {teacher_value}, but this training has {student_value}; "
+                "name a bundle of the same data, or set loss.teacher: null"
+            )
     if classifier.tokens is not None and classifier.tokens != student.tokens:
         raise ConfigError(
             f"{where} tokenises texts differently from this training; use its text.name, text.max_length and text.args"

@@ -58,11 +58,11 @@ def source_model(
     bundle that a resumed run started from; its download is then used without MLflow.
     ConfigError if the model is unknown, has no bundle, is damaged, or has another digest; TrackingError if MLflow cannot be reached.
     """
+    check_no_hub_page(weights)
     if is_in_mlflow(weights):
         downloads = runs_dir / DOWNLOADS
         source = _stored(weights, downloads, digest) or _downloaded(weights, downloads, tracking)
     elif is_remote_bundle(weights):
-        check_no_hub_page(weights)
         source = SourceModel(_verified(weights, weights), weights, {})
     elif (folder := bundle_folder(weights)) is not None:
         source = SourceModel(_verified(folder, weights), weights, {})

@@ -243,7 +243,10 @@ def _version(source: str, match: re.Match[str], tracking_uri: str) -> "ModelVers
         missing = getattr(err, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
         problem = "no such model, version or alias" if missing else "the tracking server does not answer"
         kind = SourceError if missing else UnreachableError
-        raise kind(f"{source}: {problem} at {masked(tracking_uri)} ({_first_line(err)})") from err
+        remedy = "check the name, or name another server by" if missing else "start it, or name another one by"
+        raise kind(
+            f"{source}: {problem} at {masked(tracking_uri)} ({_first_line(err)}); {remedy} MLFLOW_TRACKING_URI"
+        ) from err
 
 
 def _fetch(version: "ModelVersion", folder: str, tracking_uri: str, source: str) -> Path:

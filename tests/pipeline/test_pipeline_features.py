@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -313,12 +314,15 @@ def test_a_mistake_is_one_line(
 
 
 def test_search_finds_the_image_itself_first_and_its_class_next(
-    run: Embed, folder: Path, capsys: pytest.CaptureFixture[str]
+    run: Embed, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
     image = next(folder.rglob("*.jpg"))
-    assert cli.main(["search", "features", str(image), "--top", "4", "--json"]) == 0
-    neighbours = json.loads(capsys.readouterr().out)[str(image)]
+    in_archive = f"{shutil.make_archive(str(tmp_path / 'photos'), 'zip', image.parent)}/{image.name}"
+    assert cli.main(["search", "features", str(image), in_archive, "--top", "4", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    neighbours = printed[str(image)]
+    assert printed[in_archive] == neighbours
     assert neighbours[0]["path"] == str(image)
     assert neighbours[0]["similarity"] == pytest.approx(1, abs=1e-3)
     similarities = [row["similarity"] for row in neighbours]
