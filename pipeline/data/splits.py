@@ -9,6 +9,7 @@ from pathlib import Path
 from refract.augment.random import generator
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.storage import absolute
+from refract.pipeline.files import written_atomically
 
 
 def draw_splits(
@@ -99,8 +100,9 @@ def _path_column(sample: Sample) -> str:
 
 
 def write_splits(manifest: Manifest, path: Path) -> None:
-    """Write the split data as a CSV manifest (path,label,split,text and the metadata) that `refract train` reads."""
+    """Write the split data as a CSV manifest (path,label,split,text and the metadata) that `refract train` reads, atomically."""
     import csv
+    import io
 
     import pandas as pd
 
@@ -115,4 +117,7 @@ def write_splits(manifest: Manifest, path: Path) -> None:
         for sample in manifest.samples
     ]
     # Quote all values: pandas writes a lone carriage return unquoted, and reads it as the end of the row.
-    pd.DataFrame(rows).to_csv(path, index=False, quoting=csv.QUOTE_ALL)
+    with written_atomically(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        pd.DataFrame(rows).to_csv(text, index=False, quoting=csv.QUOTE_ALL)
+        text.detach()  # which flushes it, and leaves the file open

@@ -1,16 +1,18 @@
 """The charts of a run: confusion matrix and learning curves."""
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from refract.pipeline.evaluation.confusion import DENSE
+from refract.pipeline.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +32,13 @@ DPI = 110
 """Pixels per inch of the charts."""
 
 
-def save(figure: "Figure", target: Any, **options: Any) -> None:
-    """Lay the figure out and save it, and log one warning per process if letters are missing from all installed fonts."""
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure atomically, in the format of the path's suffix. ValueError for a format that Matplotlib does not write, OSError."""
+    write_atomically(path, drawn(figure, path.suffix.removeprefix(".") or "png"))
+
+
+def drawn(figure: "Figure", kind: str = "png") -> bytes:
+    """Lay the figure out and draw it, and log one warning per process if letters are missing from all installed fonts."""
     import matplotlib
 
     with (
@@ -44,12 +51,14 @@ def save(figure: "Figure", target: Any, **options: Any) -> None:
         if (engine := figure.get_layout_engine()) is not None:
             engine.execute(figure)
             figure.set_layout_engine(None)  # with an engine, savefig draws the whole figure twice
-        figure.savefig(target, dpi=DPI, **options)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=DPI, format=kind)
     for warning in caught:
         if "missing from font" in str(warning.message):
             _warn_missing_letters()
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return buffer.getvalue()
 
 
 @cache

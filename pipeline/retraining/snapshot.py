@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -177,7 +176,7 @@ def _with_corrections(snapshot: Snapshot, taken: "TakenIn", without_them: Manife
     table = snapshot.folder / WITHOUT_TABLE
     table.unlink(missing_ok=True)
     if without_them is not None:
-        _write_table(_on_disk(without_them, snapshot.folder), table)
+        write_splits(_on_disk(without_them, snapshot.folder), table)
     return replace(snapshot, corrections=taken.record())
 
 
@@ -311,7 +310,7 @@ def _written(
     known = {"contents": sorted({scanned.groups[sample.key] for sample in trained})}
     write(folder / CONTENTS, known | ({} if applied is None else {DECIDED: sorted(applied.contents)}))
     stored = _on_disk(whole, folder)
-    _write_table(stored, folder / TABLE)
+    write_splits(stored, folder / TABLE)
     files = [
         pair
         for pair in zip(whole.samples, stored.samples, strict=True)
@@ -320,13 +319,6 @@ def _written(
     write(folder / FILES, {absolute(file.path): scanned.images[sample.path] for sample, file in files})
     write(folder / RECORD, snapshot.record())
     return snapshot
-
-
-def _write_table(manifest: Manifest, path: Path) -> None:
-    """Write the table as `write_splits` does, atomically: a run that reads it meanwhile gets the old table or the new one."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        write_splits(manifest, Path(temporary) / TABLE)
-        (Path(temporary) / TABLE).replace(path)
 
 
 def changed(snapshot: Snapshot) -> list[str]:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.files import write_atomically
+from refract.pipeline.files import write_atomically, written_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit
 from refract.pipeline.training.further_ranks import start_of_ranks, train_further_rank
@@ -311,7 +311,9 @@ def _write_report(
     doctor.report(assessment.findings)
     if assembly.config.evaluation.images:
         write_error_images(assessment.report, assessment.evaluation.samples, run_dir)
-        preview_grid(shown_samples(manifest, 6), assembly.data.train_set.augmenter).save(run_dir / "preview.png")
+        grid = preview_grid(shown_samples(manifest, 6), assembly.data.train_set.augmenter)
+        with written_atomically(run_dir / "preview.png") as file:
+            grid.save(file, "PNG")
 
 
 def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessment", *, epochs: int) -> None:

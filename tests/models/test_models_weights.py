@@ -126,7 +126,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, capsys: 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"'none', 'default', a URL, a folder with .*, or a path that ends in .safetensors, .pt, .pth, .bin",
+        match=r"'none', 'default', a URL such as hf://OWNER/NAME, a folder with .*, or a path that ends in .safetensors, .pt, .pth, .bin",
     ):
         build("lenet5", 3, image_size=SIZE, weights="imagenet")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt"):

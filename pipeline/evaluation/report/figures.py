@@ -1,7 +1,6 @@
 """The report's charts and thumbnails, as data URLs that are embedded in the HTML file."""
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import cv2
 import numpy as np
 
 from refract.augment import decode
-from refract.pipeline.evaluation.plots import literal_text, save, short
+from refract.pipeline.evaluation.plots import drawn, literal_text, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,9 +18,7 @@ THUMBNAIL = 96
 
 def data_url(figure: "Figure") -> str:
     """Return a matplotlib chart as the data URL of a PNG."""
-    buffer = io.BytesIO()
-    save(figure, buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(drawn(figure)).decode()
 
 
 def thumbnail(data: bytes) -> str:
