@@ -2,7 +2,6 @@
 
 import multiprocessing
 import signal
-from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 STOPS = {signal.SIGINT, signal.SIGTERM}
@@ -18,6 +17,8 @@ def worker_context(module: str) -> Any:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver, resource_tracker
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     resource_tracker.ensure_running()  # its start would unblock the signals

@@ -6,6 +6,7 @@ of two seconds down to a minute.
 
 import json
 import os
+import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -41,10 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(close_shared)  # cleanups run in reverse order
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     """Let the processes that run the tests be forks, which need not import what most tests do."""
     for spec in specs:
-        spec.python = f"{sys.executable} {warm_process.__file__}"
+        if spec.popen and not spec.python:
+            spec.python = shlex.join([sys.executable, warm_process.__file__])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

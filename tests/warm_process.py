@@ -354,7 +354,12 @@ def _is_refract(
         os.setsid()
     written = os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if stdin == os.devnull else os.O_APPEND)
     for number, name in enumerate((stdin, *files)):
-        file = os.open(name, os.O_RDONLY if number == 0 else written)
+        try:
+            file = os.open(name, os.O_RDONLY if number == 0 else written)
+        except OSError:
+            if stdin == os.devnull or number != 2:
+                raise
+            file = os.open(os.devnull, os.O_WRONLY)  # the terminal's stderr is a socket, which /proc cannot open
         os.dup2(file, number)
         os.close(file)
     os.chdir(cwd)
@@ -406,6 +411,7 @@ def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> No
 
 if __name__ == "__main__":
     if "-c" in sys.argv:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the fork ends first
         sys.exit(WarmProcess().be(sys.argv[-1]))
     _imports(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # without clearing each module, as in `_be_refract`

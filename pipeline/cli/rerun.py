@@ -49,8 +49,8 @@ def _rerun(run: str, uri: str | None) -> int:
             )
         if is_removed(Path(config.data.source)):
             raise ConfigError(
-                f"{run}: cannot be repeated, as retrain.keep_snapshots has removed its data, the snapshot {config.data.source}; "
-                "set retrain.keep_snapshots: null to keep those of later runs"
+                f"{run}: cannot be repeated, as its data are gone: {config.data.source}. `refract retrain` removes old snapshots by "
+                "retrain.keep_snapshots; null keeps those of later runs"
             )
         load(config.plugins)
         record = {"name": path.name, "runs_dir": config.trainer.runs_dir, **read_record(path)}

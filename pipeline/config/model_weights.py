@@ -4,13 +4,16 @@ import re
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from refract.models.credentials import masked
 from refract.pipeline.config.config import ConfigError
 from refract.remote.address import is_remote
 
 BUNDLE, RECORD = "bundle", "bundle.json"
 
 _HUB_PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)(?:/(?:tree|blob)/[^?#]*)?/?(?:[?#].*)?"
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:api|collections|datasets|docs|models|papers|spaces)/)"
+    r"(?P<name>[^/?#]+/[^/?#]+)(?:/(?:tree|blob)/(?P<revision>[^/?#]+)(?P<path>/[^?#]+)?)?/?(?:[?#].*)?",
+    re.IGNORECASE,
 )
 
 
@@ -39,7 +42,9 @@ def is_remote_bundle(weights: str) -> bool:
 def check_no_hub_page(weights: str) -> None:
     """Raise ConfigError if the value is the address of a page of the Hugging Face Hub, of a repository or of a file in it."""
     if (page := _HUB_PAGE.fullmatch(weights)) is not None:
-        raise ConfigError(f"model.weights: {weights} is a page of the Hugging Face Hub; write hf://{page['name']}")
+        revision = "" if page["revision"] in (None, "main") else f"@{page['revision']}"
+        address = f"hf://{page['name']}{revision}{(page['path'] or '').rstrip('/')}"
+        raise ConfigError(f"model.weights: {masked(weights)} is a page of the Hugging Face Hub; write {address}")
 
 
 def bundle_folder(weights: str) -> Path | None:

@@ -22,6 +22,8 @@ _TOKEN = "REFRACT_LISTINGS"
 _SHA256 = 32
 
 _versions: dict[str, RemoteObject] = {}
+_listed: set[str] = set()
+"""The files of `_versions` that a listing has."""
 _searched: set[str] = set()
 _lock = threading.Lock()
 
@@ -31,6 +33,7 @@ def list_files(url: str) -> Sequence[RemoteObject]:
     items = client.listed(url)
     with _lock:
         _versions.update((item.url, item) for item in items)
+        _listed.update(item.url for item in items)
     token = os.environ.setdefault(_TOKEN, uuid.uuid4().hex)
     data = "\n".join(json.dumps(item) for item in items).encode()
     cache.removed("listings", f"{token} {url.rstrip('/')}")
@@ -55,13 +58,23 @@ def version_of(url: str) -> RemoteObject:
     return _versions[url]
 
 
-def cached_version(url: str) -> RemoteObject | None:
-    """Return the version of a file that this process reads, if it is known, and if later processes find its content in the cache."""
-    if not is_listed(url):
-        return None
-    item = _versions[url]
-    cached = any(cache.contains(kind, _key(item)) for kind in ("objects", "files"))
-    return item if cached and item.version != UNVERSIONED else None
+def version_of_listed(url: str) -> RemoteObject | None:
+    """Return the version of a file that a listing has; None for others, as those in tables."""
+    return _versioned(_versions[url]) if is_listed(url) and url in _listed else None
+
+
+def version_of_archive(url: str) -> RemoteObject | None:
+    """Return the version of an archive that this process, or a parent process by a listing, has opened."""
+    return _versioned(_versions[url]) if is_listed(url) else None
+
+
+def _versioned(item: RemoteObject) -> RemoteObject | None:
+    return item if item.version != UNVERSIONED else None
+
+
+def is_cached(url: str) -> bool:
+    """Return whether the cache has the version of a file that this process reads."""
+    return is_listed(url) and any(cache.contains(kind, _key(_versions[url])) for kind in ("objects", "files"))
 
 
 def whole_file(url: str) -> tuple[FileIO, str]:
@@ -116,4 +129,5 @@ def _read_listing(folder: str) -> None:
         with _lock:
             for item in items:
                 _versions.setdefault(item.url, item)
+                _listed.add(item.url)
     _searched.add(folder)  # last: a thread that finds the folder here finds its versions too

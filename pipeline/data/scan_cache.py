@@ -14,7 +14,7 @@ import numpy as np
 
 from refract.cache_folder import cache_folder
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.data.storage import scheme_of, state_of
+from refract.pipeline.data.storage import is_at_hand, scheme_of, state_of
 from refract.pipeline.files import locked
 
 log = logging.getLogger(__name__)
@@ -87,25 +87,23 @@ class ScanCache:
         return states
 
     def known(self, samples: Sequence[Sample], states: np.ndarray) -> Iterator[tuple[int, bytes, str]]:
-        """Yield (row, the bytes of its RECORD, remark or "") for the samples whose file has the state of a stored check."""
+        """Yield (row, the bytes of its RECORD, remark or "") for the samples whose file has the state of a stored check.
+
+        A file that is not on this machine is checked again, as it may be unreadable.
+        """
         rows = np.flatnonzero(states.any(axis=1)).tolist()
         for start in range(0, len(rows), ROWS):
             row_of = {_key(samples[row].path): row for row in rows[start : start + ROWS]}
             for path, *state, record, remark in self._rows(list(row_of)):
                 row = row_of[path]
-                if state == states[row].tolist() and len(record) == RECORD.itemsize:
+                same = state == states[row].tolist() and len(record) == RECORD.itemsize
+                if same and is_at_hand(samples[row].path):
                     yield row, record, remark
 
     def add(self, path: str, state: np.ndarray, record: bytes, remark: str) -> None:
-        """Store a check. state: of `states`, taken before the file was read.
-
-        A file of STORAGES may get its state afterwards, when its content is in the cache: a process reads one version of it.
-        """
-        if self._database is None:
-            return
-        numbers = state.tolist() if state.any() or not scheme_of(path) else state_of(path) or ()
-        if any(numbers):
-            self._added.append((_key(path), *numbers, record, remark))
+        """Store a check. state: of `states`, taken before the file was read."""
+        if self._database is not None and state.any():
+            self._added.append((_key(path), *state.tolist(), record, remark))
             if len(self._added) == ROWS:
                 self._store()
 

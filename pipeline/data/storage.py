@@ -1,4 +1,4 @@
-"""Where the images of samples are stored. A further storage is a class with `open` and `state`, and an entry in STORAGES."""
+"""Where the images of samples are stored. A further storage is a class with the methods of `Storage`, and an entry in STORAGES."""
 
 import errno
 import hashlib
@@ -31,6 +31,9 @@ class Storage(Protocol):
     def state(self, path: str) -> State | None:
         """Return the state of a file without reading it; None if that is unknown, or if there is no such file."""
 
+    def is_at_hand(self, path: str) -> bool:
+        """Return whether the content is on this machine, so that a file with a known state can be read later."""
+
 
 class LocalFiles:
     """The file system, and the members of archives in it: `photos.zip/cat/1.jpg`."""
@@ -58,6 +61,9 @@ class LocalFiles:
         if max(facts.st_mtime_ns, facts.st_ctime_ns) > time.time_ns() - SETTLED_NS:
             return None
         return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+
+    def is_at_hand(self, path: str) -> bool:
+        return True
 
 
 def _status(path: str) -> os.stat_result:
@@ -96,18 +102,27 @@ class RemoteFiles:
             raise OSError(errno.EIO, str(error), path) from error
 
     def state(self, path: str) -> State | None:
-        """The digest of the version that this process reads. It is unknown until the content is in the cache."""
+        """The digest of the version of a listed file, or of the archive. Other files have no state before they are read."""
         from refract.pipeline.data.archives.archive import archive_path
-        from refract.pipeline.data.remote_files import cached_version
+        from refract.pipeline.data.remote_files import version_of_archive, version_of_listed
 
-        item = cached_version(path)
+        item = version_of_listed(path)
         if item is None and (where := archive_path(path)) is not None and where.member:
-            item = cached_version(where.archive)
+            item = version_of_archive(where.archive)
         if item is None:
             return None
         digest = hashlib.sha256(f"{item.version} {item.size}".encode()).digest()
         first, second, third, fourth = struct.unpack("4q", digest)
         return first, second, third, fourth
+
+    def is_at_hand(self, path: str) -> bool:
+        from refract.pipeline.data.archives.archive import archive_path
+        from refract.pipeline.data.remote_files import is_cached
+
+        if is_cached(path):
+            return True
+        where = archive_path(path)
+        return where is not None and is_cached(where.archive)
 
 
 STORAGES: Mapping[str, Storage] = MappingProxyType(dict.fromkeys(SCHEMES, RemoteFiles()))
@@ -133,6 +148,11 @@ def open_stored(path: str) -> BinaryIO:
 def state_of(path: str) -> State | None:
     """Return the state of a file, see `Storage.state`."""
     return STORAGES.get(scheme_of(path), LOCAL).state(path)
+
+
+def is_at_hand(path: str) -> bool:
+    """Return whether the content of a file is on this machine, see `Storage.is_at_hand`."""
+    return STORAGES.get(scheme_of(path), LOCAL).is_at_hand(path)
 
 
 def read(path: str) -> bytes:

@@ -7,7 +7,8 @@ from typing import Any
 from refract.errors import InputError
 from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import Manifest
-from refract.pipeline.retraining.snapshot import WITHOUT_TABLE, Snapshot
+from refract.pipeline.retraining.snapshot import Snapshot
+from refract.pipeline.retraining.stored_snapshots import WITHOUT_TABLE
 from refract.pipeline.retraining.trainings import WITHOUT, train_one, training_run
 from refract.pipeline.retraining.workspace import Record
 

@@ -51,6 +51,7 @@ from refract.pipeline.retraining.stored_snapshots import (
     PROPOSED,
     RECORD,
     TABLE,
+    WITHOUT_TABLE,
     trained_before,
 )
 from refract.pipeline.retraining.workspace import Workspace, read, write
@@ -61,9 +62,6 @@ if TYPE_CHECKING:
     from refract.pipeline.retraining.label_corrections import TakenIn
 
 log = logging.getLogger(__name__)
-
-WITHOUT_TABLE = "without_corrections.csv"
-"""The table of the data without the corrections since the champion, for `retrain.effect_of_labels`."""
 
 Draw = Callable[[Manifest], Manifest]
 """`draw_splits` with the fractions and the seed of the config."""

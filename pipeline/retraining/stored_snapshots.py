@@ -9,7 +9,10 @@ from refract.pipeline.retraining.workspace import Workspace, read, read_run, wri
 
 log = logging.getLogger(__name__)
 
+WITHOUT_TABLE = "without_corrections.csv"
+"""The table of the data without the corrections since the champion, for `retrain.effect_of_labels`."""
 TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
+TABLES = (TABLE, WITHOUT_TABLE)
 DECIDED = "decided"
 """The key of CONTENTS with the images whose labels the label history sets."""
 PROPOSED = "proposed"
@@ -38,8 +41,8 @@ def trained_before(workspace: Workspace) -> frozenset[str]:
 
 
 def is_removed(table: Path) -> bool:
-    """Return whether the path is that of a removed snapshot's table."""
-    return table.name == TABLE and not table.exists() and (table.parent.parent / REMOVED).exists()
+    """Return whether the path is that of a missing snapshot's table, next to which snapshots were removed."""
+    return table.name in TABLES and not table.exists() and (table.parent.parent / REMOVED).exists()
 
 
 def remove_unused(workspace: Workspace, keep: int | None, name: str, mlflow: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,17 @@ def test_written_splits_are_read_again(folder: Path, tmp_path: Path) -> None:
     write_splits(manifest, tmp_path / "splits.csv")
     again, same = prepare_data(config_of(tmp_path / "splits.csv"))
     assert same == fingerprint and Counter(s.split for s in again.samples) == Counter(s.split for s in manifest.samples)
+
+
+def test_a_failed_write_of_the_splits_keeps_the_old_file(folder: Path, tmp_path: Path) -> None:
+    manifest, _ = prepare_data(config_of(folder))
+    path = tmp_path / "out" / "splits.csv"
+    write_splits(manifest, path)
+    before = path.read_bytes()
+    broken = replace(manifest.samples[0], text="\udcff", path="")  # which UTF-8 cannot encode
+    with pytest.raises(UnicodeEncodeError):
+        write_splits(manifest.with_samples([*manifest.samples, broken]), path)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["splits.csv"]
 
 
 def test_written_splits_hold_any_text(folder: Path, tmp_path: Path) -> None:

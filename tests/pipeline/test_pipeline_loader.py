@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -167,8 +168,12 @@ def test_a_signal_to_all_processes_while_the_workers_start_ends_with_a_checkpoin
     (tmp_path / "c.yaml").write_text(MANY)
     with training("c.yaml", "--trainer.run_name", "r", new_session=True) as process:
         until(process, "run runs/r on")
-        while not any(b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)):
+        started = False
+        while not started:
             assert process.poll() is None
+            with suppress(OSError):  # a process has ended meanwhile
+                commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)]
+                started = any(b"forkserver" in command for command in commands)
         os.killpg(process.pid, number)
         output = process.output.read()
         assert (process.wait(60), "Traceback" in output) == (code, False), output

@@ -100,6 +100,10 @@ def test_the_checks_of_unchanged_objects_are_kept(
     assert dict(second.images) == dict(first.images) and set(second.remarks.values()) == {"stored"}
     assert not server.proxy.reads
     shutil.rmtree(tmp_path / "cache" / "data")
+    path = again.samples[0].path
+    assert storage.state_of(path) is not None and not storage.is_at_hand(path), (
+        "ranks wait for the one that downloads it"
+    )
     assert not scan(again.samples).remarks, "an image that must be downloaded may be unreadable"
 
 

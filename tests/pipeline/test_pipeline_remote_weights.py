@@ -130,16 +130,15 @@ def test_what_cannot_start_a_training_names_the_url(hub: Hub, bundle: Bundle, im
         assemble(configured(images, "hf://me:secret@acme/colours", tmp_path))
     with pytest.raises(ValueError, match=r"model.safetensors\?download=true': no such file; check the URL"):
         build(NETWORK, 3, image_size=(32, 32), weights="hf://acme/colours/model.safetensors?download=true")
-    for page in (
-        "colours",
-        "colours.a1_in1k/",
-        "colours.a1_in1k?library=timm",
-        "colours.a1/blob/main/model.safetensors",
-    ):
-        name = page.partition("/")[0].partition("?")[0]
-        for host in ("https://huggingface.co", "http://www.huggingface.co", "https://hf.co"):
-            with pytest.raises(ConfigError, match=rf"is a page of the Hugging Face Hub; write hf://acme/{name}$"):
-                assemble(configured(images, f"{host}/acme/{page}", tmp_path))
+    for page, address in {
+        "acme/colours.a1_in1k/": "acme/colours.a1_in1k",
+        "acme/colours?library=timm": "acme/colours",
+        "acme/colours/tree/v2": "acme/colours@v2",
+        "acme/colours/blob/main/onnx/other.safetensors": "acme/colours/onnx/other.safetensors",
+    }.items():
+        for host in ("https://huggingface.co", "http://www.HuggingFace.co", "https://hf.co"):
+            with pytest.raises(ConfigError, match=rf"is a page of the Hugging Face Hub; write hf://{address}$"):
+                assemble(configured(images, f"{host}/{page}", tmp_path))
     with pytest.raises(ConfigError, match="expected the URL of a file that ends in .safetensors"):
         assemble(configured(images, "http://127.0.0.1:9/weights.ckpt", tmp_path))
     with pytest.raises(ValueError, match=r"the folder has none of model.safetensors, .*; check the URL"):

@@ -101,7 +101,10 @@ def test_a_run_on_a_removed_snapshot_is_not_repeated(tmp_path: Path, capsys: pyt
     run = tmp_path / "runs" / "colors-1"
     write_config(config.changed({"data.source": str(first.manifest)}), run)
     assert remove_old(workspace_of(config), 1, ()) and rerun.main([str(run)]) == 2
-    assert f"retrain.keep_snapshots has removed its data, the snapshot {first.manifest}" in capsys.readouterr().err
+    assert (
+        f"cannot be repeated, as its data are gone: {first.manifest}. `refract retrain` removes"
+        in capsys.readouterr().err
+    )
 
 
 def test_null_keeps_all_snapshots(tmp_path: Path) -> None:

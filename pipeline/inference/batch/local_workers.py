@@ -156,9 +156,8 @@ def _lost_shards(scorer: _Scorer[S, D], tries: Counter[int]) -> list[S]:
 
 def _work(pipe: Connection, job: Job[Any]) -> None:
     """Run the worker process. It sends None when it is ready, Done for each written part, and a message if it fails."""
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, STOPS
-    )  # a fork server of another library may have started with both unblocked
+    # A fork server of another library may have started with both unblocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         scorer = job.worker()
