@@ -5,8 +5,8 @@ Elsewhere figures are built as always, and their files are blank images.
 
 import base64
 import os
-from pathlib import Path
-from typing import Any
+from functools import cache
+from typing import Any, BinaryIO
 
 DRAWN = "REFRACT_TESTS_DRAW_CHARTS"
 """Environment variable of tests, and of commands, that look at charts."""
@@ -15,23 +15,24 @@ BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQV
 """A white pixel as PNG."""
 
 
+@cache
 def skip_drawing() -> None:
     """Let Matplotlib's figures lay themselves out and draw only where DRAWN is set, in this process and its forks."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    save, lay_out = Figure.savefig, ConstrainedLayoutEngine.execute
+    figures: Any = Figure
+    layouts: Any = ConstrainedLayoutEngine
+    save, lay_out = figures.savefig, layouts.execute
 
-    def savefig(figure: Any, target: Any, **options: Any) -> None:
+    def savefig(figure: Figure, target: BinaryIO, **options: Any) -> None:
         if os.environ.get(DRAWN):
             save(figure, target, **options)
-        elif hasattr(target, "write"):
-            target.write(BLANK)
         else:
-            Path(target).write_bytes(BLANK)
+            target.write(BLANK)
 
-    def execute(engine: Any, figure: Any) -> None:
+    def execute(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
         if os.environ.get(DRAWN):
             lay_out(engine, figure)
 
-    Figure.savefig, ConstrainedLayoutEngine.execute = savefig, execute  # type: ignore[method-assign]
+    figures.savefig, layouts.execute = savefig, execute

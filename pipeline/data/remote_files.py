@@ -15,16 +15,17 @@ from io import FileIO
 from refract.pipeline.data import cache
 from refract.remote import client
 from refract.remote.store import RemoteObject
-from refract.remote.web import UNVERSIONED
 
 _TOKEN = "REFRACT_LISTINGS"
 """Environment variable with the name of a process' listings, which its child processes inherit."""
 _SHA256 = 32
 
 _versions: dict[str, RemoteObject] = {}
+"""URL → the version that this process reads."""
 _listed: set[str] = set()
-"""The files of `_versions` that a listing has."""
+"""The URLs of `_versions` that a listing has."""
 _searched: set[str] = set()
+"""The folders whose listings of a parent process were looked up."""
 _lock = threading.Lock()
 
 
@@ -42,39 +43,31 @@ def list_files(url: str) -> Sequence[RemoteObject]:
 
 
 def is_listed(url: str) -> bool:
-    """Return whether the version of a file is known, from a listing of this process or of a parent process."""
-    if url not in _versions:
+    """Return whether a listing of this process or of a parent process has the file."""
+    if url not in _listed:
         for folder in _folders_above(url):
             _read_listing(folder)
-    return url in _versions
+    return url in _listed
 
 
 def version_of(url: str) -> RemoteObject:
     """Return the version of a file that this process reads. FileNotFoundError, RemoteError."""
-    if not is_listed(url):
+    if known_version(url) is None:
         item = client.info(url)
         with _lock:
             _versions.setdefault(url, item)
     return _versions[url]
 
 
-def version_of_listed(url: str) -> RemoteObject | None:
-    """Return the version of a file that a listing has; None for others, as those in tables."""
-    return _versioned(_versions[url]) if is_listed(url) and url in _listed else None
-
-
-def version_of_archive(url: str) -> RemoteObject | None:
-    """Return the version of an archive that this process, or a parent process by a listing, has opened."""
-    return _versioned(_versions[url]) if is_listed(url) else None
-
-
-def _versioned(item: RemoteObject) -> RemoteObject | None:
-    return item if item.version != UNVERSIONED else None
+def known_version(url: str) -> RemoteObject | None:
+    """Return the version of a file that this process reads, if it is known without a request."""
+    return _versions[url] if url in _versions or is_listed(url) else None
 
 
 def is_cached(url: str) -> bool:
     """Return whether the cache has the version of a file that this process reads."""
-    return is_listed(url) and any(cache.contains(kind, _key(_versions[url])) for kind in ("objects", "files"))
+    item = known_version(url)
+    return item is not None and any(cache.contains(kind, _key(item)) for kind in ("objects", "files"))
 
 
 def whole_file(url: str) -> tuple[FileIO, str]:

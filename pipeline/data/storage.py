@@ -75,7 +75,7 @@ def _status(path: str) -> os.stat_result:
         where = archive_path(path)
         if where is None:
             raise
-        return os.stat(where.archive)  # noqa: PTH116
+        return os.stat(where.archive)  # noqa: PTH116 — as above
 
 
 LOCAL = LocalFiles()
@@ -103,26 +103,32 @@ class RemoteFiles:
 
     def state(self, path: str) -> State | None:
         """The digest of the version of a listed file, or of the archive. Other files have no state before they are read."""
-        from refract.pipeline.data.archives.archive import archive_path
-        from refract.pipeline.data.remote_files import version_of_archive, version_of_listed
+        from refract.pipeline.data.remote_files import known_version
+        from refract.remote.web import UNVERSIONED
 
-        item = version_of_listed(path)
-        if item is None and (where := archive_path(path)) is not None and where.member:
-            item = version_of_archive(where.archive)
-        if item is None:
+        item = None if (file := _file_of(path)) is None else known_version(file)
+        if item is None or item.version == UNVERSIONED:
             return None
         digest = hashlib.sha256(f"{item.version} {item.size}".encode()).digest()
         first, second, third, fourth = struct.unpack("4q", digest)
         return first, second, third, fourth
 
     def is_at_hand(self, path: str) -> bool:
-        from refract.pipeline.data.archives.archive import archive_path
         from refract.pipeline.data.remote_files import is_cached
 
-        if is_cached(path):
-            return True
-        where = archive_path(path)
-        return where is not None and is_cached(where.archive)
+        file = _file_of(path)
+        return file is not None and is_cached(file)
+
+
+def _file_of(url: str) -> str | None:
+    """Return the URL of the file that a listing has, or that of the archive of a member; None for others, as those in tables."""
+    from refract.pipeline.data.archives.archive import archive_path
+    from refract.pipeline.data.remote_files import is_listed
+
+    if is_listed(url):
+        return url
+    where = archive_path(url)
+    return where.archive if where is not None and where.member else None
 
 
 STORAGES: Mapping[str, Storage] = MappingProxyType(dict.fromkeys(SCHEMES, RemoteFiles()))

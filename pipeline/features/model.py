@@ -123,31 +123,26 @@ def _network_model(name: str, weights: str, image_size: Size | None) -> Embeddin
         recorded = weights_preprocess(name, weights) or {}
         if weights == "none":
             raise ValueError("a network needs weights; add --weights default or --weights FILE, or name a bundle")
-        height, width = _sides(image_size or recorded.get("image_size", DEFAULT_SIZE))
-        preprocess = _default_preprocess(name, weights, (height, width))
-        network = build(name, 1, image_size=(height, width), weights=weights)
+        preprocess = _default_preprocess(name, weights, image_size or recorded.get("image_size", DEFAULT_SIZE))
+        size = preprocess.height, preprocess.width
+        network = build(name, 1, image_size=size, weights=weights)
         arrays: dict[str, Any] = {}
         if preprocess.normalize != "channel":
             arrays = dict(folder_arrays(weights, preprocess.normalize))
         classifier = Classifier(
             network, mean=preprocess.mean, std=preprocess.std, normalize=preprocess.normalize,
-            image_size=(height, width), **arrays,
+            image_size=size, **arrays,
         )  # fmt: skip
     except (ValueError, OSError, RuntimeError, TypeError) as error:
         raise DataError(f"--model {name}: {error}") from error
-    record = ModelConfig(name=name).record((height, width))
-    return embedding_model(classifier.eval(), preprocess, record, None, network_values(name, weights, (height, width)))
+    record = ModelConfig(name=name).record(size)
+    return embedding_model(classifier.eval(), preprocess, record, None, network_values(name, weights, size))
 
 
-def _sides(size: Size) -> tuple[int, int]:
-    """Return (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def _default_preprocess(name: str, weights: str, size: tuple[int, int]) -> Preprocess:
+def _default_preprocess(name: str, weights: str, size: Size) -> Preprocess:
     """Return the preprocessing that a training's config gives the network by default."""
-    return make_preprocess(DataConfig(image_size=size), ModelConfig(name=name, weights=weights))
+    data = DataConfig(image_size=size if isinstance(size, int) else (size[0], size[1]))
+    return make_preprocess(data, ModelConfig(name=name, weights=weights))
 
 
 def values_of(model: ModelConfig, weights: str, preprocess: Preprocess, run_dir: Path) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFRACT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(remote_files, "_versions", {})
+    monkeypatch.setattr(remote_files, "_listed", set())
     monkeypatch.setattr(remote_files, "_searched", set())
     client._store.cache_clear()  # whose connections are those of an earlier test's server
 

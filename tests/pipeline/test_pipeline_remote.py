@@ -48,6 +48,7 @@ def server(archives: Path) -> Iterator[ObjectServer]:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the versions of files, as a new process does."""
     monkeypatch.setattr(remote_files, "_versions", {})
+    monkeypatch.setattr(remote_files, "_listed", set())
     monkeypatch.setattr(remote_files, "_searched", set())
     monkeypatch.delenv("REFRACT_LISTINGS", raising=False)
 
@@ -376,5 +377,6 @@ def test_a_folder_named_as_an_archive_is_read_as_a_folder(
     manifest = load_manifest("s3://data/named")
     assert [sample.read() for sample in manifest.samples] == [b"x.zip/1", b"y/1"]
     monkeypatch.setattr(remote_files, "_versions", {})
+    monkeypatch.setattr(remote_files, "_listed", set())
     monkeypatch.setattr(remote_files, "_searched", set())
     assert manifest.samples[0].read() == b"x.zip/1"  # as in a worker process, by the listing of its parent

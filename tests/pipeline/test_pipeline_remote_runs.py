@@ -154,5 +154,6 @@ def test_retraining_takes_the_same_snapshot_of_a_url_and_an_archive_and_notices_
     url = next(path for path in files if path.startswith("s3://"))
     server.put(url.removeprefix("s3://data/"), b"other")
     monkeypatch.setattr(remote_files, "_versions", {})  # as in the next run
+    monkeypatch.setattr(remote_files, "_listed", set())
     monkeypatch.delenv("REFRACT_LISTINGS")
     assert changed(remote) == [url]

@@ -55,6 +55,7 @@ def test_only_the_archive_of_a_server_with_versions_has_a_state(root: str, monke
     assert storage.state_of(member) is not None
     monkeypatch.setattr(web, "_version", lambda response: UNVERSIONED)  # as without ETag and Last-Modified
     monkeypatch.setattr(remote_files, "_versions", {})
+    monkeypatch.setattr(remote_files, "_listed", set())
     load_manifest(archive)
     assert remote_files._versions[archive].version == UNVERSIONED
     assert storage.state_of(member) is None, "another process reads the archive again"

@@ -65,16 +65,13 @@ class Report:
 
     def write(self, folder: Path) -> list[Path]:
         """Write `report.html` and `report.json` to a folder and return their paths. Raises OSError."""
-        html = (
-            _templates()
-            .get_template(self.template)
-            .render(
-                title=self.title,
-                numbers=self.numbers,
-                shown_classes=_shown_classes(self.numbers.get("per_class", [])),
-                charts=self.charts,
-                galleries=self.galleries,
-            )
+        template = _templates().get_template(self.template)
+        html = template.render(
+            title=self.title,
+            numbers=self.numbers,
+            shown_classes=_shown_classes(self.numbers.get("per_class", [])),
+            charts=self.charts,
+            galleries=self.galleries,
         )
         paths = {"report.html": html, "report.json": json.dumps(self.numbers, indent=1, ensure_ascii=False) + "\n"}
         for name, text in paths.items():
