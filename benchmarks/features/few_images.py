@@ -3,7 +3,7 @@
 The network is tf_efficientnet_lite0 with ImageNet weights. Refract's modes and scikit-learn's logistic regression get the same embeddings,
 which are computed once and kept in --store. The images of a seed are drawn from the folder's training images. Four fifths of them, at
 least one, fit the head; the rest chooses the regularisation. With --trained, plain timm, fastai and Refract's fine-tuning train on the
-same images, each in a process of its own, for the number of epochs in EPOCHS. Heads are measured on the folder's other split, trained
+same images, each in a separate process, for the number of epochs in EPOCHS. Heads are measured on the folder's other split, trained
 networks on at most --test images of it, and `probe_accuracy` is that of Refract's probe on the same draws and test images. With one image
 per class, the trained networks choose their epoch on a further image of each class, which the heads do not get.
 """
