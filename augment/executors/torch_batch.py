@@ -1,4 +1,4 @@
-"""The batch executor: run one plan per sample on a uint8 N×3×H×W tensor on any device.
+"""The batch executor: run one plan per sample on uint8 images on any device.
 
 Its images equal those of the CPU executor for the same plan, within rounding.
 """
@@ -22,20 +22,21 @@ from refract.augment.plan import Plan
 _PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}
 
 
-def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
+def run(plans: Sequence[Plan], images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Apply plans[i] to images[i], without the batch ops (MixUp, CutMix): see `mix`.
 
-    images: uint8 N×3×H×W, not changed. Returns a new uint8 tensor N×3×H'×W' on the same device.
-    ValueError if the plans were drawn for another size, or if their results differ in size.
+    images: uint8 N×3×H×W, or N tensors uint8 3×H×W whose sizes may differ; not changed. Returns a new uint8 tensor N×3×H'×W' on the same
+    device. ValueError for other images or none in a list, a plan that was drawn for another size, or results of several sizes.
     """
-    size = tuple(images.shape[-2:])
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(plans) != images.shape[0]:
-        raise ValueError(f"expected {len(plans)} images as uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}")
-    mismatches = [i for i, plan in enumerate(plans) if plan.size != size]
-    if mismatches:
-        raise ValueError(f"plan {mismatches[0]} was drawn for {plans[mismatches[0]].size}, the images have {size}")
-    if not plans:
-        return images.clone()
+    _check_images(images, len(plans))
+    if isinstance(images, torch.Tensor):
+        if not plans:
+            return images.clone()
+        images = images.unbind(0)
+    mismatch = next((i for i, plan in enumerate(plans) if plan.size != tuple(images[i].shape[1:])), None)
+    if mismatch is not None:
+        height, width = images[mismatch].shape[1:]
+        raise ValueError(f"plan {mismatch} was drawn for {plans[mismatch].size}, its image has {(height, width)}")
     parts = _run_all([fuse(plan) for plan in plans], images)
     sizes = {tuple(part.shape[1:]) for part in parts}
     if len(sizes) > 1:
@@ -45,19 +46,33 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def _run_all(remaining: list[list[Pass]], images: torch.Tensor) -> list[torch.Tensor]:
-    """Run remaining[i] on images[i]. Returns the results, each uint8 3×H'×W'. Empties `remaining`."""
+def _check_images(images: torch.Tensor | Sequence[torch.Tensor], count: int) -> None:
+    if isinstance(images, torch.Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or count != images.shape[0]:
+            raise ValueError(f"expected {count} images as uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}")
+    elif not len(images) == count > 0:
+        raise ValueError(f"expected an image for each of {count} plans, got {len(images)} images")
+    else:
+        odd = next((i for i, x in enumerate(images) if x.dtype != torch.uint8 or x.ndim != 3 or len(x) != 3), None)
+        if odd is not None:
+            shape = tuple(images[odd].shape)
+            raise ValueError(f"image {odd}: expected uint8 3×H×W, got {images[odd].dtype} {shape}")
+
+
+def _run_all(remaining: list[list[Pass]], images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Run remaining[i] on images[i], uint8 3×H×W. Returns the results, each uint8 3×H'×W'. Empties `remaining`."""
     # Samples draw different ops, so each round runs one pass for all samples whose next pass is of the same kind.
-    parts: list[torch.Tensor] = list(images.unbind(0))
+    parts = list(images)
     while any(remaining):
         lead = next(i for i, passes in enumerate(remaining) if passes)
         first, shape = remaining[lead][0], parts[lead].shape
+        any_shape = isinstance(first, WarpPass)
         chosen = [
             i
             for i, passes in enumerate(remaining)
-            if passes and _can_join(passes[0], first) and parts[i].shape == shape
+            if passes and _can_join(passes[0], first) and (any_shape or parts[i].shape == shape)
         ]
-        results = _run_pass([remaining[i].pop(0) for i in chosen], torch.stack([parts[i] for i in chosen]))
+        results = _run_pass([remaining[i].pop(0) for i in chosen], [parts[i] for i in chosen])
         for i, result in zip(chosen, results, strict=True):
             parts[i] = result
     return parts
@@ -106,11 +121,12 @@ def _can_join(first: Pass, other: Pass) -> bool:
     return type(first) is type(other)
 
 
-def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
+def _run_pass(passes: Sequence[Pass], parts: Sequence[torch.Tensor]) -> torch.Tensor:
     first = passes[0]
     if isinstance(first, WarpPass):
         warps = [item for item in passes if isinstance(item, WarpPass)]
-        return _warp(warps, images) if first.interpolation == "bilinear" else _warp_on_cpu(warps, images)
+        return _warp(warps, parts) if first.interpolation == "bilinear" else _warp_on_cpu(warps, parts)
+    images = torch.stack(list(parts))
     if isinstance(first, ColorPass):
         return _recolor([item for item in passes if isinstance(item, ColorPass)], images)
     if isinstance(first, TablePass):
@@ -128,58 +144,97 @@ def _blend(passes: Sequence[BlendPass], images: torch.Tensor) -> torch.Tensor:
         rows = [i for i, item in enumerate(passes) if len(item.chains) > position]
         weights, chains = zip(*(passes[i].chains[position] for i in rows), strict=True)
         chosen = on_device(rows, images.device)
-        results = torch.stack(_run_all([list(chain) for chain in chains], images[chosen])).float()
+        results = torch.stack(_run_all([list(chain) for chain in chains], images[chosen].unbind(0))).float()
         total.index_add_(0, chosen, results * column(images, weights))
     return to_uint8(total)
 
 
-def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
+def _warp(passes: Sequence[WarpPass], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Resample each image by its pass. The images' sizes may differ; the grids of all are computed together."""
+    first, device = passes[0], parts[0].device
+    shrink = first.shrink()
+    sizes = [(part.shape[1], part.shape[2]) for part in parts]
+    reduced = [(-(-height // shrink[0]), -(-width // shrink[1])) for height, width in sizes]
+    grid = _grid(passes, reduced, shrink, device)
+    limits = [_bounds(item, *both) for item, *both in zip(passes, sizes, reduced, strict=True)]
+    if any(math.isfinite(limit) for bounds in limits for limit in bounds):
+        clamps = on_device(limits, device, torch.float32)
+        lowest, highest = clamps[:, None, None, :2], clamps[:, None, None, 2:]
+        grid = torch.minimum(torch.maximum(grid, lowest), highest)
+    # grid_sample pads with zeros: subtract the fill before and add it after, so that the padding becomes the fill.
+    fill = on_device([item.fill for item in passes], device, torch.float32).view(-1, 3, 1, 1)
+    groups = _by_shape(parts)
+    if len(groups) == 1:
+        return to_uint8(_sample(torch.stack(list(parts)).float(), grid, fill, shrink, first.border) + fill)
+    sampled: dict[int, torch.Tensor] = {}
+    for rows in groups:
+        results = _sample(_rows(parts, rows).float(), _rows(grid, rows), _rows(fill, rows), shrink, first.border)
+        sampled.update(zip(rows, results, strict=True))
+    return to_uint8(torch.stack([sampled[row] for row in range(len(parts))]) + fill)
+
+
+def _grid(
+    passes: Sequence[WarpPass], sizes: Sequence[tuple[int, int]], shrink: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """Return float32 N×H'×W'×2: where each output pixel reads, in grid_sample's coordinates: −1 left and top, 1 right and bottom.
+
+    sizes: (height, width) of each image after the box filter of `shrink`.
+    """
     first = passes[0]
-    vertical, horizontal = first.shrink()
-    pixels = images.float()
     matrices = np.array([item.matrix for item in passes]).reshape(-1, 3, 3)
-    if vertical > 1 or horizontal > 1:
-        below, right = -pixels.shape[2] % vertical, -pixels.shape[3] % horizontal
-        pixels = F.avg_pool2d(F.pad(pixels, (0, right, 0, below), mode="replicate"), (vertical, horizontal))
-        matrices = np.diag([1 / horizontal, 1 / vertical, 1.0]) @ matrices
-    height, width = pixels.shape[2:]
-    # grid_sample's coordinates run from −1 at the left edge to 1 at the right edge.
-    matrices = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]]) @ matrices
-    matrix = on_device(matrices, images.device, torch.float32)
-    y = torch.arange(first.size[0], device=images.device, dtype=torch.float32) + 0.5
-    x = torch.arange(first.size[1], device=images.device, dtype=torch.float32) + 0.5
+    if max(shrink) > 1:
+        matrices = np.diag([1 / shrink[1], 1 / shrink[0], 1.0]) @ matrices
+    to_grid = np.array([[[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]] for height, width in sizes])
+    matrix = on_device(to_grid @ matrices, device, torch.float32)
+    y = torch.arange(first.size[0], device=device, dtype=torch.float32) + 0.5
+    x = torch.arange(first.size[1], device=device, dtype=torch.float32) + 0.5
     rows = 3 if any(item.is_perspective for item in passes) else 2
     grid = (
         matrix[:, None, None, :rows, 0] * x[None, None, :, None]
         + matrix[:, None, None, :rows, 1] * y[None, :, None, None]
         + matrix[:, None, None, :rows, 2]
     )
-    if rows == 3:
-        grid = grid[..., :2] / grid[..., 2:]
-    size = (images.shape[2], images.shape[3])
-    limits = [_bounds(item, size, (height, width)) for item in passes]
-    if any(math.isfinite(limit) for bounds in limits for limit in bounds):
-        clamps = on_device(limits, images.device, torch.float32)
-        lowest, highest = clamps[:, None, None, :2], clamps[:, None, None, 2:]
-        grid = torch.minimum(torch.maximum(grid, lowest), highest)
-    if first.border == "reflect101":
+    return grid[..., :2] / grid[..., 2:] if rows == 3 else grid
+
+
+def _sample(
+    pixels: torch.Tensor, grid: torch.Tensor, fill: torch.Tensor, shrink: tuple[int, int], border: str
+) -> torch.Tensor:
+    """Return float32 M×3×H'×W' minus `fill`: pixels (float32 M×3×H×W), reduced by a box filter, at the points of the grid."""
+    vertical, horizontal = shrink
+    if vertical > 1 or horizontal > 1:
+        below, right = -pixels.shape[2] % vertical, -pixels.shape[3] % horizontal
+        pixels = F.avg_pool2d(F.pad(pixels, (0, right, 0, below), mode="replicate"), (vertical, horizontal))
+    if border == "reflect101":
+        height, width = pixels.shape[2:]
         grid = torch.stack([_reflect(grid[..., 0], width), _reflect(grid[..., 1], height)], -1)
-    # grid_sample pads with zeros: subtract the fill before and add it after, so that the padding becomes the fill.
-    fill = on_device([item.fill for item in passes], images.device, torch.float32).view(-1, 3, 1, 1)
-    sampled = F.grid_sample(
-        pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
-    )
-    return to_uint8(sampled + fill)
+    return F.grid_sample(pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[border], align_corners=False)
 
 
-def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
+def _by_shape(parts: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Return the indices of the parts, in groups of one shape."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, part in enumerate(parts):
+        groups.setdefault(part.shape, []).append(index)
+    return list(groups.values())
+
+
+def _rows(values: torch.Tensor | Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """Return the rows in one tensor, without a copy of their indices to the device."""
+    return values[rows[0]][None] if len(rows) == 1 else torch.stack([values[row] for row in rows])
+
+
+def _warp_on_cpu(passes: Sequence[WarpPass], parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Run bicubic warps, and those of another library, image by image on the CPU.
 
     grid_sample cannot repeat a crop's last pixels within a cubic's reach.
     """
-    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
-    results = [cpu.run([item], array) for item, array in zip(passes, arrays, strict=True)]
-    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
+    results: dict[int, np.ndarray] = {}
+    for rows in _by_shape(parts):  # one copy from the device for each shape
+        arrays = _rows(parts, rows).permute(0, 2, 3, 1).cpu().numpy()
+        results.update((row, cpu.run([passes[row]], array)) for row, array in zip(rows, arrays, strict=True))
+    stacked = np.stack([results[row] for row in range(len(parts))])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).to(parts[0].device)
 
 
 def _reflect(at: torch.Tensor, length: int) -> torch.Tensor:
