@@ -49,6 +49,13 @@ def to_srgb(pixels: np.ndarray, profile: bytes) -> np.ndarray:
     return pixels if transform is None else _apply(transform, pixels)
 
 
+def changes_colors(profile: bytes) -> bool:
+    """Whether `to_srgb` changes colour pixels with this profile."""
+    if not profile or profile[16:20] != _SPACES[3] or len(profile) > MAX_PROFILE_BYTES:
+        return False
+    return _transform(profile, 3) is not None
+
+
 def _apply(transform: Any, pixels: np.ndarray) -> np.ndarray:
     from PIL import Image
 

@@ -1,7 +1,8 @@
-"""JPEG bytes to a normalised batch on the device, by worker processes and by batch decoding, and how long a step waits for it.
+"""JPEG bytes to a normalised batch on the device, by both input paths of `refract train`, and how long a step waits for them.
 
-Workers: `refract train`'s own loader, with simplejpeg. Batch decoding: nvJPEG through torchvision on a GPU, in the thread that trains, then
-the batch executor. A waiting fraction is the part of a training loop's time in which the loop asks for the next batch.
+Workers: loader processes decode with simplejpeg and augment. Batch decoding: they read the files, and the device decodes by nvJPEG, in the
+thread that trains, and augments by the batch executor. A waiting fraction is the part of a plain training loop's time in which the loop
+asks for the next batch. The training's images/s are those of Lightning's loop, by which `data.decode_on: auto` chooses.
 """
 
 import time
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
     import torch
 
     from refract.models.classifier import Classifier
+    from refract.pipeline.data.datamodule import ImageDataModule
+    from refract.pipeline.training.fit import Assembly
 
 POLICY: list[dict[str, dict[str, Any]] | str] = [
     {"RandomResizedCrop": {"size": 224, "scale": [0.35, 1.0]}},
     "HorizontalFlip",
 ]
 HEIGHT, WIDTH = 375, 500
+PATHS = {
+    "device": ("batch JPEG decoding with the batch executor", "waiting fraction, batch decoding"),
+    "workers": ("workers with simplejpeg", "waiting fraction, workers"),
+}
+"""Value of data.decode_on → the names of its measures."""
 
 Batches = Iterator["torch.Tensor"]
 
@@ -37,26 +45,56 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     workers = 1 if quick else min(16, os.cpu_count() or 1)
     record.fact(**device_facts(device), images=[HEIGHT, WIDTH], batch=size, workers=workers)
     files = write_jpegs(options.work / "jpegs", jpegs(count, height=HEIGHT, width=WIDTH))
+    assembly = _assembly(files, side, size, workers, options)
     classifier, step = trainer_of(device, side, quick=quick)
     images = _blank(size, side, device)
     record.measure("ResNet-50 step", 1000 * timed(lambda: step(images), device, seconds=0.1 * clock.left, rounds=20))
-    decoders = {
-        "batch JPEG decoding with the batch executor": ("waiting fraction, batch decoding", _decoded),
-        "workers with simplejpeg": ("waiting fraction, workers", _loaded),
-    }
-    for place, (name, (waiting, batches_of)) in enumerate(decoders.items()):
-        share = clock.left / (len(decoders) - place)
+    for position, (place, (name, waiting)) in enumerate(PATHS.items()):
+        share = 0.6 * clock.left / (len(PATHS) - position)
         try:
-            batches = batches_of(files, size, side, device, workers)
-            warm_up = 1 if quick else 4
-            for _ in range(warm_up):
+            batches = _batches(assembly.data, place, device)
+            for _ in range(1 if quick else 4):  # workers start, kernels are chosen
                 next(batches)
-            rate = _rate(batches, classifier, size, device, seconds=0.4 * share, most=3 if quick else 200)
+            rate = _rate(batches, classifier, size, device, seconds=0.5 * share, most=3 if quick else 200)
             record.measure(name, rate)
-            record.measure(waiting, _waiting(batches, step, device, seconds=0.3 * share, most=3 if quick else 200))
+            record.measure(waiting, _waiting(batches, step, device, seconds=0.4 * share, most=3 if quick else 200))
         except (ImportError, RuntimeError) as err:
             record.skip(name, f"{type(err).__name__}: {str(err).splitlines()[0]}")
             record.skip(waiting, "its input path failed")
+    _compare(assembly, record, steps=2 if quick else 40)
+
+
+def _compare(assembly: "Assembly", record: Record, *, steps: int) -> None:
+    """Time the training with both paths, as `data.decode_on: auto` does."""
+    from refract.pipeline.training.input_path import difference, faster, timed_paths
+
+    assembly.data.decode_on("device")
+    record.measure("difference of the paths' images", difference(assembly.data, assembly.device))
+    rates = timed_paths(assembly, steps=steps)
+    for place, rate in rates.items():
+        record.measure(f"training, decode_on: {place}", rate)
+    record.fact(chosen=faster(rates))
+
+
+def _assembly(files: list[Path], side: int, size: int, workers: int, options: Options) -> "Assembly":
+    """Return a training of a ResNet-50 (quick: a small network) on the files."""
+    from refract.pipeline.config.config import config_from_dict
+    from refract.pipeline.data.manifest import Manifest, Sample
+    from refract.pipeline.training.fit import assemble
+
+    repeats = 1 + 16 * size // len(files)
+    train = [Sample(str(file), (number % 2,), "train") for number, file in enumerate(files * repeats)]
+    others = [Sample(str(file), (number % 2,), "val") for number, file in enumerate(files)]
+    values = {
+        "data": {"image_size": side, "batch_size": size, "workers": workers, "memory": "never"},
+        "augment": {"policy": POLICY},
+        "model": {"name": "cnn", "args": {"widths": [8]}} if options.quick else {"name": "resnet50"},
+        "trainer": {"device": options.device, "runs_dir": str(options.work)},
+        "tracking": {"enabled": False},
+    }
+    manifest = Manifest("generated", (*train, *others), ("a", "b"), "binary")
+    identity = {"fingerprint": "benchmark", "content": "benchmark"}
+    return assemble(config_from_dict(values), (manifest, identity))
 
 
 def trainer_of(device: str, side: int, *, quick: bool) -> tuple["Classifier", Callable[["torch.Tensor"], object]]:
@@ -88,45 +126,17 @@ def _blank(size: int, side: int, device: str) -> "torch.Tensor":
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _loaded(files: list[Path], size: int, side: int, device: str, workers: int) -> Batches:
-    """Batches by `refract train`'s loader, epoch after epoch."""
+def _batches(data: "ImageDataModule", place: str, device: str) -> Batches:
+    """Batches by `refract train`'s loader, epoch after epoch. place: of decoding, a key of PATHS."""
     import torch
 
-    from refract.augment import Augmenter, Preprocess
-    from refract.pipeline.data.datamodule import ImageDataModule
-    from refract.pipeline.data.manifest import Manifest, Sample
-
-    repeats = 1 + 16 * size // len(files)
-    samples = tuple(Sample(str(file), (number % 2,), "train") for number, file in enumerate(files * repeats))
-    manifest = Manifest("generated", samples, ("a", "b"), "binary")
-    augmenter = Augmenter(POLICY, seed=0, size=(side, side))
-    data = ImageDataModule(
-        manifest, augmenter=augmenter, preprocess=Preprocess(side, side), batch_size=size, workers=workers
-    )
-    loader = data.train_dataloader()
+    data.decode_on(place)
+    loader, target = data.train_dataloader(), torch.empty(0, device=device).device
     while True:
         for batch in loader:
-            if len(batch["images"]) == size:
-                images = batch["images"].to(device, non_blocking=True)
+            if len(batch["targets"]) == data.batch_size:
+                images = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, target, 0), 0)["images"]
                 yield images.contiguous(memory_format=torch.channels_last)
-
-
-def _decoded(files: list[Path], size: int, side: int, device: str, workers: int) -> Batches:
-    """Batches by torchvision's batch decoding on the device, and the batch executor."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    from refract.augment import Augmenter
-    from refract.augment.executors import torch_batch
-
-    encoded = [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in files]
-    augmenter, place = Augmenter(POLICY, seed=0, size=(side, side)), 0
-    while True:
-        indices = [(place + number) % len(encoded) for number in range(size)]
-        images = torch.stack(decode_jpeg([encoded[i] for i in indices], ImageReadMode.RGB, device=device))
-        epoch, place = place // len(encoded), place + size
-        plans = [augmenter.draw((HEIGHT, WIDTH), epoch=epoch, index=index) for index in indices]
-        yield torch_batch.run(plans, images).contiguous(memory_format=torch.channels_last)
 
 
 def _rate(batches: Batches, classifier: "Classifier", size: int, device: str, *, seconds: float, most: int) -> float:

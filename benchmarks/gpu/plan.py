@@ -114,6 +114,9 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 Measure("ResNet-50 step", "ms"),
                 Measure("waiting fraction, workers"),
                 Measure("waiting fraction, batch decoding"),
+                Measure("difference of the paths' images", "grey levels", goal=5, at_most=True),
+                Measure("training, decode_on: workers", "images/s"),
+                Measure("training, decode_on: device", "images/s"),
             ),
         ),
         "cifar": Stage(

@@ -56,6 +56,9 @@ class DataConfig(Checked):
             and so visits 1/repeats of the images.
         sampler: shuffle visits each image once per epoch; balanced draws every class equally often and repeats images of small classes.
         memory: whether decoded images stay in memory; auto does so if all images have one size and take at most 1 GiB together.
+        decode_on: where training images that do not stay in memory are decoded and augmented: workers (loader processes), device (the
+            GPU, by nvJPEG and the batch executor), or auto, which for a long training on one GPU times steps with both and takes the
+            faster.
         workers: number of data loading processes; null uses 0 for images in memory, else one per CPU core, at most 8.
         on_bad_file: error stops before training; skip excludes unreadable images, and training images that are also in val or test.
         features: folder of the feature store, in which model.mode: probe, knn and prototype keep embeddings.
@@ -81,6 +84,7 @@ class DataConfig(Checked):
     repeats: int = 1
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     memory: Literal["auto", "never", "always"] = "auto"
+    decode_on: Literal["auto", "workers", "device"] = "auto"
     workers: int | None = number(None, ge=0)
     on_bad_file: Literal["error", "skip"] = "error"
     features: str = "features"

@@ -13,15 +13,16 @@ from refract.augment import Augmenter, Preprocess, decode, image_size
 from refract.cores import cores, mapped
 from refract.models.multimodal.tokens import Tokens
 from refract.models.training.lightning_imports import lightning
-from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, init_worker, named, targets_of
+from refract.pipeline.data import encoded_batches
+from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, collate, init_worker, named, targets_of
 from refract.pipeline.data.loader import MOST_WORKERS, Loader, plan_workers, shared_memory_free
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.train_order import RankShard, TrainOrder
 from refract.pipeline.processes import worker_context
 from refract.progress import tracked
 
-HOST = ("keys", "indices", "repeats")
-"""Entries of a batch that stay in host memory: the samples' indices and the keys of their draws."""
+HOST = ("indices", "repeats", *encoded_batches.STORED)
+"""Entries of a batch that stay in host memory: the samples' indices, the keys of their draws, and encoded images."""
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -45,11 +46,13 @@ class ImageDataModule(lightning.LightningDataModule):
         balanced: bool = False,
         memory: str = "never",
         on_device: bool = False,
+        decode_on: str = "workers",
         tokens: Tokens | None = None,
         reads_images: bool = True,
     ) -> None:
         """repeats, balanced: see `TrainOrder`. views: see `TrainDataset`. memory: "always" keeps decoded images in memory, "never" does
         not, "auto" does so if `fits_memory`. on_device: augment batches of images in memory by the batch executor, on the device.
+        decode_on: "device" decodes and augments other training images on the device, too, if `can_decode_on_device`.
         workers: number of loader processes; None uses 0 for images in memory, else one per core, at most 8. tokens: tokenizer of a network
         that reads texts; reads_images: whether the network reads images. DataError for balanced multilabel data."""
         super().__init__()
@@ -65,13 +68,17 @@ class ImageDataModule(lightning.LightningDataModule):
             first = next((sample for sample in manifest.samples if sample.has_image), None)
             no_files = not reads_images or first is None or first.data is not None
             workers = 0 if self.in_memory or no_files else min(MOST_WORKERS, cores())
-        self.workers, self.shared = plan_workers(workers, self._batch_bytes(augmenter, views), shared_memory_free())
+        self.can_decode_on_device = reads_images and not self.in_memory and not views
+        encoded = decode_on == "device" and self.can_decode_on_device
+        self.workers, self.shared = plan_workers(
+            workers, self._batch_bytes(augmenter, views, encoded), shared_memory_free()
+        )
         decode_whole = partial(decode, color_profile=augmenter.color_profile)
         pixels = decoded(train, decode_whole, "decoding") if self.in_memory else None
         same_size = pixels is not None and len({image.shape for image in pixels}) == 1
         self.train_set = TrainDataset(
             train, augmenter, targets, views=views, decoded=pixels, raw=on_device and same_size and not views,
-            tokens=tokens, reads_images=reads_images,
+            encoded=encoded, tokens=tokens, reads_images=reads_images,
         )  # fmt: skip
         self.order = TrainOrder(
             len(train), seed=augmenter.seed, repeats=repeats, classes=targets.tolist() if balanced else None
@@ -82,7 +89,17 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Item]:
         self.order.rank, self.order.world_size = self._rank()
-        return self._loader(self.train_set, sampler=self.order, drop_last=self._drops_last(len(self.order)))
+        drops_last = self._drops_last(len(self.order))
+        return self._loader(self.train_set, sampler=self.order, drop_last=drops_last, stack=self.stack)
+
+    @property
+    def stack(self) -> Callable[[Sequence[Item]], Item]:
+        """What makes a batch of training items."""
+        return encoded_batches.collate_encoded if self.train_set.encoded else collate
+
+    def decode_on(self, place: str) -> None:
+        """Decode the training images of later loaders on the `device`, if `can_decode_on_device`, or in `workers`."""
+        self.train_set.encoded = place == "device" and self.can_decode_on_device
 
     def _drops_last(self, count: int) -> bool:
         """Whether the last batch of an epoch is dropped: batch normalisation cannot learn from a batch of one."""
@@ -133,8 +150,13 @@ class ImageDataModule(lightning.LightningDataModule):
         count, size = len(self.order), self.batch_size
         return count // size if self._drops_last(count) else -(-count // size)
 
-    def _batch_bytes(self, augmenter: Augmenter, views: bool) -> int:
-        """Return the size of the largest batch that workers transfer, with a small allowance for texts and labels."""
+    def _batch_bytes(self, augmenter: Augmenter, views: bool, encoded: bool) -> int:
+        """Return the size of the largest batch that workers transfer, with a small allowance for texts and labels.
+
+        encoded: the batches have files, whose size is estimated.
+        """
+        if encoded:
+            return self.batch_size * (encoded_batches.BYTES + 4096)
         height, width = augmenter.size or (self.preprocess.height, self.preprocess.width)
         trained = height * width * (3 if views else 1)
         pixels = max(trained, self.preprocess.height * self.preprocess.width) if self.reads_images else 0
@@ -151,13 +173,16 @@ class ImageDataModule(lightning.LightningDataModule):
         return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **on_host}
 
     def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> Item:
-        """Select the images of the batch's keys and augment them on the batch's device."""
+        """Augment the batch's images on its device: those of its keys in memory, or its encoded images."""
+        device = batch["targets"].device
+        if "headers" in batch:
+            images = encoded_batches.augmented(batch, self.train_set, device)
+            return {**{k: v for k, v in batch.items() if k not in encoded_batches.STORED}, "images": images}
         keys = batch.pop("keys", None)
         if keys is None:
             return batch
         from refract.augment.executors import torch_batch as executor
 
-        device = batch["targets"].device
         pixels = self._resident(device)
         indices = batch["indices"].to(pixels.device, non_blocking=True)
         images = pixels[indices].to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from refract.augment import Augmenter, ImageError, Preprocess
+from refract.augment.executors.jpeg_batch import header_of
 from refract.models.allocator import keep_freed_memory
 from refract.models.multimodal.tokens import Tokens, pad_rows
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
@@ -25,13 +26,15 @@ from refract.pipeline.data.packed_samples import PackedSamples
 from refract.plugins import LoadedPlugins
 
 Item = dict[str, Any]
+T = TypeVar("T")
 
 
 class TrainDataset(Dataset[Item]):
     """Augmented training samples, indexed by (epoch, index, repeat).
 
     views: return three views of each image, 3×3×H×W, by `Augmenter.views`. decoded: the decoded images, uint8 H×W×3; None reads the files
-    for each access. raw: return `keys` for the batch executor instead of images.
+    for each access. raw: return `keys` for the batch executor instead of images. encoded: return `keys`, and for files that a device
+    decodes `jpeg` (bytes) and `header` (its size, height, width, orientation) instead of images; `collate_encoded` stacks them.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TrainDataset(Dataset[Item]):
         views: bool = False,
         decoded: Sequence[np.ndarray] | None = None,
         raw: bool = False,
+        encoded: bool = False,
         tokens: Tokens | None = None,
         reads_images: bool = True,
     ) -> None:
@@ -50,7 +54,7 @@ class TrainDataset(Dataset[Item]):
         self.plugins = LoadedPlugins()
         self.tokens, self.reads_images = tokens, reads_images
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
-        self.decoded, self.raw = decoded, raw
+        self.decoded, self.raw, self.encoded = decoded, raw, encoded
 
     def __getstate__(self) -> dict[str, Any]:
         return _packed(self.__dict__)
@@ -59,7 +63,7 @@ class TrainDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
-        epoch, index, repeat = key
+        _, index, repeat = key
         item = {"targets": self.targets[index], "indices": index, "repeats": repeat}
         if self.tokens is not None:
             item |= _read(self.samples[index], self.tokens, self.augmented(key))
@@ -67,13 +71,27 @@ class TrainDataset(Dataset[Item]):
             return {**item, "keys": key}
         if not self.reads_images:
             return item
+        if self.encoded:
+            return {**item, "keys": key, **named(self.samples[index], lambda data: self._stored(data, key))}
+        return {"images": self.image(key), **item}
+
+    def image(self, key: tuple[int, int, int]) -> np.ndarray:
+        """Return the augmented image, or its views."""
+        epoch, index, repeat = key
         augment = self.augmenter.views if self.views else self.augmenter
-        image = named(
+        return named(
             self.samples[index],
             lambda data: augment(data, epoch=epoch, index=index, repeat=repeat),
             None if self.decoded is None else self.decoded[index],
         )
-        return {"images": image, **item}
+
+    def _stored(self, data: bytes, key: tuple[int, int, int]) -> Item:
+        """Return `jpeg` and `header` of a file that a device decodes, `images` of another one."""
+        header = header_of(data, color_profile=self.augmenter.color_profile)
+        if header is not None:
+            return {"jpeg": data, "header": (len(data), *header)}
+        epoch, index, repeat = key
+        return {"images": self.augmenter(data, epoch=epoch, index=index, repeat=repeat)}
 
     def augmented(self, key: tuple[int, int, int]) -> str:
         """Return the sample's text, augmented by the policy."""
@@ -161,7 +179,7 @@ def _read(sample: Sample, tokens: Tokens, text: str) -> Item:
     return {"texts": tokens(text)[0], "has_image": sample.has_image}
 
 
-def named(sample: Sample, use: Callable[[Any], np.ndarray], pixels: np.ndarray | None = None) -> np.ndarray:
+def named(sample: Sample, use: Callable[[Any], T], pixels: np.ndarray | None = None) -> T:
     """Apply `use` to the sample's bytes, or to `pixels` if given. DataError names the file of a failure."""
     try:
         return use(sample.read() if pixels is None else pixels)

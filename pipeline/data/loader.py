@@ -52,12 +52,12 @@ class _InPipe:
         return torch.from_numpy, (self.array,)
 
 
-def collate_in_worker(items: Sequence[Item], *, shared: bool) -> dict[str, Any]:
-    """Return `collate` of the items in shared memory, or, if none is free, in a form that is sent through the pipe.
+def collate_in_worker(items: Sequence[Item], *, stack: Callable[[Sequence[Item]], Item], shared: bool) -> Item:
+    """Return the stacked items in shared memory, or, if none is free, in a form that is sent through the pipe.
 
     The batch is moved here and not in the queue's thread: an error in that thread loses the batch, and training waits for it forever.
     """
-    return {name: _movable(tensor, shared) for name, tensor in collate(items).items()}
+    return {name: _movable(tensor, shared) for name, tensor in stack(items).items()}
 
 
 def _movable(tensor: torch.Tensor, shared: bool) -> Any:
@@ -70,11 +70,19 @@ def _movable(tensor: torch.Tensor, shared: bool) -> Any:
 
 
 class Loader(DataLoader[Item]):
-    """PyTorch's DataLoader with `collate`. Raises LoaderError, and ends all workers, if one dies or cannot start."""
+    """PyTorch's DataLoader. Raises LoaderError, and ends all workers, if one dies or cannot start."""
 
-    def __init__(self, dataset: Any, *, workers: int, shared: bool = True, **options: Any) -> None:
-        """shared: transfer batches in shared memory, not through pipes."""
-        joined = partial(collate_in_worker, shared=shared) if workers else collate
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        workers: int,
+        shared: bool = True,
+        stack: Callable[[Sequence[Item]], Item] = collate,
+        **options: Any,
+    ) -> None:
+        """shared: transfer batches in shared memory, not through pipes. stack: items → batch."""
+        joined = partial(collate_in_worker, stack=stack, shared=shared) if workers else stack
         ahead = PREFETCH if workers else None
         super().__init__(dataset, num_workers=workers, collate_fn=joined, prefetch_factor=ahead, **options)
 

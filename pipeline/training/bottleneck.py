@@ -39,27 +39,9 @@ def explanation(profile: Profile) -> str:
 def proposals(profile: Profile, config: Config) -> list[Proposal]:
     """Return the settings to try for the bottleneck, the most promising first."""
     stage = profile.bottleneck
-    options = []
     if profile.stages["wait"] > WAITS * profile.step:
-        workers = min(MOST_WORKERS, profile.cores)
-        if (
-            stage in ("read", "decode")
-            and config.data.memory != "always"
-            and profile.decoded_bytes < MEMORY * available_memory()
-        ):
-            options.append(Proposal("keeps the decoded images in memory", {"data.memory": "always"}))
-        if profile.workers < workers:
-            options.append(Proposal("more processes load images", {"data.workers": workers}))
-        if stage == "decode":
-            side = round(1.15 * max(config.data.sides()))
-            command = f"`refract pack {config.data.source} FOLDER --resize {side}`"
-            options.append(Proposal(f"store smaller images by {command}, and train on the folder", {}))
-        if stage == "augment" and profile.slowest is not None:
-            name, milliseconds = profile.slowest
-            options.append(
-                Proposal(f"lower the `p` of {name}, which takes {milliseconds:.2f} ms an image, or remove it", {})
-            )
-        return options
+        return _for_input(profile, config)
+    options = []
     if stage in ("forward", "backward"):
         if config.trainer.precision == "fp32":
             options.append(
@@ -77,6 +59,32 @@ def proposals(profile: Profile, config: Config) -> list[Proposal]:
         options.append(Proposal("fewer steps for the same images; check the accuracy", doubled))
     if stage == "transfer":
         options.append(Proposal("keeps the images on the device", {"data.memory": "always"}))
+    return options
+
+
+def _for_input(profile: Profile, config: Config) -> list[Proposal]:
+    """Return the settings to try for a training that waits for its batches."""
+    stage, workers = profile.bottleneck, min(MOST_WORKERS, profile.cores)
+    options = []
+    if (
+        stage in ("read", "decode")
+        and config.data.memory != "always"
+        and profile.decoded_bytes < MEMORY * available_memory()
+    ):
+        options.append(Proposal("keeps the decoded images in memory", {"data.memory": "always"}))
+    if stage in ("decode", "augment") and profile.decodes_on_gpu is False:
+        options.append(Proposal("decodes and augments on the GPU", {"data.decode_on": "device"}))
+    if profile.workers < workers:
+        options.append(Proposal("more processes load images", {"data.workers": workers}))
+    if stage == "decode":
+        side = round(1.15 * max(config.data.sides()))
+        command = f"`refract pack {config.data.source} FOLDER --resize {side}`"
+        options.append(Proposal(f"store smaller images by {command}, and train on the folder", {}))
+    if stage == "augment" and profile.slowest is not None:
+        name, milliseconds = profile.slowest
+        options.append(
+            Proposal(f"lower the `p` of {name}, which takes {milliseconds:.2f} ms an image, or remove it", {})
+        )
     return options
 
 

@@ -2,8 +2,8 @@
 
 import logging
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,7 @@ def assemble(
         balanced=config.data.sampler == "balanced",
         memory=config.data.memory,
         on_device=device == "cuda",
+        decode_on=config.data.decode_on,
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
@@ -318,19 +319,27 @@ def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: "list[Callback]",
         default_root_dir=run_dir,
     )
     try:
-        trainer.fit(assembly.module, datamodule=assembly.data, ckpt_path=checkpoint, weights_only=True)
+        with interrupts_raised():
+            trainer.fit(assembly.module, datamodule=assembly.data, ckpt_path=checkpoint, weights_only=True)
     except FloatingPointError as error:
         diagnosis = next(callback.message for callback in callbacks if isinstance(callback, Reproducer))
         raise ConfigError(
             f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure. {diagnosis}".rstrip()
         ) from error
-    except SystemExit as error:  # Lightning raises it for Ctrl-C, after ignoring further ones
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from error
     except DataError as error:  # a worker process wraps the message in its traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
     finally:
         release_freed_memory()  # evaluation needs less memory
+
+
+@contextmanager
+def interrupts_raised() -> Iterator[None]:
+    """Raise KeyboardInterrupt for Ctrl-C, for which Lightning raises SystemExit after it has ignored further ones."""
+    try:
+        yield
+    except SystemExit as error:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from error
 
 
 def with_decisions_of_rank_0(config: Config) -> Config:

@@ -64,7 +64,8 @@ class Profile:
 
     step: milliseconds of a step; stages: stage → its milliseconds in a step, of the process for STEP_STAGES, of one core for
     INPUT_STAGES; workers, cores: loader processes, and cores that the process may use; slowest: name and milliseconds of the slowest
-    augmentation of an image; decoded_bytes: memory of all decoded training images in bytes, estimated.
+    augmentation of an image; decoded_bytes: memory of all decoded training images in bytes, estimated; decodes_on_gpu: whether a GPU
+    decodes images, None if it cannot.
     """
 
     step: float
@@ -74,6 +75,7 @@ class Profile:
     batch_size: int
     decoded_bytes: int
     slowest: tuple[str, float] | None = None
+    decodes_on_gpu: bool | None = None
     events: list[dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -106,13 +108,17 @@ def profile(config: Config, *, steps: int) -> Profile:
     stages = {name: timer.totals[name] / steps for name in STEP_STAGES}
     stages |= {name: size * milliseconds for name, milliseconds in of_image.items()} | {"collate": collate}
     decoded_bytes = int(cost.decoded_bytes * len(assembly.data.train_set))
-    return Profile(
-        timer.step_ms, stages, assembly.data.workers, cores(), size, decoded_bytes, cost.slowest, timer.events
-    )
+    data = assembly.data
+    decodes_on_gpu = data.train_set.encoded if data.can_decode_on_device and assembly.device == "cuda" else None
+    facts = (data.workers, cores(), size, decoded_bytes, cost.slowest, decodes_on_gpu)
+    return Profile(timer.step_ms, stages, *facts, events=timer.events)
 
 
 def input_cost(assembly: "Assembly") -> InputCost:
-    """Time the stages of up to IMAGES training images on one core. Images in memory are neither read nor decoded."""
+    """Time the stages of up to IMAGES training images on one core.
+
+    Images in memory are neither read nor decoded there, and files for a device are only read.
+    """
     import numpy as np
 
     from refract.augment import image_size
@@ -129,11 +135,11 @@ def input_cost(assembly: "Assembly") -> InputCost:
         sample = data.samples[index]
         if sample.has_image and data.decoded is None and data.reads_images:
             read = _ms(sample.read)
-            encoded = sample.read()
-            height, width = image_size(encoded)
+            file = sample.read()
+            height, width = image_size(file)
             decoded_bytes += 3 * height * width
             plan = data.augmenter.draw((height, width), epoch=0, index=index)
-            for stage in explain(plan, encoded, repeats=REPEATS):
+            for stage in () if data.encoded else explain(plan, file, repeats=REPEATS):
                 if stage.name == "decode":
                     decode = 1000 * stage.seconds
                 else:
@@ -148,11 +154,10 @@ def input_cost(assembly: "Assembly") -> InputCost:
 
 
 def _collate_ms(assembly: "Assembly") -> float:
-    from refract.pipeline.data.datasets import collate
-
     data, size = assembly.data.train_set, min(assembly.data.batch_size, len(assembly.data.train_set))
     items = [data[(0, index, 0)] for index in range(min(size, IMAGES))]
-    return _ms(lambda: collate(items)) * size / len(items)
+    stack = assembly.data.stack
+    return _ms(lambda: stack(items)) * size / len(items)
 
 
 def _ms(work: Callable[[], object]) -> float:

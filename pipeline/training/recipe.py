@@ -34,6 +34,10 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         raise ConfigError(
             "loss.consistency: compares views made by AugMix; the policy needs AugMix, without MixUp and CutMix"
         )
+    if config.loss.consistency and config.data.decode_on == "device":
+        raise ConfigError(
+            "data.decode_on: device makes one view of each image, and loss.consistency compares several; set data.decode_on: workers"
+        )
     if config.optim.sam and precision == "16-mixed":
         raise ConfigError(
             "optim.sam: cannot be combined with fp16, whose gradients are scaled; set trainer.precision: bf16 or fp32"

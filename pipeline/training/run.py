@@ -79,6 +79,7 @@ def train(
     from refract.pipeline.tracking.model_card import label_state, read_facts, write_card
     from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
     from refract.pipeline.training.cost import Cost
+    from refract.pipeline.training.input_path import choose_input_path
     from refract.pipeline.training.run_copy import copied
     from refract.pipeline.training.run_directory import ranks_before, run_lock, source_digest
 
@@ -91,6 +92,8 @@ def train(
     if not assembly.ranks.first:
         train_further_rank(assembly)
         return None
+    if resume is None:
+        assembly = choose_input_path(assembly)
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     run, assembly = _open_run(assembly, name, resume, inputs(config))
     with run_lock(run.path), copied(run, config.trainer.copy_to) as copy:

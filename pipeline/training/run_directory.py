@@ -135,6 +135,8 @@ def unfinished(config: Config, name: str) -> Path | None:
                 decision is None and split_address(stored.data.labels)[0] == address
             ):  # the stored config has the last decision
                 stored = stored.changed({"data.labels": address})
+            if config.data.decode_on == "auto":  # the stored config has the faster path, if it was timed
+                stored = stored.changed({"data.decode_on": "auto"})
             if not record.get("finished") and _comparable(stored) == comparable:
                 return path
         except (ConfigError, PluginError) as error:

@@ -18,8 +18,8 @@ from benchmarks.gpu.record import Record, read_record
 from benchmarks.gpu.table import lines, rows
 from benchmarks.gpu.wheels import PACKAGES, ROOT, entries
 
-ONLY_ON_A_GPU = ("compil", "model FLOPs", "batch JPEG decoding", "fp16", "cuda-graphs")
-LEFT_OUT = ("vit_b_16", "batch decoding", "kornia")
+ONLY_ON_A_GPU = ("compil", "model FLOPs", "fp16", "cuda-graphs")
+LEFT_OUT = ("vit_b_16", "kornia")
 """Options of the quick form."""
 
 QUICK = ["--device", "cpu", "--quick"]

@@ -109,6 +109,12 @@ def test_a_second_deterministic_run_ends_with_equal_weights(calm: Result, option
         assert_equal(calm, trained(options, "again"))
 
 
+def test_runs_that_decode_on_the_device_are_equal(options: list[str]) -> None:
+    device = ("--data.memory", "never", "--data.decode_on", "device", "--trainer.max_epochs", "2")
+    with deterministic():
+        assert_equal(*(trained(options, name, *device) for name in ("decodes", "decodes-again")))
+
+
 def test_a_run_that_was_killed_within_an_epoch_resumes_to_equal_weights(
     calm: Result, options: list[str], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,19 @@ def test_images_that_do_not_fit_the_memory_are_not_proposed_for_it() -> None:
     large = Profile(measured.step, measured.stages, 4, 4, 32, 10**15)
     (proposal,) = proposals(large, config_from_dict({}))
     assert not proposal.setting and "FOLDER --resize" in proposal.reason
+
+
+def test_a_gpu_that_waits_for_the_decoder_is_to_decode_itself() -> None:
+    config = config_from_dict({"data": {"memory": "always"}})
+    for stage in ("decode", "augment"):
+        measured = with_stages(workers=4, wait=50, **{stage: 90})
+        settings = {
+            on_gpu: [proposal.setting for proposal in proposals(replace(measured, decodes_on_gpu=on_gpu), config)]
+            for on_gpu in (False, True, None)
+        }
+        assert settings[False][0] == {"data.decode_on": "device"}
+        assert {"data.decode_on": "device"} not in settings[True] + settings[None]
+    config.changed({"data.decode_on": "device"})  # is accepted
 
 
 def test_modes_without_steps_are_refused() -> None:

@@ -1,0 +1,179 @@
+"""`data.decode_on: auto` times both input paths, takes the faster, and leaves the training as it was."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from small_data import descendants
+
+from refract.augment import ImageError
+from refract.augment.executors import jpeg_batch
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.pipeline.training import input_path
+from refract.pipeline.training.fit import Assembly, assemble
+from refract.pipeline.training.input_path import choose_input_path, faster, timed_paths, why_not_timed
+from refract.pipeline.training.ranks import Ranks
+from refract.pipeline.training.run import Result, train
+from refract.pipeline.training.run_directory import stored_config, unfinished
+
+# Dropout draws from PyTorch's generator, and batch norms have statistics: timing the paths must change neither.
+CONFIG = {
+    "data": {"image_size": 16, "batch_size": 8, "workers": 0, "memory": "never"},
+    "augment": {"policy": ["HorizontalFlip", {"PadAndCrop": {"padding": 2}}]},
+    "model": {"name": "cnn", "args": {"widths": [8], "dropout": 0.3}},
+    "trainer": {"max_epochs": 2, "device": "cpu", "precision": "fp32", "runs_dir": "runs"},
+    "evaluation": {"robustness": "none"},
+    "tracking": {"enabled": False},
+}
+
+
+def config(folder: Path, *more: str) -> Config:
+    return config_from_dict(CONFIG, ["--data.source", str(folder), *more])
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time the paths of short trainings without a GPU, too, by few steps."""
+    monkeypatch.setattr(input_path, "why_not_timed", lambda _: None)
+    monkeypatch.setattr(input_path, "timed_paths", lambda assembly: timed_paths(assembly, steps=2))
+
+
+def trained(config: Config, name: str) -> Result:
+    result = train(config.changed({"trainer.run_name": name}))
+    assert result is not None
+    return result
+
+
+def assert_equal(one: Result, other: Result) -> None:
+    expected, weights = (load_file(result.bundle / "weights.safetensors") for result in (one, other))
+    assert [name for name in expected if not torch.equal(expected[name], weights[name])] == []
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_timing_changes_nothing_of_the_training(
+    place: str, folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_path, "faster", lambda rates: place if rates.keys() == {"workers", "device"} else rates)
+    explicit = trained(config(folder, "--data.decode_on", place), "explicit")
+    auto = trained(config(folder), "auto")
+    assert yaml.safe_load((auto.run_dir / "config.yaml").read_text())["data"]["decode_on"] == place
+    assert_equal(explicit, auto)
+
+
+def test_the_timed_networks_and_workers_end_before_the_training(folder: Path) -> None:
+    assembly = assemble(config(folder, "--data.workers", "1"))
+    before = {name: value.clone() for name, value in assembly.module.state_dict().items()}
+    state = torch.random.get_rng_state()
+    children = set(descendants(os.getpid()))
+    rates = timed_paths(assembly, steps=2)
+    assert rates.keys() == {"workers", "device"} and min(rates.values()) > 0
+    started = set(descendants(os.getpid())) - children
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started if Path(f"/proc/{pid}").exists()]
+    assert [name for name in names if b"forkserver" not in name and b"resource_tracker" not in name] == []
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in assembly.module.state_dict().items())
+    assert assembly.data.trainer is None and assembly.data.order.epoch == 0 and not assembly.data.train_set.encoded
+
+
+def on_a_gpu(assembly: Assembly) -> Assembly:
+    return replace(assembly, device="cuda")
+
+
+def test_reasons_for_workers(folder: Path, paint_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assembly = assemble(config(folder))
+    assert why_not_timed(assembly) == "there is no GPU"
+    assert why_not_timed(on_a_gpu(assembly)) == "the training reads fewer than 1,000,000 images"
+    monkeypatch.setattr(input_path, "LONG", 1)
+    assert why_not_timed(on_a_gpu(assembly)) is None
+    assert why_not_timed(replace(on_a_gpu(assembly), ranks=Ranks(0, 2, 1))) == "several ranks train"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert why_not_timed(on_a_gpu(assembly)) == "a choice by time is not deterministic"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    in_memory = assemble(config(folder, "--data.memory", "always"))
+    assert why_not_timed(on_a_gpu(in_memory)) == "no single images are read from files in each epoch"
+    assert why_not_timed(on_a_gpu(assemble(config(paint_png)))) == "the device decodes none of the files"
+
+
+@pytest.fixture
+def paint_png(folder: Path, tmp_path: Path) -> Path:
+    """The folder's images as PNG."""
+    from PIL import Image
+
+    for file in folder.rglob("*.jpg"):
+        target = tmp_path / "png" / file.relative_to(folder).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).save(target)
+    return tmp_path / "png"
+
+
+def test_without_timing_the_config_keeps_auto_and_workers_decode(folder: Path) -> None:
+    assembly = assemble(config(folder))
+    assert choose_input_path(assembly) is assembly and not assembly.data.train_set.encoded
+    assert assemble(config(folder, "--data.decode_on", "device")).data.train_set.encoded
+
+
+def test_a_device_without_effect_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for options, message in (
+        (("--data.memory", "always"), "data.decode_on: device has no effect, as the images stay in memory"),
+        ((), "data.decode_on: device, but there is no GPU"),
+    ):
+        caplog.clear()
+        choose_input_path(assemble(config(folder, "--data.decode_on", "device", *options)))
+        assert message in caplog.text
+
+
+def test_the_device_must_be_clearly_faster() -> None:
+    assert faster({"workers": 100.0, "device": 106.0}) == "device"
+    assert faster({"workers": 100.0, "device": 104.0}) == "workers"
+    assert faster({"workers": 100.0}) == "workers", "the device's images differ"
+
+
+def test_a_device_with_other_pixels_is_not_chosen(
+    folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = jpeg_batch.run
+    monkeypatch.setattr(jpeg_batch, "run", lambda *args: 255 - run(*args))
+    with caplog.at_level(logging.INFO):
+        chosen = choose_input_path(assemble(config(folder)))
+    assert chosen.config.data.decode_on == "workers" and not chosen.data.train_set.encoded
+    assert "the device's images differ from those of workers by" in caplog.text
+
+
+def test_a_device_that_cannot_decode_is_not_chosen(
+    folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ImageError("the cuda device cannot decode a JPEG: not compiled with nvJPEG support")
+
+    monkeypatch.setattr(jpeg_batch, "run", fails)
+    chosen = choose_input_path(assemble(config(folder)))
+    assert chosen.config.data.decode_on == "auto" and not chosen.data.train_set.encoded
+    assert "the input paths could not be compared: the cuda device cannot decode a JPEG: not compiled" in caplog.text
+
+
+def test_a_run_with_a_chosen_path_is_found_and_resumed_on_that_path(
+    folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_path, "faster", lambda _: "device")
+    auto = config(folder)
+    done = trained(auto, "run-whole")
+    record = json.loads((done.run_dir / "run.json").read_text())
+    (done.run_dir / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "finished"}))
+    assert unfinished(auto.changed({"trainer.run_name": "run-whole"}), "run") == done.run_dir
+    assert stored_config(done.run_dir).data.decode_on == "device"
+    other = auto.changed({"trainer.run_name": "run-whole", "data.decode_on": "workers"})
+    assert unfinished(other, "run") is None
+
+
+def test_several_views_exclude_the_device(folder: Path) -> None:
+    views = ("--loss.consistency", "1", "--augment.policy", "[AugMix]", "--data.decode_on", "device")
+    with pytest.raises(ConfigError, match=r"data\.decode_on: device makes one view .*; set data\.decode_on: workers"):
+        assemble(config(folder, *views))
