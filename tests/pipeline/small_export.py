@@ -91,7 +91,8 @@ def client_openvino(folder: Path, images: np.ndarray) -> tuple[np.ndarray, Mappi
     model = openvino.Core().read_model(folder / "model.xml")
     assert model.input("images").element_type == openvino.Type.u8 and model.input("images").partial_shape[0].is_dynamic
     given = {name: model.get_rt_info(["refract", name]).astype(str) for name in ("labels", "temperature", "task")}
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}  # as documented: the default is bfloat16 on processors that support it
+    # As documented: the default is bfloat16 on processors that support it.
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
     return openvino.compile_model(model, "CPU", settings)({"images": images})["probabilities"], given
 
 
