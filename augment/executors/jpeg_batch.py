@@ -20,8 +20,12 @@ from refract.augment.plan import Plan
 MOST_PIXELS, MOST_BYTES = 1 << 22, 1 << 20
 """Largest image that a device decodes. The CPU decodes larger ones at a reduced scale, and only where the plan reads them."""
 
-PIXELS_AT_ONCE = 1 << 26
-"""Pixels of the images that are decoded together, which bounds their memory to 200 MB, and that of the executor's copies."""
+PIXELS_AT_ONCE = 1 << 25
+"""Pixels of the images that are decoded together. Decoding and augmentation take up to 24 bytes for each: 800 MB."""
+
+
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+"""Markers, which compressed data do not contain: a file whose last scan has no end is repaired by the CPU."""
 
 
 class StoredImage(NamedTuple):
@@ -35,10 +39,10 @@ class StoredImage(NamedTuple):
 def header_of(data: bytes, *, color_profile: str = "ignore") -> StoredImage | None:
     """Return the facts of a JPEG that a device decodes; None for bytes that the CPU must decode.
 
-    The CPU decodes other formats, CMYK, more than 8 bits, damaged headers, images above MOST_PIXELS or MOST_BYTES, and, if
-    color_profile is `convert`, grey images with a profile and colour images whose profile changes their colours.
+    The CPU decodes other formats, CMYK, RGB components, more than 8 bits, damaged headers, files without an end, images above MOST_PIXELS
+    or MOST_BYTES, and, if color_profile is `convert`, grey images with a profile and colour images whose profile changes their colours.
     """
-    if len(data) > MOST_BYTES or not jpeg.is_jpeg(data):
+    if len(data) > MOST_BYTES or not jpeg.is_jpeg(data) or data.rfind(_END) < data.rfind(_SCAN):
         return None
     try:
         header = jpeg.read_header(data)
@@ -46,7 +50,9 @@ def header_of(data: bytes, *, color_profile: str = "ignore") -> StoredImage | No
             jpeg.check_scans(data)
     except JpegError:
         return None
-    if header.precision != 8 or header.components not in (1, 3) or header.height * header.width > MOST_PIXELS:
+    if header.precision != 8 or header.components not in (1, 3) or header.rgb:
+        return None
+    if header.height * header.width > MOST_PIXELS:
         return None
     profile = jpeg.profile_of(data, header) if color_profile == "convert" and header.profile else b""
     if profile and (header.components == 1 or changes_colors(profile)):
@@ -102,7 +108,8 @@ def _decoded(files: Sequence[torch.Tensor], device: torch.device) -> list[torch.
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ImportError) as error:
-        raise ImageError(f"the {device.type} device cannot decode a JPEG: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].rpartition(", ")[2]  # without torchvision's source file
+        raise ImageError(f"data.decode_on: device cannot decode a JPEG of a batch on {device} ({reason})") from error
     for image in images:
         image.record_stream(current)
     return images

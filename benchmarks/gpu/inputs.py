@@ -27,11 +27,8 @@ POLICY: list[dict[str, dict[str, Any]] | str] = [
     "HorizontalFlip",
 ]
 HEIGHT, WIDTH = 375, 500
-PATHS = {
-    "device": ("batch JPEG decoding with the batch executor", "waiting fraction, batch decoding"),
-    "workers": ("workers with simplejpeg", "waiting fraction, workers"),
-}
-"""Value of data.decode_on → the names of its measures."""
+PATHS = ("device", "workers")
+"""Values of data.decode_on."""
 
 Batches = Iterator["torch.Tensor"]
 
@@ -49,7 +46,8 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     classifier, step = trainer_of(device, side, quick=quick)
     images = _blank(size, side, device)
     record.measure("ResNet-50 step", 1000 * timed(lambda: step(images), device, seconds=0.1 * clock.left, rounds=20))
-    for position, (place, (name, waiting)) in enumerate(PATHS.items()):
+    for position, place in enumerate(PATHS):
+        name, waiting = f"loading, decode_on: {place}", f"waiting fraction, decode_on: {place}"
         share = 0.6 * clock.left / (len(PATHS) - position)
         try:
             batches = _batches(assembly.data, place, device)
@@ -68,7 +66,6 @@ def _compare(assembly: "Assembly", record: Record, *, steps: int) -> None:
     """Time the training with both paths, as `data.decode_on: auto` does."""
     from refract.pipeline.training.input_path import difference, faster, timed_paths
 
-    assembly.data.decode_on("device")
     record.measure("difference of the paths' images", difference(assembly.data, assembly.device))
     rates = timed_paths(assembly, steps=steps)
     for place, rate in rates.items():

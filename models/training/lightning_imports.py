@@ -91,7 +91,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Mod
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
@@ -115,6 +114,5 @@ __all__ = [
     "TorchCheckpointIO",
     "Tuner",
     "dim_zero_cat",
-    "isolate_rng",
     "lightning",
 ]

@@ -57,8 +57,8 @@ class DataConfig(Checked):
         sampler: shuffle visits each image once per epoch; balanced draws every class equally often and repeats images of small classes.
         memory: whether decoded images stay in memory; auto does so if all images have one size and take at most 1 GiB together.
         decode_on: where training images that do not stay in memory are decoded and augmented: workers (loader processes), device (the
-            GPU, by nvJPEG and the batch executor), or auto, which for a long training on one GPU times steps with both and takes the
-            faster.
+            GPU, by nvJPEG and the batch executor), or auto, which takes workers, or the faster one for a training on one GPU that
+            reads a million images (docs/gpu.md).
         workers: number of data loading processes; null uses 0 for images in memory, else one per CPU core, at most 8.
         on_bad_file: error stops before training; skip excludes unreadable images, and training images that are also in val or test.
         features: folder of the feature store, in which model.mode: probe, knn and prototype keep embeddings.

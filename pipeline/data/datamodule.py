@@ -153,14 +153,12 @@ class ImageDataModule(lightning.LightningDataModule):
     def _batch_bytes(self, augmenter: Augmenter, views: bool, encoded: bool) -> int:
         """Return the size of the largest batch that workers transfer, with a small allowance for texts and labels.
 
-        encoded: the batches have files, whose size is estimated.
+        encoded: training batches have files, whose size is estimated, or finished images.
         """
-        if encoded:
-            return self.batch_size * (encoded_batches.BYTES + 4096)
         height, width = augmenter.size or (self.preprocess.height, self.preprocess.width)
         trained = height * width * (3 if views else 1)
         pixels = max(trained, self.preprocess.height * self.preprocess.width) if self.reads_images else 0
-        return self.batch_size * (3 * pixels + 4096)
+        return self.batch_size * (max(3 * pixels, encoded_batches.BYTES if encoded else 0) + 4096)
 
     def _rank(self) -> tuple[int, int]:
         """Return (rank, world size) of this process."""

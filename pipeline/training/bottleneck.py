@@ -52,6 +52,8 @@ def proposals(profile: Profile, config: Config) -> list[Proposal]:
             smaller = {"data.image_size": side * 3 // 4 // 8 * 8}
             options.append(Proposal("smaller images; check the accuracy", smaller))
         options.append(Proposal("a smaller network", {}))
+    if stage == "images" and profile.decodes_on == "device":
+        options.append(Proposal("processes decode and augment in place of the device", {"data.decode_on": "workers"}))
     if stage in ("optimiser", "callbacks"):
         if stage == "optimiser" and config.optim.name not in ("adamw", "sgd"):
             options.append(Proposal("a cheaper optimiser; check the accuracy", {"optim.name": "adamw"}))
@@ -72,7 +74,7 @@ def _for_input(profile: Profile, config: Config) -> list[Proposal]:
         and profile.decoded_bytes < MEMORY * available_memory()
     ):
         options.append(Proposal("keeps the decoded images in memory", {"data.memory": "always"}))
-    if stage in ("decode", "augment") and profile.decodes_on_gpu is False:
+    if stage in ("decode", "augment") and profile.decodes_on == "workers":
         options.append(Proposal("decodes and augments on the GPU", {"data.decode_on": "device"}))
     if profile.workers < workers:
         options.append(Proposal("more processes load images", {"data.workers": workers}))

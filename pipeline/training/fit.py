@@ -39,7 +39,7 @@ class Assembly:
     config: without unset values, with a version in place of an alias and a commit in place of a branch in model.weights, and with the last
     decision in data.labels; identity: see `prepare_data`; precision: Lightning's name; accumulate: batches of a step; text: the bundle's
     record of the text network, None without one; source: the model that training starts from; pinned_from: model.weights before the branch
-    was replaced, None for other weights.
+    was replaced, None for other weights; timed_input: whether data.decode_on is the faster path in place of `auto`.
     """
 
     config: Config
@@ -54,6 +54,7 @@ class Assembly:
     source: SourceModel | None = None
     accumulate: int = 1
     pinned_from: str | None = None
+    timed_input: bool = False
 
     @property
     def weights(self) -> str:

@@ -75,6 +75,9 @@ def train_folds(config: Config, *, name: str = "run", resume: Path | None = None
             for fold in range(1, config.trainer.folds + 1):
                 log.info("fold %d of %d", fold, config.trainer.folds)
                 _train_fold(config, run, data, fold, _tags(run, tracker))
+                if config.data.decode_on == "auto":  # the first fold has timed the input paths
+                    chosen = stored_config(run.path / f"fold-{fold}").data.decode_on
+                    config = config.changed({"data.decode_on": chosen})
             assessment = assess_folds(run.path, data, config, device)
             files = assessment.report.write(run.path)
             if tracker is not None:

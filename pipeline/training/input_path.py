@@ -6,34 +6,38 @@ the training itself are therefore timed with both.
 
 import gc
 import logging
+import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from refract.augment import ImageError
-from refract.augment.executors.jpeg_batch import header_of
+from refract.errors import first_line
+from refract.pipeline.config.sections import TrainerConfig
+from refract.pipeline.stopping import Stop, Stopped, stop_requests
 from refract.pipeline.training.fit import Assembly, interrupts_raised
 from refract.progress import Progress
 
 if TYPE_CHECKING:
+    from refract.augment.executors.jpeg_batch import StoredImage
     from refract.pipeline.data.datamodule import ImageDataModule
 
 log = logging.getLogger(__name__)
 
 LONG = 1_000_000
-"""Images that a training reads at least, over all epochs, for `auto` to time the input paths: that takes some seconds."""
+"""Images that a training reads at least, over all epochs, for `auto` to time the input paths: 150 to 180 steps."""
 
-WARM_UP, STEPS = 5, 20
-"""Steps before the timed ones, in which workers start and kernels are chosen; and timed steps."""
+STEPS = 64
+"""Timed steps, at least. Workers deliver one batch each at about the same time: fewer steps do not average over that."""
 
-GAIN = 1.05
+GAIN = 1.1
 """The speed of the device relative to workers at which it is chosen: workers give the pixels of a training on the CPU."""
 
 SAMPLES, AGREES = 16, 5.0
-"""Images that are compared, and the mean difference in grey levels up to which the device agrees. Its decoder differs by about one level:
-it upsamples colours in another way, and does not decode at a reduced scale."""
+"""Images that are compared, and the mean difference in grey levels up to which the device's decoder agrees: it may round and upsample
+colours in its own way."""
 
 
 def choose_input_path(assembly: Assembly) -> Assembly:
@@ -45,32 +49,46 @@ def choose_input_path(assembly: Assembly) -> Assembly:
         _warn(assembly)
         return assembly
     if reason := why_not_timed(assembly):
-        log.debug("workers decode, as %s", reason)
+        log.log(logging.INFO if assembly.device == "cuda" else logging.DEBUG, "workers decode the images: %s", reason)
         return assembly
     try:
         rates = timed_paths(assembly)
-    except (RuntimeError, FloatingPointError, ImageError) as error:
-        # Too little memory, a training that diverges, or a device that cannot decode: if the training itself fails, it says why.
-        log.warning("workers decode, as the input paths could not be compared: %s", str(error).splitlines()[0])
+    except Stopped:
+        raise
+    except Exception as error:  # of any library, such as too little memory: the training does not need the comparison
+        log.warning("workers decode the images: the input paths could not be compared (%s)", first_line(error))
         return assembly
+    finally:
+        gc.collect()  # also the copy of the network that an error's frames held
+        _forget_compiled(assembly.config.trainer)
     place = faster(rates)
     assembly.data.decode_on(place)
     log.info(
         "data.decode_on: %s (%s)", place, ", ".join(f"{path} {rate:,.0f} images/s" for path, rate in rates.items())
     )
-    return replace(assembly, config=assembly.config.changed({"data.decode_on": place}))
+    return replace(assembly, config=assembly.config.changed({"data.decode_on": place}), timed_input=True)
+
+
+def _forget_compiled(config: TrainerConfig) -> None:
+    """Forget the graphs of the copies: the training would use them, where it otherwise compiles graphs of its own."""
+    if config.compile:
+        import torch
+
+        torch._dynamo.reset()
 
 
 def _warn(assembly: Assembly) -> None:
     if assembly.config.data.decode_on != "device":
         return
-    if not assembly.data.can_decode_on_device:
+    if assembly.data.in_memory:
         log.warning(
-            "data.decode_on: device has no effect, as the images stay in memory or none are read; set data.memory: never"
+            "data.decode_on: device has no effect on images in memory; set data.memory: never, or data.decode_on: auto"
         )
+    elif not assembly.data.can_decode_on_device or assembly.config.model.on_embeddings:
+        log.warning("data.decode_on: device has no effect, as no image is augmented; set data.decode_on: auto")
     elif assembly.device == "cpu":
         log.warning(
-            "data.decode_on: device, but there is no GPU: the training process decodes; data.decode_on: workers is faster"
+            "data.decode_on: device, but there is no GPU: the training process decodes; set data.decode_on: workers"
         )
 
 
@@ -89,8 +107,7 @@ def why_not_timed(assembly: Assembly) -> str | None:
         return "a choice by time is not deterministic"
     if len(data.train_set) * config.trainer.max_epochs < LONG:
         return f"the training reads fewer than {LONG:,} images"
-    files = (data.train_set.samples[index].read() for _, index, _ in _spread(data))
-    if not any(header_of(file, color_profile=data.train_set.augmenter.color_profile) for file in files):
+    if not _files(data):
         return "the device decodes none of the files"
     return None
 
@@ -98,24 +115,44 @@ def why_not_timed(assembly: Assembly) -> str | None:
 def timed_paths(assembly: Assembly, *, steps: int = STEPS) -> dict[str, float]:
     """Return the images per second of training steps, by `workers` and, if it agrees with them, by `device`.
 
-    The module, the random generators and the data module are unchanged afterwards. RuntimeError for too little memory, ImageError if the
-    device cannot decode, FloatingPointError for a training that diverges.
+    The steps are those of an epoch that trains all layers on images of full size. The module, the random generators and the data module are
+    unchanged afterwards, also after an error: RuntimeError for too little memory, ImageError if the device cannot decode, Stopped after a
+    stop request, and the errors of a training.
     """
-    from refract.models.training.lightning_imports import isolate_rng
-
     rates = {}
-    with Progress("timing the input paths", 2 * (WARM_UP + steps), unit="steps") as progress, isolate_rng():
+    total = 2 * (_warm_up(assembly.data.workers) + steps)
+    with (
+        Progress("timing the input paths", total, unit="steps") as progress,
+        unchanged_generators(assembly.device),
+        stop_requests("after this step") as stop,
+    ):
         for place in ("workers", "device"):
             assembly.data.decode_on(place)
             try:
-                if place == "device" and (off := difference(assembly.data, assembly.device)) > AGREES:
-                    log.warning("the device's images differ from those of workers by %.1f grey levels", off)
-                    break
-                rates[place] = 1000 * assembly.data.batch_size / _step_ms(assembly, steps, progress)
+                if place == "workers" or _agrees(assembly):
+                    step_ms = _step_ms(assembly, steps, progress, stop)
+                    if stop.signal is not None:
+                        raise Stopped(stop.signal)
+                    rates[place] = 1000 * assembly.data.batch_size / step_ms
             finally:
                 assembly.data.decode_on("workers")
                 gc.collect()  # ends the loader's worker processes, and frees the copy of the network
     return rates
+
+
+@contextmanager
+def unchanged_generators(device: str) -> Iterator[None]:
+    """Restore the states of the random generators of Python, NumPy and PyTorch at the end, also after an error."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def faster(rates: Mapping[str, float]) -> str:
@@ -123,47 +160,74 @@ def faster(rates: Mapping[str, float]) -> str:
     return "device" if rates.get("device", 0.0) > GAIN * rates["workers"] else "workers"
 
 
-def difference(data: "ImageDataModule", device: str) -> float:
-    """Return the largest mean difference, in grey levels, between training images of the device and of workers.
+def _agrees(assembly: Assembly) -> bool:
+    largest = difference(assembly.data, assembly.device)
+    if largest > AGREES:
+        log.warning("the device's images differ from those of the CPU by up to %.1f grey levels", largest)
+    return largest <= AGREES
 
-    Compares up to SAMPLES images that are spread over the data set. data: decodes on the device. ImageError if that fails.
+
+def difference(data: "ImageDataModule", device: str) -> float:
+    """Return the largest mean difference, in grey levels, between training images that the device decodes and the CPU decodes.
+
+    Compares up to SAMPLES images that are spread over the data set. Both are decoded whole and only resized, as a reduced scale or an op
+    such as Equalize changes more than a decoder does. ImageError if the device cannot decode one of them.
     """
     import numpy as np
     import torch
 
-    from refract.pipeline.data.encoded_batches import collate_encoded, images_by_device
+    from refract.augment import Augmenter, decode
+    from refract.augment.executors import jpeg_batch, torch_batch
 
-    keys, place = _spread(data), torch.empty(0, device=device).device  # with its index
-    batch = collate_encoded([data.train_set[key] for key in keys])
-    batch |= {name: value.to(place) for name, value in batch.items() if name == "images"}
-    expected = np.stack([data.train_set.image(key) for key in keys])
-    images = images_by_device(batch, data.train_set, place).permute(0, 2, 3, 1).cpu().numpy()
-    return float(np.abs(images.astype(int) - expected).mean((1, 2, 3)).max())
+    files = _files(data)
+    if not files:
+        return 0.0
+    resize = Augmenter("none", size=data.train_set.augmenter.size)
+    plans = [resize.draw((header.height, header.width), epoch=0, index=0) for _, header in files]
+    encoded = [torch.from_numpy(np.frombuffer(bytearray(file), np.uint8)) for file, _ in files]
+    place = torch.empty(0, device=device).device  # with its index
+    images = jpeg_batch.run(plans, encoded, [header.orientation for _, header in files], place)
+    expected = torch_batch.run(plans, [torch.from_numpy(decode(file)).permute(2, 0, 1) for file, _ in files])
+    return float((images.cpu().int() - expected.int()).abs().float().mean((1, 2, 3)).max())
 
 
-def _spread(data: "ImageDataModule") -> list[tuple[int, int, int]]:
-    """Return the keys of up to SAMPLES training samples, spread over the data set."""
+def _files(data: "ImageDataModule") -> "list[tuple[bytes, StoredImage]]":
+    """Return, of up to SAMPLES training samples that are spread over the data set, the files that a device decodes."""
     import numpy as np
 
-    indices = np.unique(np.linspace(0, len(data.train_set) - 1, SAMPLES).astype(int))
-    return [(0, index, 0) for index in indices.tolist()]
+    from refract.augment.executors.jpeg_batch import header_of
+    from refract.pipeline.data.datasets import named
+
+    count, profile = len(data.train_set), data.train_set.augmenter.color_profile
+    indices = np.unique(np.linspace(0, count - 1, SAMPLES).astype(int)).tolist()
+    files = [named(data.train_set.samples[index], bytes) for index in indices]
+    return [(file, header) for file in files if (header := header_of(file, color_profile=profile))]
 
 
-def _step_ms(assembly: Assembly, steps: int, progress: Progress) -> float:
-    """Train a copy of the module for WARM_UP and `steps` steps. Returns the mean milliseconds of the latter."""
+def _warm_up(workers: int) -> int:
+    """Return the steps before the timed ones: kernels are chosen, and the batches that workers had ready are used up."""
+    from refract.pipeline.data.loader import PREFETCH
+
+    return 8 + PREFETCH * workers
+
+
+def _step_ms(assembly: Assembly, steps: int, progress: Progress, stop: Stop) -> float:
+    """Train a copy of the module, after a warm-up for `steps` steps. Returns their mean milliseconds; 0 after a stop request."""
     from refract.pipeline.training.callbacks.step_timer import CountSteps, StepTimer
     from refract.pipeline.training.finders import trial_trainer
 
     module = deepcopy(assembly.module)
+    module.start_size, module.unfreeze_epochs = 1.0, 0
     if assembly.config.trainer.compile:
         module.classifier.network.compile()
-    timer = StepTimer(
-        assembly.device, ()
-    )  # not the trainer's profiler: it waits for the device at its start and its end alone
-    count = CountSteps(timer, WARM_UP, steps, progress.update)
-    with tempfile.TemporaryDirectory() as folder, interrupts_raised():
-        trainer = trial_trainer(assembly, folder, assembly.accumulate, callbacks=[count])
-        trainer.fit(module, datamodule=assembly.data)
-    assembly.data.trainer = None
-    assembly.data.order.set_epoch(0)
+    # Not the trainer's profiler: the timer waits for the device at its start and its end alone.
+    timer = StepTimer(assembly.device, ())
+    count = CountSteps(timer, _warm_up(assembly.data.workers), steps, progress.update, stop)
+    try:
+        with tempfile.TemporaryDirectory() as folder, interrupts_raised():
+            trainer = trial_trainer(assembly, folder, assembly.accumulate, callbacks=[count])
+            trainer.fit(module, datamodule=assembly.data)
+    finally:
+        assembly.data.trainer = None
+        assembly.data.order.set_epoch(0)
     return timer.step_ms

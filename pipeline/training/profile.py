@@ -33,11 +33,14 @@ REPEATS = 3
 WAITS = 0.15
 """Fraction of a step that a training may wait for its batch before the input is the bottleneck."""
 
-STEP_STAGES = ("wait", "transfer", "forward", "backward", "optimiser", "callbacks")
+STEP_STAGES = ("wait", "transfer", "images", "forward", "backward", "optimiser", "callbacks")
+"""`images`: decoding and augmentation on the device."""
+
 INPUT_STAGES = ("read", "decode", "augment", "collate")
 
 ACTIONS = (
     ("dataloader_next", "wait"),
+    ("on_after_batch_transfer", "images"),
     ("batch_to_device", "transfer"),
     (".training_step", "forward"),
     (".backward", "backward"),
@@ -64,8 +67,8 @@ class Profile:
 
     step: milliseconds of a step; stages: stage → its milliseconds in a step, of the process for STEP_STAGES, of one core for
     INPUT_STAGES; workers, cores: loader processes, and cores that the process may use; slowest: name and milliseconds of the slowest
-    augmentation of an image; decoded_bytes: memory of all decoded training images in bytes, estimated; decodes_on_gpu: whether a GPU
-    decodes images, None if it cannot.
+    augmentation of an image; decoded_bytes: memory of all decoded training images in bytes, estimated; decodes_on: `device`, `workers`
+    where a GPU could decode, else None.
     """
 
     step: float
@@ -75,7 +78,7 @@ class Profile:
     batch_size: int
     decoded_bytes: int
     slowest: tuple[str, float] | None = None
-    decodes_on_gpu: bool | None = None
+    decodes_on: str | None = None
     events: list[dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -109,8 +112,9 @@ def profile(config: Config, *, steps: int) -> Profile:
     stages |= {name: size * milliseconds for name, milliseconds in of_image.items()} | {"collate": collate}
     decoded_bytes = int(cost.decoded_bytes * len(assembly.data.train_set))
     data = assembly.data
-    decodes_on_gpu = data.train_set.encoded if data.can_decode_on_device and assembly.device == "cuda" else None
-    facts = (data.workers, cores(), size, decoded_bytes, cost.slowest, decodes_on_gpu)
+    other = "workers" if data.can_decode_on_device and assembly.device == "cuda" else None
+    decodes_on = "device" if data.train_set.encoded else other
+    facts = (data.workers, cores(), size, decoded_bytes, cost.slowest, decodes_on)
     return Profile(timer.step_ms, stages, *facts, events=timer.events)
 
 

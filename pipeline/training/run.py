@@ -167,6 +167,8 @@ def _open_run(
     record = new_record(assembly.config, name, fingerprint, input_digests, code, hardware, assembly.ranks.count)
     if assembly.start:
         record["start"] = assembly.start
+    if assembly.timed_input:
+        record["timed_input"] = True
     policy = assembly.config.augment.policy
     if isinstance(policy, str) and Path(policy).is_file():
         written_out = {"augment.policy": assembly.data.train_set.augmenter.policy.to_spec()}

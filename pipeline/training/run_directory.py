@@ -27,7 +27,7 @@ class Run:
     """A run on disk.
 
     path: the folder; record: its `run.json`, with the `fingerprint` of the data, `inputs`, `versions`, `start` (see `SourceModel.record`)
-    if the training starts from a model, and, at the end, `finished`;
+    if the training starts from a model, `timed_input` if `data.decode_on: auto` chose the input path, and, at the end, `finished`;
     resumed: whether an earlier process started the run.
     """
 
@@ -135,7 +135,7 @@ def unfinished(config: Config, name: str) -> Path | None:
                 decision is None and split_address(stored.data.labels)[0] == address
             ):  # the stored config has the last decision
                 stored = stored.changed({"data.labels": address})
-            if config.data.decode_on == "auto":  # the stored config has the faster path, if it was timed
+            if config.data.decode_on == "auto" and record.get("timed_input"):  # the stored config has the faster path
                 stored = stored.changed({"data.decode_on": "auto"})
             if not record.get("finished") and _comparable(stored) == comparable:
                 return path

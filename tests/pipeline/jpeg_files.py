@@ -30,6 +30,13 @@ def oriented(image: np.ndarray, orientation: int) -> bytes:
     return jpeg(image, exif=exif.tobytes())
 
 
+def commented(data: bytes, length: int) -> bytes:
+    """A JPEG with comments of `length` bytes in all."""
+    segments, rest = divmod(length, 60_000)
+    comments = [b"\xff\xfe" + (size + 2).to_bytes(2) + bytes(size) for size in [60_000] * segments + [rest]]
+    return data[:2] + b"".join(comments) + data[2:]
+
+
 def wide_gamut(profile: bytes) -> bytes:
     """An sRGB profile whose red and blue primaries are exchanged."""
     return profile.replace(b"rXYZ", b"tXYZ", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"tXYZ", b"bXYZ", 1)
@@ -49,6 +56,9 @@ ONLY_CPU = {
     "with another profile": jpeg(pixels(8), icc_profile=wide_gamut(SRGB)),
     "grey with a profile": jpeg(pixels(9), mode="L", icc_profile=SRGB),
     "more pixels than a device decodes": jpeg(pixels(10, 1700, 2500)),
+    "RGB components": jpeg(pixels(11), keep_rgb=True),
+    "more bytes than a device decodes": commented(jpeg(pixels(12)), 1 << 20),
+    "without an end": jpeg(pixels(13))[:-2],
 }
 
 

@@ -61,8 +61,11 @@ def test_the_files_that_a_device_decodes() -> None:
     assert [name for name, data in ONLY_CPU.items() if header_of(data, color_profile="convert") is not None] == []
     assert header_of(ONLY_CPU["with another profile"], color_profile="ignore") == (60, 80, 1)
     assert header_of(FILES["orientation 6"]) == (70, 50, 6), "the upright size"
-    for damaged in (b"", b"\xff\xd8\xff", FILES["landscape"][:40], b"\x89PNG"):
+    for damaged in (b"", b"\xff\xd8\xff", FILES["landscape"][:40], b"\x89PNG", FILES["landscape"][:-2]):
         assert header_of(damaged) is None
+    scans = FILES["progressive"][:-2] + 100 * b"\xff\xda\x00\x02" + b"\xff\xd9"
+    twelve_bits = FILES["landscape"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
+    assert header_of(scans) is None and header_of(twelve_bits) is None
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -96,10 +99,13 @@ def test_many_pixels_are_decoded_in_parts(photos: Path, monkeypatch: pytest.Monk
     data = data_of(photos, decode_on="device")
     batches = list(data.train_dataloader())
     expected = [on_device(data, dict(batch))["images"] for batch in batches]
+    decode, parts = jpeg_batch._decoded, []
     monkeypatch.setattr(jpeg_batch, "PIXELS_AT_ONCE", 9000)
+    monkeypatch.setattr(jpeg_batch, "_decoded", lambda files, device: parts.append(len(files)) or decode(files, device))
     assert max(int(batch["headers"][:, 1:3].prod(1).sum()) for batch in batches) > 9000
     for batch, images in zip(batches, expected, strict=True):
         assert largest_difference(on_device(data, batch)["images"], images) <= 0.01
+    assert max(parts) <= 2, "three images have more than 9000 pixels"
 
 
 def test_the_cpu_computes_a_batch_that_the_device_cannot_decode(
@@ -114,7 +120,7 @@ def test_the_cpu_computes_a_batch_that_the_device_cannot_decode(
     with caplog.at_level(logging.WARNING):
         for expected, batch in zip(by_workers.train_dataloader(), by_device.train_dataloader(), strict=True):
             assert torch.equal(on_device(by_device, batch)["images"], expected["images"])
-    assert caplog.text.count("nvjpeg failed: 5; the CPU decodes such batches; data.decode_on: workers decodes all") == 1
+    assert caplog.text.count("nvjpeg failed: 5; workers' code decodes such batches, in the training process;") == 1
 
 
 def test_a_file_that_is_damaged_after_the_data_check_is_named(tmp_path: Path) -> None:
@@ -124,6 +130,17 @@ def test_a_file_that_is_damaged_after_the_data_check_is_named(tmp_path: Path) ->
         path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(DataError, match=r"cut/.+/\d.jpg: was readable during the data check, but is not now"):
         on_device(data, next(iter(data.train_dataloader())))
+
+
+def test_shared_memory_is_planned_for_files_and_for_finished_images(photos: Path) -> None:
+    planned = {place: data_of(photos, decode_on=place) for place in ("workers", "device")}
+    sizes = {
+        place: data._batch_bytes(data.train_set.augmenter, False, data.train_set.encoded)
+        for place, data in planned.items()
+    }
+    assert sizes == {"workers": 6 * (3 * 32 * 32 + 4096), "device": 6 * (encoded_batches.BYTES + 4096)}
+    large = Augmenter(POLICY, size=512)
+    assert planned["device"]._batch_bytes(large, False, True) == 6 * (3 * 512 * 512 + 4096)
 
 
 def test_images_in_memory_and_views_are_not_decoded_on_the_device(photos: Path) -> None:

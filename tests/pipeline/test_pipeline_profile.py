@@ -123,12 +123,24 @@ def test_a_gpu_that_waits_for_the_decoder_is_to_decode_itself() -> None:
     for stage in ("decode", "augment"):
         measured = with_stages(workers=4, wait=50, **{stage: 90})
         settings = {
-            on_gpu: [proposal.setting for proposal in proposals(replace(measured, decodes_on_gpu=on_gpu), config)]
-            for on_gpu in (False, True, None)
+            place: [proposal.setting for proposal in proposals(replace(measured, decodes_on=place), config)]
+            for place in ("workers", "device", None)
         }
-        assert settings[False][0] == {"data.decode_on": "device"}
-        assert {"data.decode_on": "device"} not in settings[True] + settings[None]
+        assert settings["workers"][0] == {"data.decode_on": "device"}
+        assert {"data.decode_on": "device"} not in settings["device"] + settings[None]
+    slow = replace(with_stages(images=90), decodes_on="device")
+    assert [proposal.setting for proposal in proposals(slow, config)] == [{"data.decode_on": "workers"}]
     config.changed({"data.decode_on": "device"})  # is accepted
+
+
+def test_decoding_in_the_training_process_is_a_stage(photos: dict[str, Path]) -> None:
+    for label in COLORS:
+        for file in (photos["large"] / label).glob("*.png"):
+            write_image(photos["large"] / "jpeg" / label / f"{file.stem}.jpg", cv2.imread(str(file))[:, :, ::-1])
+    measured = profiled(photos["large"] / "jpeg", {"data": {"decode_on": "device"}})
+    assert measured.bottleneck == "images" and measured.decodes_on == "device", explanation(measured)
+    assert sum(measured.stages[name] for name in STEP_STAGES) > 0.8 * measured.step
+    assert measured.stages["decode"] == 0, "workers do not decode"
 
 
 def test_modes_without_steps_are_refused() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from refract.models.training.lightning_imports import Callback, Profiler
+from refract.pipeline.stopping import Stop
 
 
 class StepTimer(Profiler):
@@ -58,10 +59,16 @@ class StepTimer(Profiler):
 
 
 class CountSteps(Callback):
-    """Restart the timer after the warm-up, and end the training after `steps` further steps. It must be the last callback."""
+    """Restart the timer after the warm-up, and end the training after `steps` further steps or a stop request. The last callback."""
 
-    def __init__(self, timer: StepTimer, warm_up: int, steps: int, update: Callable[[], None]) -> None:
-        self.timer, self.warm_up, self.steps, self.update, self.done = timer, warm_up, steps, update, 0
+    def __init__(
+        self, timer: StepTimer, warm_up: int, steps: int, update: Callable[[], None], stop: Stop | None = None
+    ) -> None:
+        self.timer, self.warm_up, self.steps, self.update, self.stop, self.done = timer, warm_up, steps, update, stop, 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.stop is not None:
+            self.stop.install()  # Lightning has replaced the handlers
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.done += 1
@@ -70,4 +77,6 @@ class CountSteps(Callback):
             self.timer.restart()
         elif self.done == self.warm_up + self.steps:
             self.timer.finish(self.steps)
+            trainer.should_stop = True
+        if self.stop is not None and self.stop.signal is not None:
             trainer.should_stop = True
