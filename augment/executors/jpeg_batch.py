@@ -98,7 +98,7 @@ def _decoded(files: Sequence[torch.Tensor], device: torch.device) -> list[torch.
 
         if device.type != "cuda":
             return decode_jpeg(list(files), ImageReadMode.RGB, device=device)
-        # nvJPEG writes on a stream of its own, which does not wait for the current one. A block that the current stream's allocator
+        # nvJPEG writes on a separate stream, which does not wait for the current one. A block that the current stream's allocator
         # hands out may still be read by kernels that have not run. Blocks of a separate stream return to it only when the current
         # stream has passed their last use.
         current, separate = torch.cuda.current_stream(device), _stream(device)

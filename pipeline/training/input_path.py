@@ -70,7 +70,7 @@ def choose_input_path(assembly: Assembly) -> Assembly:
 
 
 def _forget_compiled(config: TrainerConfig) -> None:
-    """Forget the graphs of the copies: the training would use them, where it otherwise compiles graphs of its own."""
+    """Forget the graphs of the copies: the training would use them, where it otherwise compiles others."""
     if config.compile:
         import torch
 
