@@ -109,7 +109,7 @@ def _decoded(files: Sequence[torch.Tensor], device: torch.device) -> list[torch.
         raise
     except (RuntimeError, ImportError) as error:
         reason = str(error).splitlines()[0].rpartition(", ")[2]  # without torchvision's source file
-        raise ImageError(f"data.decode_on: device cannot decode a JPEG of a batch on {device} ({reason})") from error
+        raise ImageError(f"{device} cannot decode a JPEG of the batch ({reason})") from error
     for image in images:
         image.record_stream(current)
     return images
