@@ -48,7 +48,7 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     record.measure("ResNet-50 step", 1000 * timed(lambda: step(images), device, seconds=0.1 * clock.left, rounds=20))
     for position, place in enumerate(PATHS):
         name, waiting = f"loading, decode_on: {place}", f"waiting fraction, decode_on: {place}"
-        share = 0.6 * clock.left / (len(PATHS) - position)
+        share = 0.5 * clock.left / (len(PATHS) - position)
         try:
             batches = _batches(assembly.data, place, device)
             for _ in range(1 if quick else 4):  # workers start, kernels are chosen
@@ -59,7 +59,7 @@ def run(options: Options, record: Record, clock: Clock) -> None:
         except (ImportError, RuntimeError) as err:
             record.skip(name, f"{type(err).__name__}: {str(err).splitlines()[0]}")
             record.skip(waiting, "its input path failed")
-    _compare(assembly, record, steps=2 if quick else 40)
+    _compare(assembly, record, steps=2 if quick else 32)
 
 
 def _compare(assembly: "Assembly", record: Record, *, steps: int) -> None:

@@ -106,7 +106,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
         ),
         "input": Stage(
             "inputs",
-            45,
+            55,
             28,
             (
                 Measure("loading, decode_on: workers", "images/s"),

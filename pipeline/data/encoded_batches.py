@@ -52,9 +52,7 @@ def augmented(batch: Item, dataset: TrainDataset, device: torch.device) -> torch
     except ImageError as error:
         if not _warned.is_set():
             _warned.set()
-            log.warning(
-                "%s; workers' code decodes such batches, in the training process; set data.decode_on: workers", error
-            )
+            log.warning("%s; the training process decodes such batches; data.decode_on: workers avoids that", error)
     items = [{"images": dataset.image((epoch, index, repeat))} for epoch, index, repeat in batch["keys"].tolist()]
     images: torch.Tensor = collate(items)["images"].to(device)
     return images
