@@ -38,6 +38,7 @@ def data_of(folder: Path, decode_on: str) -> ImageDataModule:
 
 def on_device(data: ImageDataModule, batch: Item, device: str) -> torch.Tensor:
     place = torch.empty(0, device=device).device
+    batch = {name: value.pin_memory() for name, value in batch.items()} if device == "cuda" else batch
     images: torch.Tensor = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, place, 0), 0)["images"]
     assert images.device == place and images.dtype == torch.uint8
     return images
@@ -65,6 +66,21 @@ def test_decoding_does_not_disturb_what_the_device_computes_meanwhile(photos: Pa
             del pending  # its memory is free for the host, while the kernels may not have run
             assert torch.equal(on_device(data, dict(batch), device), images)
         assert [float(value) for value in sums] == [float(side**3 + side**2)] * len(sums)
+
+
+def test_only_the_decoder_waits_for_the_device(photos: Path, device: str) -> None:
+    """The decoder ends with a wait for its stream, which PyTorch's mode does not see; nothing else may wait."""
+    data = data_of(photos, "device")
+    batches = list(data.train_dataloader())
+    on_device(data, dict(batches[0]), device)
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            on_device(data, dict(batch), device)
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_both_input_paths_of_a_training_are_timed(photos: Path, device: str, tmp_path: Path) -> None:
