@@ -37,7 +37,8 @@ class JpegHeader(NamedTuple):
 
     height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. baseline: a sequential frame, usually with one scan.
     exif, xmp, profile: (start, end) of the data of these segments; a profile may have several. precision: bits per sample.
-    rgb: whether the components may be R, G and B in place of Y, Cb and Cr, by an Adobe segment or their ids.
+    rgb: whether the components may be R, G and B in place of Y, Cb and Cr, by an Adobe segment or their ids. huffman: a baseline, extended
+    or progressive frame with Huffman coding, as nearly all files have.
     """
 
     height: int
@@ -49,6 +50,7 @@ class JpegHeader(NamedTuple):
     profile: tuple[tuple[int, int], ...] = ()
     precision: int = 8
     rgb: bool = False
+    huffman: bool = True
 
 
 class Part(NamedTuple):
@@ -73,10 +75,8 @@ def is_jpeg(data: bytes) -> bool:
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
 _WITH_SEGMENT = frozenset(range(0xC0, 0x100)) - set(range(0xD0, 0xDA)) - {0xC8, *range(0xF0, 0xFE)}
 _EXIF, _XMP, _PROFILE = b"Exif\x00\x00", b"http://ns.adobe.com/xap/1.0/\x00", b"ICC_PROFILE\x00"
-_ADOBE, _TRANSFORM = (
-    b"Adobe",
-    11,
-)  # the transform is the segment's last byte, 0 for RGB (Adobe Technical Note 5116, section 18)
+# The transform is the segment's last byte, 0 for RGB (Adobe Technical Note 5116, section 18).
+_ADOBE, _TRANSFORM = b"Adobe", 11
 
 
 def read_header(data: bytes) -> JpegHeader:  # noqa: C901 — one branch for each kind of marker
@@ -111,7 +111,8 @@ def read_header(data: bytes) -> JpegHeader:  # noqa: C901 — one branch for eac
                 raise JpegError("damaged or truncated JPEG header (a side of 0 pixels)")
             baseline = marker in (0xC0, 0xC1)
             rgb = rgb or data[position + 10 : position + 17 : 3] == b"RGB"
-            return JpegHeader(height, width, frame[5], baseline, exif, xmp, tuple(profile), frame[0], rgb)
+            huffman = marker in (0xC0, 0xC1, 0xC2)
+            return JpegHeader(height, width, frame[5], baseline, exif, xmp, tuple(profile), frame[0], rgb, huffman)
         if marker in (0xD9, 0xDA) or length < 2:  # end of image or start of scan before any frame
             break
         body = position + 4

@@ -39,10 +39,11 @@ class StoredImage(NamedTuple):
 def header_of(data: bytes, *, color_profile: str = "ignore") -> StoredImage | None:
     """Return the facts of a JPEG that a device decodes; None for bytes that the CPU must decode.
 
-    The CPU decodes other formats, CMYK, RGB components, more than 8 bits, damaged headers, files without an end, images above MOST_PIXELS
-    or MOST_BYTES, and, if color_profile is `convert`, grey images with a profile and colour images whose profile changes their colours.
+    The CPU decodes other formats, CMYK, RGB components, more than 8 bits, arithmetic or lossless coding, damaged headers, files without an
+    end, images above MOST_PIXELS or MOST_BYTES, and, if color_profile is `convert`, grey images with a profile and colour images whose
+    profile changes their colours.
     """
-    if len(data) > MOST_BYTES or not jpeg.is_jpeg(data) or data.rfind(_END) < data.rfind(_SCAN):
+    if len(data) > MOST_BYTES or not jpeg.is_jpeg(data) or not _has_end(data):
         return None
     try:
         header = jpeg.read_header(data)
@@ -50,7 +51,9 @@ def header_of(data: bytes, *, color_profile: str = "ignore") -> StoredImage | No
             jpeg.check_scans(data)
     except JpegError:
         return None
-    if header.precision != 8 or header.components not in (1, 3) or header.rgb:
+    if header.precision != 8 or header.components not in (1, 3) or not header.huffman:
+        return None
+    if header.components == 3 and header.rgb:
         return None
     if header.height * header.width > MOST_PIXELS:
         return None
@@ -61,6 +64,11 @@ def header_of(data: bytes, *, color_profile: str = "ignore") -> StoredImage | No
     transposed = ORIENTATIONS[orientation][0]
     size = (header.width, header.height) if transposed else (header.height, header.width)
     return StoredImage(*size, orientation)
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether an end marker follows the start of the last scan."""
+    return data.endswith(_END) or data.rfind(_END) > data.rfind(_SCAN)
 
 
 def run(

@@ -6,6 +6,7 @@ the training itself are therefore timed with both.
 
 import gc
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,8 @@ colours in its own way."""
 def choose_input_path(assembly: Assembly) -> Assembly:
     """Return the assembly with the faster path in place of `auto` in data.decode_on, and set its data module to that path.
 
-    An assembly whose paths are not timed is returned unchanged: `auto` then means workers. Logs a warning for `device` without effect.
+    An assembly whose paths are not timed is returned unchanged: `auto` then means workers. If the comparison fails, workers are chosen.
+    Logs a warning for `device` without effect.
     """
     if assembly.config.data.decode_on != "auto":
         _warn(assembly)
@@ -57,15 +59,15 @@ def choose_input_path(assembly: Assembly) -> Assembly:
         raise
     except Exception as error:  # of any library, such as too little memory: the training does not need the comparison
         log.warning("workers decode the images: the input paths could not be compared (%s)", first_line(error))
-        return assembly
+        rates = {}
     finally:
         gc.collect()  # also the copy of the network that an error's frames held
         _forget_compiled(assembly.config.trainer)
     place = faster(rates)
     assembly.data.decode_on(place)
-    log.info(
-        "data.decode_on: %s (%s)", place, ", ".join(f"{path} {rate:,.0f} images/s" for path, rate in rates.items())
-    )
+    if rates:
+        measured = ", ".join(f"{path} {rate:,.0f} images/s" for path, rate in rates.items())
+        log.info("data.decode_on: %s (%s)", place, measured)
     return replace(assembly, config=assembly.config.changed({"data.decode_on": place}), timed_input=True)
 
 
@@ -130,14 +132,22 @@ def timed_paths(assembly: Assembly, *, steps: int = STEPS) -> dict[str, float]:
             assembly.data.decode_on(place)
             try:
                 if place == "workers" or _agrees(assembly):
-                    step_ms = _step_ms(assembly, steps, progress, stop)
-                    if stop.signal is not None:
-                        raise Stopped(stop.signal)
-                    rates[place] = 1000 * assembly.data.batch_size / step_ms
+                    rates[place] = assembly.data.batch_size / _step_seconds(assembly, steps, progress, stop)
+            except (Exception, KeyboardInterrupt):
+                _check(stop)  # a stop request takes precedence over what failed meanwhile
+                raise
             finally:
                 assembly.data.decode_on("workers")
                 gc.collect()  # ends the loader's worker processes, and frees the copy of the network
+            _check(stop)
     return rates
+
+
+def _check(stop: Stop) -> None:
+    """Raise Stopped after a stop request."""
+    if stop.signal is not None:
+        log.warning("the training has not started; the same command starts it")
+        raise Stopped(stop.signal)
 
 
 @contextmanager
@@ -156,8 +166,8 @@ def unchanged_generators(device: str) -> Iterator[None]:
 
 
 def faster(rates: Mapping[str, float]) -> str:
-    """Return the input path for rates of `timed_paths`."""
-    return "device" if rates.get("device", 0.0) > GAIN * rates["workers"] else "workers"
+    """Return the input path for rates of `timed_paths`; `workers` without rates."""
+    return "device" if rates.get("device", 0.0) > GAIN * rates.get("workers", math.inf) else "workers"
 
 
 def _agrees(assembly: Assembly) -> bool:
@@ -211,8 +221,8 @@ def _warm_up(workers: int) -> int:
     return 8 + PREFETCH * workers
 
 
-def _step_ms(assembly: Assembly, steps: int, progress: Progress, stop: Stop) -> float:
-    """Train a copy of the module, after a warm-up for `steps` steps. Returns their mean milliseconds; 0 after a stop request."""
+def _step_seconds(assembly: Assembly, steps: int, progress: Progress, stop: Stop) -> float:
+    """Train a copy of the module, after a warm-up for `steps` steps. Returns their mean seconds; infinite after a stop request."""
     from refract.pipeline.training.callbacks.step_timer import CountSteps, StepTimer
     from refract.pipeline.training.finders import trial_trainer
 
@@ -230,4 +240,4 @@ def _step_ms(assembly: Assembly, steps: int, progress: Progress, stop: Stop) -> 
     finally:
         assembly.data.trainer = None
         assembly.data.order.set_epoch(0)
-    return timer.step_ms
+    return timer.step_ms / 1000 or math.inf

@@ -127,6 +127,7 @@ def input_cost(assembly: "Assembly") -> InputCost:
 
     from refract.augment import image_size
     from refract.augment.executors.explain import explain
+    from refract.augment.executors.jpeg_batch import header_of
 
     data = assembly.data.train_set
     chosen = np.unique(np.linspace(0, len(data) - 1, IMAGES).astype(int)).tolist()
@@ -143,7 +144,8 @@ def input_cost(assembly: "Assembly") -> InputCost:
             height, width = image_size(file)
             decoded_bytes += 3 * height * width
             plan = data.augmenter.draw((height, width), epoch=0, index=index)
-            for stage in () if data.encoded else explain(plan, file, repeats=REPEATS):
+            on_device = data.encoded and header_of(file, color_profile=data.augmenter.color_profile) is not None
+            for stage in () if on_device else explain(plan, file, repeats=REPEATS):
                 if stage.name == "decode":
                     decode = 1000 * stage.seconds
                 else:

@@ -1,4 +1,4 @@
-"""The batch executor on images of different sizes: each result equals that of the image alone, and of the CPU executor within rounding."""
+"""The batch executor on images of different sizes: each result equals that of the image alone, which other tests compare with the CPU."""
 
 import re
 
@@ -51,8 +51,6 @@ def test_an_image_does_not_depend_on_the_sizes_of_the_others(
     for plan, image, result in zip(plans, images, together, strict=True):
         alone = torch_batch.run([plan], tensor(image)[None])[0]
         assert (alone.int() - result.int()).abs().max() <= 1
-        expected = Augmenter("none").apply(plan, image).astype(int)
-        assert np.abs(expected - result.permute(1, 2, 0).numpy()).mean() <= 1.0
     assert all(np.array_equal(image, copy) for image, copy in zip(images, before, strict=True))
 
 

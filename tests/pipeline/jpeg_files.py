@@ -59,6 +59,7 @@ ONLY_CPU = {
     "RGB components": jpeg(pixels(11), keep_rgb=True),
     "more bytes than a device decodes": commented(jpeg(pixels(12)), 1 << 20),
     "without an end": jpeg(pixels(13))[:-2],
+    "with a trailer in place of an end": jpeg(pixels(14))[:-2] + bytes(99),
 }
 
 

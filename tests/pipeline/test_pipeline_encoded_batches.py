@@ -65,7 +65,12 @@ def test_the_files_that_a_device_decodes() -> None:
         assert header_of(damaged) is None
     scans = FILES["progressive"][:-2] + 100 * b"\xff\xda\x00\x02" + b"\xff\xd9"
     twelve_bits = FILES["landscape"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
-    assert header_of(scans) is None and header_of(twelve_bits) is None
+    arithmetic = FILES["landscape"].replace(b"\xff\xc0\x00\x11", b"\xff\xc9\x00\x11")
+    assert [header_of(data) for data in (scans, twelve_bits, arithmetic)] == [None, None, None]
+    assert header_of(FILES["landscape"] + bytes(99)) == (60, 80, 1), "bytes after the end are no image data"
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(5)  # Photoshop writes transform 0 for grey
+    grey = FILES["grey"]
+    assert header_of(grey[:2] + adobe + grey[2:]) == (60, 80, 1)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -159,8 +159,8 @@ def test_a_device_without_effect_is_reported(folder: Path, caplog: pytest.LogCap
 
 
 def test_rates_are_images_per_second_of_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    milliseconds = iter([40.0, 10.0])
-    monkeypatch.setattr(input_path, "_step_ms", lambda *_: next(milliseconds))
+    seconds = iter([0.04, 0.01])
+    monkeypatch.setattr(input_path, "_step_seconds", lambda *_: next(seconds))
     assert timed_paths(assemble(config(folder))) == {"workers": 200.0, "device": 800.0}
 
 
@@ -177,6 +177,27 @@ def test_timed_steps_compile_and_accumulate_as_the_training(folder: Path, monkey
     choose_input_path(assemble(config(folder, "--trainer.compile", "true", "--trainer.accumulate", "2")))
     assert len(compiled) == 2, "the network of each path"
     assert forgotten == [1] and accumulated == [2, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("moment", ["difference", "_step_seconds"])
+def test_a_stop_request_outside_the_steps_is_not_lost(
+    moment: str, fails: bool, folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it, the device's images differ, or the comparison fails."""
+    before = getattr(input_path, moment)
+
+    def interrupted(*args: object) -> float:
+        if moment == "_step_seconds":
+            before(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if fails:
+            raise RuntimeError("out of memory")
+        return 99.0
+
+    monkeypatch.setattr(input_path, moment, interrupted)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        choose_input_path(assemble(config(folder)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -222,7 +243,7 @@ def test_a_device_that_cannot_decode_is_not_chosen(
 
     monkeypatch.setattr(jpeg_batch, "run", fails)
     chosen = choose_input_path(assemble(config(folder)))
-    assert chosen.config.data.decode_on == "auto" and not chosen.data.train_set.encoded
+    assert chosen.config.data.decode_on == "workers" and not chosen.data.train_set.encoded
     assert "the input paths could not be compared (the cuda device cannot decode a JPEG: not compiled" in caplog.text
 
 
@@ -239,7 +260,8 @@ def test_a_comparison_that_fails_changes_nothing(
     assembly = assemble(config(folder))
     states = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     monkeypatch.setattr(ClassifierModule, "training_step", fails)
-    assert choose_input_path(assembly) is assembly
+    chosen = choose_input_path(assembly)
+    assert chosen.config.data.decode_on == "workers" and chosen.timed_input, "resumed runs and folds do not try again"
     assert "workers decode the images: the input paths could not be compared (CUDA out of memory" in caplog.text
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
@@ -252,7 +274,7 @@ def test_a_network_without_copies_trains_by_workers(
 ) -> None:
     assembly = assemble(config(folder))
     assembly.module.classifier.network.lock = threading.Lock()
-    assert choose_input_path(assembly) is assembly
+    assert choose_input_path(assembly).config.data.decode_on == "workers"
     assert "could not be compared (cannot pickle '_thread.lock' object" in caplog.text
 
 
