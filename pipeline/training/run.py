@@ -81,7 +81,7 @@ def train(
     from refract.pipeline.training.cost import Cost
     from refract.pipeline.training.input_path import choose_input_path
     from refract.pipeline.training.run_copy import copied
-    from refract.pipeline.training.run_directory import ranks_before, run_lock, source_digest
+    from refract.pipeline.training.run_directory import check_name_is_free, ranks_before, run_lock, source_digest
 
     limit_threads(config.trainer.devices)
     keep_freed_memory()
@@ -93,6 +93,7 @@ def train(
         train_further_rank(assembly)
         return None
     if resume is None:
+        check_name_is_free(config.trainer)  # before the time that the choice takes
         assembly = choose_input_path(assembly)
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     run, assembly = _open_run(assembly, name, resume, inputs(config))

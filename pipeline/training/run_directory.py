@@ -155,6 +155,17 @@ def run_lock(path: Path) -> Iterator[None]:
         yield
 
 
+def check_name_is_free(config: TrainerConfig) -> None:
+    """Raise ConfigError if the folder of `run_name` exists."""
+    if config.run_name and (path := Path(config.runs_dir) / config.run_name).exists():
+        raise _exists(path)
+
+
+def _exists(path: Path) -> ConfigError:
+    hint = f"; `refract train --resume {path}` resumes it" if (path / RECORD).is_file() else ""
+    return ConfigError(f"trainer.run_name: {path} exists already; choose another name or remove it{hint}")
+
+
 def _new_folder(config: TrainerConfig, name: str) -> Path:
     root = Path(config.runs_dir)
     folder_name = config.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -165,10 +176,7 @@ def _new_folder(config: TrainerConfig, name: str) -> Path:
             return path
         except FileExistsError as error:
             if config.run_name or not root.is_dir():
-                hint = f"; `refract train --resume {path}` resumes it" if (path / RECORD).is_file() else ""
-                raise ConfigError(
-                    f"trainer.run_name: {path} exists already; choose another name or remove it{hint}"
-                ) from error
+                raise _exists(path) from error
         except OSError as error:
             raise ConfigError(f"trainer.runs_dir: {path} cannot be created: {error.strerror}") from error
     raise ConfigError(f"trainer.runs_dir: {root} has no free name like {folder_name}")

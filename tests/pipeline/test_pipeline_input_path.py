@@ -329,6 +329,15 @@ def test_a_resumed_run_is_not_timed(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert resumed is not None and resumed.run_dir == done.run_dir and timings == []
 
 
+def test_a_name_that_is_taken_is_refused_before_the_timing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = []
+    monkeypatch.setattr(input_path, "why_not_timed", lambda _: timings.append(1))
+    Path("runs/taken").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"trainer\.run_name: runs/taken exists already; choose another name"):
+        train(config(folder, "--trainer.run_name", "taken"))
+    assert timings == []
+
+
 def test_several_views_exclude_the_device(folder: Path) -> None:
     views = ("--loss.consistency", "1", "--augment.policy", "[AugMix]", "--data.decode_on", "device")
     with pytest.raises(ConfigError, match=r"data\.decode_on: device makes one view .*; set data\.decode_on: workers"):
