@@ -216,7 +216,8 @@ def _be_refract(arguments: list[str], env: dict[str, str], code: str = "") -> No
         traceback.print_exc()
         status = 1
     # As Python ends, without clearing each module: that takes time, and libraries that the program did not import complain.
-    threading._shutdown()  # type: ignore[attr-defined]  # Python's own end calls it; typeshed lists public names
+    ending: Any = threading  # no public name tells the threads of executors to end, and waits for all
+    ending._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
