@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from refract.augment import ImageError
@@ -35,8 +34,8 @@ def collate_encoded(items: Sequence[Item]) -> Item:
     """
     batch = collate([{name: value for name, value in item.items() if name not in _OF_ONE} for item in items])
     batch["headers"] = torch.tensor([item.get("header", (0, 0, 0, 0)) for item in items], dtype=torch.int64)
-    if files := b"".join(item["jpeg"] for item in items if "jpeg" in item):
-        batch["jpegs"] = torch.from_numpy(np.frombuffer(bytearray(files), np.uint8))
+    if files := bytearray().join(item["jpeg"] for item in items if "jpeg" in item):
+        batch["jpegs"] = torch.frombuffer(files, dtype=torch.uint8)
     if finished := [{"images": item["images"]} for item in items if "images" in item]:
         batch["images"] = collate(finished)["images"]
     return batch

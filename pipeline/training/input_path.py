@@ -7,10 +7,8 @@ the training itself are therefore timed with both.
 import gc
 import logging
 import math
-import random
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LONG = 1_000_000
-"""Images that a training reads at least, over all epochs, for `auto` to time the input paths: 150 to 180 steps."""
+"""Images that a training reads at least, over all epochs, for `auto` to time the input paths: about 160 steps."""
 
 STEPS = 64
 """Timed steps, at least. Workers deliver one batch each at about the same time: fewer steps do not average over that."""
@@ -121,11 +119,20 @@ def timed_paths(assembly: Assembly, *, steps: int = STEPS) -> dict[str, float]:
     unchanged afterwards, also after an error: RuntimeError for too little memory, ImageError if the device cannot decode, Stopped after a
     stop request, and the errors of a training.
     """
+    from refract.pipeline.training.callbacks.checkpoints import random_states, set_random_states
+
+    states = random_states()
+    try:
+        return _rates(assembly, steps)
+    finally:
+        set_random_states(states)
+
+
+def _rates(assembly: Assembly, steps: int) -> dict[str, float]:
     rates = {}
     total = 2 * (_warm_up(assembly.data.workers) + steps)
     with (
         Progress("timing the input paths", total, unit="steps") as progress,
-        unchanged_generators(assembly.device),
         stop_requests("after this step") as stop,
     ):
         for place in ("workers", "device"):
@@ -150,21 +157,6 @@ def _check(stop: Stop) -> None:
         raise Stopped(stop.signal)
 
 
-@contextmanager
-def unchanged_generators(device: str) -> Iterator[None]:
-    """Restore the states of the random generators of Python, NumPy and PyTorch at the end, also after an error."""
-    import numpy as np
-    import torch
-
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 def faster(rates: Mapping[str, float]) -> str:
     """Return the input path for rates of `timed_paths`; `workers` without rates."""
     return "device" if rates.get("device", 0.0) > GAIN * rates.get("workers", math.inf) else "workers"
@@ -183,7 +175,6 @@ def difference(data: "ImageDataModule", device: str) -> float:
     Compares up to SAMPLES images that are spread over the data set. Both are decoded whole and only resized, as a reduced scale or an op
     such as Equalize changes more than a decoder does. ImageError if the device cannot decode one of them.
     """
-    import numpy as np
     import torch
 
     from refract.augment import Augmenter, decode
@@ -194,7 +185,7 @@ def difference(data: "ImageDataModule", device: str) -> float:
         return 0.0
     resize = Augmenter("none", size=data.train_set.augmenter.size)
     plans = [resize.draw((header.height, header.width), epoch=0, index=0) for _, header in files]
-    encoded = [torch.from_numpy(np.frombuffer(bytearray(file), np.uint8)) for file, _ in files]
+    encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file, _ in files]
     place = torch.empty(0, device=device).device  # with its index
     images = jpeg_batch.run(plans, encoded, [header.orientation for _, header in files], place)
     expected = torch_batch.run(plans, [torch.from_numpy(decode(file)).permute(2, 0, 1) for file, _ in files])

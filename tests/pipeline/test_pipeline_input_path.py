@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ import weakref
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,27 +224,28 @@ def test_the_device_must_be_clearly_faster() -> None:
     assert faster({"workers": 100.0}) == "workers", "the device's images differ"
 
 
-def test_a_device_with_other_pixels_is_not_chosen(
-    folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def cannot_decode(*_: object) -> torch.Tensor:
+    raise ImageError("the cuda device cannot decode a JPEG: not compiled with nvJPEG support")
+
+
+RUN = jpeg_batch.run
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda *args: 255 - RUN(*args), "the device's images differ from those of the CPU by up to"),
+        (cannot_decode, "the input paths could not be compared (the cuda device cannot decode a JPEG: not compiled"),
+    ],
+    ids=["other pixels", "no decoder"],
+)
+def test_a_device_that_decodes_wrongly_or_not_at_all_is_not_chosen(
+    run: Any, message: str, folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = jpeg_batch.run
-    monkeypatch.setattr(jpeg_batch, "run", lambda *args: 255 - run(*args))
-    with caplog.at_level(logging.INFO):
-        chosen = choose_input_path(assemble(config(folder)))
-    assert chosen.config.data.decode_on == "workers" and not chosen.data.train_set.encoded
-    assert "the device's images differ from those of the CPU by up to" in caplog.text
-
-
-def test_a_device_that_cannot_decode_is_not_chosen(
-    folder: Path, timed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(*_: object) -> None:
-        raise ImageError("the cuda device cannot decode a JPEG: not compiled with nvJPEG support")
-
-    monkeypatch.setattr(jpeg_batch, "run", fails)
+    monkeypatch.setattr(jpeg_batch, "run", run)
     chosen = choose_input_path(assemble(config(folder)))
     assert chosen.config.data.decode_on == "workers" and not chosen.data.train_set.encoded
-    assert "the input paths could not be compared (the cuda device cannot decode a JPEG: not compiled" in caplog.text
+    assert message in caplog.text
 
 
 def test_a_comparison_that_fails_changes_nothing(
